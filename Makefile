@@ -1,0 +1,34 @@
+# make demo    train a random ER network on scikit-learn's digits, about a minute
+# make test    lint and tests
+# make bench   speed and memory, as ratios measured in one run on this machine
+# make lint    ruff
+# VENV=DIR     use (or make) another environment
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(abspath $(VENV))/bin
+
+.PHONY: demo test bench lint
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.startsparse
+	cd STR && $(BIN)/python main.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.startsparse
+	$(BIN)/python -m benchmarks
+
+lint: $(VENV)/.startsparse-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/.startsparse: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements.txt
+	touch $@
+
+$(VENV)/.startsparse-dev: $(VENV)/.startsparse
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@

@@ -1,0 +1,103 @@
+"""Train a random Erdos-Renyi network, or one with soft thresholds.
+
+cd STR && python main.py [--config FILE.yaml] [options]; --help lists them.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from startsparse import checkpoint, data, er, masks, models, parallel, report, runs
+from startsparse.commandline import parse
+from startsparse.errors import run_script
+from startsparse.trainer import Trainer
+from STR.iterative import phases
+from STR.options import STROptions
+from STR.thresholds import layer_table, plain_state, soften, thresholds
+
+CONFIGS = Path(__file__).parent / "configs"
+log = logging.getLogger("startsparse")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """One run, from options to report."""
+    options = parse(STROptions, CONFIGS, argv)
+    folder = runs.find_run(options)
+
+    devices = parallel.choose_devices(options.multigpu)
+    images = data.load(
+        options.set,
+        root=data.data_root(options.data),
+        mirror=options.mirror,
+        batch_size=options.batch_size,
+        valid_split=options.valid_split,
+        seed=options.seed,
+        device=devices[0],
+        workers=options.workers,
+    )
+    model, requested = network(options, images)
+    model.to(devices[0], memory_format=torch.channels_last)
+
+    run = runs.open_run(options, folder)
+    trainer = Trainer(model, images, options, run, devices, lambda: watched(model))
+    if options.evaluate:
+        trainer.load_selected()
+        for split in ("valid", "test"):
+            accuracy = trainer.evaluate(getattr(images, split))["accuracy"]
+            log.info("%s accuracy %.2f %%", split, 100 * accuracy)
+        return
+    if run.summary:
+        log.info("%s", report.text(run.summary, run.folder))
+        return
+
+    trainer.load()
+    start = masks.density_table(model, requested)
+    log.info("%s", start.to_string(index=False, float_format="%.4f"))
+    for line in masks.warnings(start):
+        log.warning("warning: %s", line)
+    trainer.run_phases(phases(model, options))
+
+    result = trainer.test()
+    table = masks.density_table(model, requested)
+    run.write_table("density.csv", table)
+    run.write_json("layers.json", layer_table(model))
+    if options.soft:
+        checkpoint.save(run.folder / "dense_weights.pt", {"model": plain_state(model)})
+    report.plot_run(trainer.epochs, table, run.folder / "curves.png")
+    run.finish(report.summary(table, result, trainer.seconds))
+    log.info("%s", report.text(run.summary, run.folder))
+
+
+def network(options: STROptions, images: data.Data) -> tuple[torch.nn.Module, dict[str, float]]:
+    """The initialised network, sparse as asked for, and the density asked of each layer."""
+    model = models.build(
+        options.arch,
+        classes=images.classes,
+        channels=images.channels,
+        size=images.size,
+        width=options.width,
+        resnet_type=options.resnet_type,
+        imagenet=options.set == "imagenet",
+    )
+    models.init_weights(model, options.init, options.seed)
+    if options.soft:
+        dense = er.dense_layers(model, options)
+        soften(model, options.sInit_value, options.sparse_function, dense)
+    if not options.masked:
+        return model, {}
+    requested = er.requested_densities(model, options)
+    er.attach_er_masks(model, requested, options)
+    return model, requested
+
+
+def watched(model: torch.nn.Module) -> dict[str, float]:
+    """What TensorBoard shows per layer."""
+    table = masks.density_table(model)
+    values = {f"density/{row.layer}": row.density for row in table.itertuples()}
+    return values | {f"threshold/{name}": t for name, t in thresholds(model).items()}
+
+
+if __name__ == "__main__":
+    run_script(main)

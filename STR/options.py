@@ -1,0 +1,84 @@
+"""The options of STR/main.py."""
+
+import dataclasses
+from typing import Annotated
+
+from torch import nn
+
+from startsparse import schedules
+from startsparse.commandline import choice, default_is
+from startsparse.errors import OptionError
+from startsparse.models import RESNET_TYPES
+from startsparse.options import Options, require_range
+from STR.thresholds import FUNCTIONS
+
+CONV_TYPES = ("DenseConv", "ConvMask", "STRConv", "STRConvER")
+
+
+@dataclasses.dataclass
+class STROptions(Options):
+    """Random ER networks: trained as they are, pruned on, or with soft thresholds."""
+
+    conv_type: choice(CONV_TYPES, {"ConvER": "ConvMask"}) = "ConvMask"
+    """DenseConv: no mask; ConvMask (or ConvER): a fixed ER mask; STRConv: soft thresholds;
+    STRConvER: soft thresholds inside an ER mask"""
+    resnet_type: Annotated[choice(("", *RESNET_TYPES)), default_is("none")] = ""
+    """A named ResNet instead of --arch: large is ResNet18, small-dense is --width wide in every
+    stage, small-dense-inc doubles from --width, res50 is ResNet50"""
+    expt_setup: Annotated[str, default_is("none")] = ""
+    """A label for results.csv; it has no other effect"""
+
+    sparse_function: choice(FUNCTIONS) = "sigmoid"
+    """g in the threshold g(s) of a layer"""
+    sInit_value: float = -200.0  # noqa: N815 - the name that people know
+    """Initial s of every layer; very negative is dense"""
+    st_decay: Annotated[float, default_is("--weight-decay")] = -1.0
+    """Weight decay of s, which drives the sparsity"""
+
+    threshold_list: Annotated[tuple[float, ...], default_is("no pruning")] = ()
+    """Densities to prune to, by magnitude, one after the other"""
+    final_prune_epoch: int = 150
+    """Epochs before each pruning of --threshold-list; the final --epochs come after the last"""
+    prune_scheduler: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "cosine"
+    """Schedule of the learning rate before each pruning, begun anew each time"""
+    warmup_epochs: int = 0
+    """Epochs at a constant learning rate before anything else"""
+
+    @property
+    def masked(self) -> bool:
+        """Whether the network has a random mask."""
+        return self.conv_type in ("ConvMask", "STRConvER")
+
+    @property
+    def soft(self) -> bool:
+        """Whether the network has soft thresholds."""
+        return self.conv_type in ("STRConv", "STRConvER")
+
+    def default_name(self) -> str:
+        """Network, kind of layer, ratio and density."""
+        parts = [self.resnet_type or self.arch, self.conv_type]
+        if self.masked:
+            parts += [self.er_sparse_method, f"{self.er_sparse_init:g}"]
+        return "-".join(parts)
+
+    def decay(self, module: nn.Module, parameter: str) -> float:
+        """Weight decay of a parameter; thresholds have --st-decay."""
+        if parameter == "threshold_logit" and self.st_decay >= 0:
+            return self.st_decay
+        return super().decay(module, parameter)
+
+    def check(self) -> None:
+        """Raise `OptionError` for values that cannot be meant; names the option."""
+        super().check()
+        require_range(self, "warmup_epochs", low=0)
+        require_range(self, "final_prune_epoch", low=1)
+        if self.threshold_list and self.conv_type != "ConvMask":
+            raise OptionError("--threshold-list: prunes masks; it needs --conv-type ConvMask")
+        density = self.er_sparse_init
+        for level in self.threshold_list:
+            if not 0 < level <= density:
+                raise OptionError(
+                    f"--threshold-list: {level:g} should be above 0 and at most {density:g}, the "
+                    "density before it"
+                )
+            density = level

@@ -1,0 +1,121 @@
+"""Soft threshold reparameterization (Kusupati et al. 2020): layers that learn their sparsity.
+
+A layer computes with sign(w) relu(|w| - g(s)) (eq. 4). The threshold g(s) has one s per layer,
+which weight decay and the loss move. With an ER mask the effective weight is also multiplied by
+the mask; weights live inside it, and the threshold of a zero is zero, so this needs no operation.
+"""
+
+from collections.abc import Callable, Container
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from startsparse.masks import kept, sparse_layers
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "exp": torch.exp}
+
+
+class SoftThreshold(torch.autograd.Function):
+    """sign(w) relu(|w| - t) for a weight of any shape and a threshold t >= 0 of shape [1]."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, threshold: Tensor) -> Tensor:
+        """Two passes over the weight: what the clamp leaves over is the soft threshold."""
+        effective = weight - weight.clamp(-threshold, threshold)
+        ctx.save_for_backward(effective)
+        return effective
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """d/dw is 1 and d/dt is -sign(w) where |w| > t; both are 0 elsewhere."""
+        (effective,) = ctx.saved_tensors
+        sign = effective.sign()
+        inward = gradient * sign
+        return inward * sign, -inward.sum().view(1)
+
+
+class SoftThresholded(nn.Module):
+    """What STRConv2d and STRLinear share: the threshold and the effective weight."""
+
+    def take(self, layer: nn.Module, s_init: float, function: str) -> None:
+        """Take over the parameters of a plain ``layer`` and begin with the threshold g(s_init)."""
+        self.weight, self.bias = layer.weight, layer.bias
+        self.function = function
+        self.threshold_logit = nn.Parameter(torch.full((1,), s_init))
+
+    def threshold(self) -> Tensor:
+        """g(s), shape [1]."""
+        return FUNCTIONS[self.function](self.threshold_logit)
+
+    def effective_weight(self) -> Tensor:
+        """The weight that the layer computes with, same shape as ``weight``."""
+        return SoftThreshold.apply(self.weight, self.threshold())
+
+
+class STRConv2d(SoftThresholded, nn.Conv2d):
+    """Convolution with a soft-thresholded weight."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H', W']."""
+        return self._conv_forward(images, self.effective_weight(), self.bias)
+
+
+class STRLinear(SoftThresholded, nn.Linear):
+    """Linear layer with a soft-thresholded weight."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[B, n_in] -> [B, n_out]."""
+        return F.linear(inputs, self.effective_weight(), self.bias)
+
+
+def soften(model: nn.Module, s_init: float, function: str, dense: Container[str] = ()) -> None:
+    """Replace every convolution and linear layer, but those named in ``dense``, by its STR form."""
+    for name, layer in sparse_layers(model).items():
+        if name in dense:
+            continue
+        with torch.device("meta"):  # its own weight is never used
+            if isinstance(layer, nn.Conv2d):
+                soft = STRConv2d(
+                    layer.in_channels,
+                    layer.out_channels,
+                    layer.kernel_size,
+                    layer.stride,
+                    layer.padding,
+                    layer.dilation,
+                    layer.groups,
+                    layer.bias is not None,
+                    layer.padding_mode,
+                )
+            else:
+                soft = STRLinear(layer.in_features, layer.out_features, layer.bias is not None)
+        soft.take(layer, s_init, function)
+        model.set_submodule(name, soft)
+
+
+def thresholds(model: nn.Module) -> dict[str, float]:
+    """Threshold g(s) of each STR layer, in forward order."""
+    layers = sparse_layers(model).items()
+    return {n: x.threshold().item() for n, x in layers if isinstance(x, SoftThresholded)}
+
+
+def layer_table(model: nn.Module) -> dict[str, dict[str, float]]:
+    """Layer -> density and, of STR layers, threshold: what --er-sparsity-file reads back."""
+    soft = thresholds(model)
+    return {
+        name: {"density": kept(layer).double().mean().item()}
+        | ({"threshold": soft[name]} if name in soft else {})
+        for name, layer in sparse_layers(model).items()
+    }
+
+
+@torch.no_grad()
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """State of the ordinary network that computes the same: effective weights, no thresholds."""
+    state = dict(model.state_dict())
+    for name, layer in sparse_layers(model).items():
+        if isinstance(layer, SoftThresholded):
+            state[f"{name}.weight"] = layer.effective_weight()
+            del state[f"{name}.threshold_logit"]
+        state.pop(f"{name}.weight_mask", None)
+    return state

@@ -1,0 +1,77 @@
+"""Files that are never half-written, and checkpoints that are checked when they are read."""
+
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from startsparse.errors import UserError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place, on disk, when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(text)
+
+
+def save(path: Path, state: dict) -> None:
+    """Write tensors and plain values, whole or not at all."""
+    with atomic(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict:
+    """Read what `save` wrote, tensors on ``device``. Executes nothing from the file.
+
+    Raises:
+        UserError: the file is missing, incomplete or no checkpoint.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty"
+        raise UserError(f"{path}: not a complete checkpoint ({reason})") from None
+    if not isinstance(state, dict) or "model" not in state:
+        raise UserError(f"{path}: not a checkpoint of this project (no entry 'model')")
+    return state
+
+
+def load_model(model: nn.Module, state: dict, path: Path) -> None:
+    """Copy the weights and masks of a `load`-ed checkpoint into ``model``, in place.
+
+    Raises:
+        UserError: names or shapes do not fit; names the first.
+    """
+    own, given = model.state_dict(), state["model"]
+    for name in sorted(own.keys() ^ given.keys()):
+        where = "the checkpoint" if name in own else "the network"
+        raise UserError(f"{path}: does not fit the network: {where} has no '{name}'")
+    for name, tensor in own.items():
+        if tensor.shape != given[name].shape:
+            shapes = f"{tuple(given[name].shape)} instead of {tuple(tensor.shape)}"
+            raise UserError(f"{path}: does not fit the network: '{name}' is {shapes}")
+    model.load_state_dict(given)

@@ -1,0 +1,231 @@
+"""From a dataclass to a command line with YAML files.
+
+A field's docstring is its help. Values come from, lowest first: the field's default, the YAML file
+of ``--config``, the command line. All of them pass the same checks, and every complaint is one line
+that names the option, or the file, and exit code 2.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+import tyro
+import yaml
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from startsparse.errors import OptionError
+
+T = TypeVar("T")  # a dataclass with `config`, `set`, `resume` and `check()`: startsparse.options
+
+
+def normal(name: str) -> str:
+    """The form in which names are compared: case, dashes and underscores make no difference."""
+    return name.lower().replace("_", "-")
+
+
+def choice(names: Iterable[str], aliases: Mapping[str, str] | None = None) -> Any:
+    """The type of an option that takes one of ``names``, or an alias of one."""
+    names = tuple(names)
+    table = {normal(name): name for name in names}
+    table.update({normal(alias): name for alias, name in (aliases or {}).items()})
+
+    def convert(strings: list[str]) -> str:
+        if normal(strings[0]) not in table:
+            raise ValueError(f"'{strings[0]}' is none of {', '.join(n or repr(n) for n in names)}")
+        return table[normal(strings[0])]
+
+    spec = PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(filter(None, names)) + "}",
+        instance_from_str=convert,
+        is_instance=lambda value: value in names,
+        str_from_instance=lambda value: [value],
+    )
+    return Annotated[str, spec]
+
+
+def also(*flags: str) -> Any:
+    """Other flags of the same option."""
+    return tyro.conf.arg(aliases=flags)
+
+
+def default_is(text: str) -> Any:
+    """What the help says instead of an empty default."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+# tyro's own messages speak of Python; these speak of the value.
+_plain = ConstructorRegistry()
+
+
+def _number(kind: type, what: str) -> None:
+    def convert(strings: list[str]) -> Any:
+        try:
+            return kind(strings[0])
+        except ValueError:
+            raise ValueError(f"'{strings[0]}' is not {what}") from None
+
+    spec = PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kind.__name__.upper(),
+        instance_from_str=convert,
+        is_instance=lambda value: type(value) in (kind, int),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+    @_plain.primitive_rule
+    def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        return spec if info.type is kind else None
+
+
+_number(int, "a whole number")
+_number(float, "a number")
+
+
+def parse(kind: type[T], configs: Path, argv: Sequence[str] | None = None) -> T:
+    """Options from the command line and the YAML file it names.
+
+    Args:
+        kind: dataclass of the script.
+        configs: folder of the files that are read by default, ``<set>.yaml``.
+        argv: command line without the program (default: the process's own).
+
+    Raises:
+        OptionError: with one line that names the option or the file.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    given = _cli(kind, argv, kind())
+    path = Path(given.config) if given.config else configs / f"{given.set}.yaml"
+    if given.resume not in ("", "auto"):
+        # A run is continued with the options it was started with.
+        path = run_folder(given.resume) / "options.yaml"
+    if given.config or given.resume not in ("", "auto") or path.exists():
+        options = _cli(kind, argv, read_yaml(kind, path))
+        options.config = str(path)
+    else:
+        options = given
+    options.check()
+    return options
+
+
+def run_folder(resume: str) -> Path:
+    """The run folder that ``--resume PATH`` means: the path itself, or the folder of that file."""
+    path = Path(resume)
+    if not path.exists():
+        raise OptionError(f"--resume: {path} does not exist; name a run folder or auto")
+    return path if path.is_dir() else path.parent
+
+
+def read_yaml(kind: type[T], path: Path) -> T:
+    """Options of a YAML file: field names with dashes or underscores, one value or list each."""
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise OptionError(f"--config: cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise OptionError(f"{path}: is not YAML: {reason}") from None
+    if not isinstance(content, dict):
+        raise OptionError(f"{path}: should hold one 'option: value' per line")
+    fields = _fields(kind)
+    argv = []
+    for key, value in content.items():
+        name = fields.get(normal(str(key)))
+        if name is None:
+            raise OptionError(f"{path}: unknown option '{key}'{_near(str(key), fields, '')}")
+        argv += _as_flags(kind, name, value, path)
+    try:
+        return _cli(kind, argv, kind())
+    except OptionError as error:
+        raise OptionError(f"{path}: {error}") from None
+
+
+def write_yaml(options: Any) -> str:
+    """All options as YAML that ``--config`` reads back."""
+    return yaml.safe_dump(
+        {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(options).items()},
+        sort_keys=False,
+    )
+
+
+def _as_flags(kind: type, name: str, value: Any, path: Path) -> list[str]:
+    default = getattr(kind(), name)
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise OptionError(f"{path}: {name}: '{value}' should be true or false")
+        extras = get_args(get_type_hints(kind, include_extras=True)[name])
+        if tyro.conf.FlagConversionOff in extras:
+            return [flag(name), str(value)]
+        return [flag(name) if value else flag("no_" + name)]
+    if isinstance(default, tuple):
+        return [flag(name), *map(str, value if isinstance(value, list) else [value])]
+    if isinstance(value, list | dict):
+        raise OptionError(f"{path}: {name}: should be one value")
+    return [f"{flag(name)}={'' if value is None else value}"]
+
+
+def _fields(kind: type) -> dict[str, str]:
+    """Every name of an option, normalised -> field: its own, its aliases, no-<switch>."""
+    names = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        names[normal(name)] = name
+        for extra in get_args(hint)[1:]:
+            for alias in getattr(extra, "aliases", None) or ():
+                names[normal(alias.lstrip("-"))] = name
+    return names
+
+
+def _near(name: str, fields: Mapping[str, str], dashes: str) -> str:
+    near = difflib.get_close_matches(normal(name.lstrip("-")), fields, n=1)
+    return f"; did you mean {dashes}{near[0]}?" if near else "; --help lists the options"
+
+
+def _cli(kind: type[T], argv: list[str], default: T) -> T:
+    """tyro, with each of its boxed messages as one line."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            options, rest = tyro.cli(
+                kind,
+                args=[_dashed(token) for token in argv],
+                default=default,
+                return_unknown_args=True,
+                registry=_plain,
+                description="",
+            )
+    except SystemExit as stop:
+        if stop.code == 0:  # --help
+            raise
+        raise OptionError(_one_line(errors.getvalue())) from None
+    if rest:
+        token = rest[0].partition("=")[0]
+        if token.startswith("-"):
+            raise OptionError(f"{token}: unknown option{_near(token, _fields(kind), '--')}")
+        raise OptionError(f"'{token}': a value without an option that takes it")
+    return options
+
+
+def _dashed(token: str) -> str:
+    """``--batch_size=3`` -> ``--batch-size=3``; the value is left alone."""
+    if not token.startswith("--"):
+        return token
+    name, equals, value = token.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _one_line(box: str) -> str:
+    rows = [row.strip("│ ") for row in box.splitlines()[1:]]
+    text = " ".join(row for row in rows[: next((i for i, r in enumerate(rows) if "──" in r), None)])
+    text = re.sub(r"^Missing value for argument '(--[^']*)'.*", r"\1: needs a value", text)
+    return re.sub(r"^Error parsing (-\w/|.*?/)?(--[\w-]+).*?:", r"\2:", text)

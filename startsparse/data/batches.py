@@ -1,0 +1,190 @@
+"""Batches made on the training device: the set lies there as uint8, whole batches are augmented."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from startsparse import seeding
+
+
+def steps(examples: int, batch_size: int, train: bool) -> int:
+    """Steps of one epoch; the last batch may be smaller.
+
+    In training a last batch of one example is dropped: BatchNorm has no variance to divide by.
+    """
+    full, rest = divmod(examples, batch_size)
+    return full + (rest > 1 if train else rest > 0)
+
+
+def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(pixels - mean) / std as float32 [B, C, H, W] in channels_last memory format.
+
+    Args:
+        pixels: uint8 [B, H, W * C].
+        mean, std: float32 [W * C] in units of 0..255; whole rows run faster than C numbers.
+    """
+    images = pixels.to(torch.float32).sub_(mean).div_(std)
+    batch, height, row = pixels.shape
+    return images.view(batch, height, height, row // height).permute(0, 3, 1, 2)
+
+
+class Batches:
+    """One part of a set, resident on the device; `epoch` yields its normalised batches.
+
+    Args:
+        images: uint8 [N, H, W, C] with H = W, on any device.
+        labels: int64 [N].
+        mean, std: per channel, in units of 0..1.
+        batch_size: images per batch; the last one of an epoch may be smaller (see `steps`).
+        device: where the set lies and the batches are made.
+        seed: the order and the augmentation of an epoch depend on it, on the epoch and on nothing
+            else. None: plain order, no augmentation.
+        pad: pixels of black around an image, of which H x W are cut out at a random place.
+        flip: mirror an image left to right with probability 1/2.
+        rows: int64 [M], the examples of ``images`` that belong to this part; None: all of them.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        batch_size: int,
+        device: torch.device,
+        seed: int | None = None,
+        pad: int = 0,
+        flip: bool = False,
+        rows: Tensor | None = None,
+    ) -> None:
+        if rows is None:
+            rows = torch.arange(len(images))
+        if seed is None:
+            pad, flip = 0, False
+        _, size, _, channels = images.shape
+        self.examples = len(rows)
+        self.batch_size = batch_size
+        self.device = device
+        self.seed = seed
+        self.pad = pad
+        self.flip = flip
+        self.labels = labels[rows].to(device)
+        padded = torch.zeros(
+            (len(rows), size + 2 * pad, size + 2 * pad, channels), dtype=torch.uint8, device=device
+        )
+        inner = padded[:, pad : pad + size, pad : pad + size]
+        # In pieces: one copy of the chosen rows would be as large as the set.
+        for target, chosen in zip(inner.split(4096), rows.split(4096), strict=True):
+            target.copy_(images[chosen])
+        self._images = padded
+        # A line of any crop is W * C bytes that begin at some pixel: all of them, as one view.
+        pixels = padded.numel() // channels
+        self._lines = padded.as_strided((max(0, pixels - size + 1), size * channels), (channels, 1))
+        self._offsets = torch.arange(size, device=device) * (size + 2 * pad)
+        # The columns of a line from left to right [0] and with its pixels from right to left [1].
+        columns = torch.arange(size * channels).view(size, channels)
+        self._columns = torch.stack([columns.flatten(), columns.flip(0).flatten()]).to(device)
+        self._mean = (torch.tensor(mean) * 255).repeat(size).to(device)
+        self._std = (torch.tensor(std) * 255).repeat(size).to(device)
+
+    def __len__(self) -> int:
+        """Steps of one epoch."""
+        return steps(self.examples, self.batch_size, train=self.seed is not None)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from step ``start`` on, which are the same for every ``start``.
+
+        Yields float32 images [B, C, H, W] in channels_last memory format and int64 labels [B], on
+        the device. The random numbers are drawn before the first step: no step waits for the CPU.
+        """
+        plan = None if self.seed is None else self._plan(self.seed, epoch)
+        for step in range(start, len(self)):
+            part = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            if plan is None:
+                pixels, labels = self._images[part].flatten(2), self.labels[part]
+            else:
+                rows, corners, mirrored = plan[:, part]
+                pixels, labels = self._cropped(corners, mirrored), self.labels[rows]
+            yield normalised(pixels, self._mean, self._std), labels
+
+    def _plan(self, seed: int, epoch: int) -> Tensor:
+        """The epoch in order: int64 [3, N] of row, top left pixel of the crop, mirrored or not."""
+        rows = torch.randperm(self.examples, generator=seeding.generator(seed, "shuffle", epoch))
+        draws = seeding.generator(seed, "augment", epoch)
+        dy, dx = torch.randint(2 * self.pad + 1, (2, self.examples), generator=draws)
+        mirrored = torch.randint(2, (self.examples,), generator=draws)
+        _, height, width, _ = self._images.shape
+        corners = (rows * height + dy) * width + dx
+        return torch.stack([rows, corners, mirrored]).to(self.device)
+
+    def _cropped(self, corners: Tensor, mirrored: Tensor) -> Tensor:
+        """The crops with these top left pixels: uint8 [B, H, W * C]."""
+        lines = corners.unsqueeze(1) + self._offsets  # [B, H]
+        pixels = self._lines.index_select(0, lines.flatten()).view(*lines.shape, -1)
+        if not self.flip:
+            return pixels
+        return pixels.gather(2, self._columns[mirrored].unsqueeze(1).expand_as(pixels))
+
+
+@dataclass
+class Arrays:
+    """A set that fits into memory, as its loader read it.
+
+    Attributes:
+        train, test: uint8 images [N, H, W, C] with H = W, and their int64 labels [N].
+        classes: number of classes; labels run from 0 to classes - 1.
+        mean, std: per channel, in units of 0..1.
+        pad: padding of the random crop in training, in pixels.
+        flip: whether training mirrors images.
+    """
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    classes: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    pad: int
+    flip: bool
+
+    @property
+    def examples(self) -> int:
+        """Number of training examples, before any are held out."""
+        return len(self.train[0])
+
+    @property
+    def size(self) -> int:
+        """Height and width of an image."""
+        return self.train[0].shape[1]
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        return self.train[0].shape[3]
+
+    def batches(
+        self,
+        train_rows: Tensor,
+        valid_rows: Tensor,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        workers: int,  # noqa: ARG002 -- there is nothing for them to do
+        augment: bool,
+    ) -> tuple[Batches, Batches, Batches]:
+        """Training, validation and test batches; the rows are indices into ``train``."""
+        shared = {
+            "mean": self.mean,
+            "std": self.std,
+            "batch_size": batch_size,
+            "device": device,
+        }
+        pad, flip = (self.pad, self.flip) if augment else (0, False)
+        return (
+            Batches(*self.train, **shared, seed=seed, pad=pad, flip=flip, rows=train_rows),
+            Batches(*self.train, **shared, rows=valid_rows),
+            Batches(*self.test, **shared),
+        )

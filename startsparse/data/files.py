@@ -1,0 +1,182 @@
+"""Files of a data set: fetched where missing, checked by MD5, never half-written."""
+
+import hashlib
+import os
+import tarfile
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import BinaryIO
+from urllib.error import URLError
+
+from PIL import Image
+from tqdm import tqdm
+
+from startsparse.errors import UserError
+
+CHUNK = 1 << 20  # bytes read at a time
+TIMEOUT = 30  # seconds without an answer
+
+
+@dataclass(frozen=True)
+class File:
+    """A published file: its name and the MD5 of its bytes, as 32 hex digits."""
+
+    name: str
+    md5: str
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, on one line."""
+    if isinstance(error, URLError) and isinstance(error.reason, Exception):
+        error = error.reason
+    text = getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside ``path``; it becomes ``path`` only if the block succeeds.
+
+    The folder is made where missing. Raises OSError where it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process in the name: ranks of one run may fetch the same file at the same time.
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read(path: Path, md5: str) -> bytes:
+    """The bytes of ``path``, whose MD5 has been checked; raises `UserError` where it differs."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from error
+    _compare(path, hashlib.md5(data).hexdigest(), md5)
+    return data
+
+
+def check(path: Path, md5: str) -> None:
+    """Raise `UserError` where the MD5 of ``path`` differs; for files too large for `read`."""
+    digest = hashlib.md5()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from error
+    _compare(path, digest.hexdigest(), md5)
+
+
+def _compare(path: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise UserError(
+            f"{path}: damaged or another file: expected MD5 {expected}, found {found}; "
+            "delete it and run again to fetch it"
+        )
+
+
+def fetch(url: str, path: Path, md5: str) -> None:
+    """Download ``url`` to ``path``, which appears only complete and with the right MD5.
+
+    Raises `UserError` (one line) where there is no network, no such file, or another MD5.
+    """
+    digest = hashlib.md5()
+    try:
+        with (
+            urllib.request.urlopen(url, timeout=TIMEOUT) as answer,
+            replacing(path) as file,
+            tqdm(
+                total=int(answer.headers.get("Content-Length") or 0) or None,
+                desc=path.name,
+                unit="B",
+                unit_scale=True,
+                disable=None,  # no bar in a log file
+            ) as bar,
+        ):
+            while chunk := answer.read(CHUNK):
+                file.write(chunk)
+                digest.update(chunk)
+                bar.update(len(chunk))
+            if digest.hexdigest() != md5:
+                raise UserError(
+                    f"{url}: truncated or another file: expected MD5 {md5}, found "
+                    f"{digest.hexdigest()}; nothing was kept: run again, or fetch it from another "
+                    "place with --mirror"
+                )
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: not a URL
+        raise UserError(
+            f"{path}: missing, and fetching it from {url} failed ({reason(error)}): put it there "
+            "yourself, name another place with --mirror, or use --set digits, which needs no file"
+        ) from error
+
+
+def present(root: Path, file: File, url: str, mirror: str) -> Path:
+    """The path of ``root/file.name``, fetched from the folder ``mirror`` (or ``url``) if missing.
+
+    A file that is there already is not checked here.
+    """
+    path = root / file.name
+    if not path.exists():
+        fetch(f"{(mirror or url).rstrip('/')}/{file.name}", path, file.md5)
+    return path
+
+
+def unpacked(root: Path, names: Sequence[str], archive: File, url: str, mirror: str) -> None:
+    """Make sure that ``root/name`` exists for all ``names``, which ``archive`` holds.
+
+    What is there is left alone; what is missing is taken from ``root/archive.name``, which is
+    itself fetched where missing and kept. A name (file or folder) appears only complete.
+    """
+    missing = [name for name in names if not (root / name).exists()]
+    if not missing:
+        return
+    path = present(root, archive, url, mirror)
+    check(path, archive.md5)
+    try:
+        with tempfile.TemporaryDirectory(dir=root, prefix="unpacking-") as folder:
+            _extract(path, folder)
+            for name in missing:
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                _move(Path(folder, name), root / name)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be unpacked in {root} ({reason(error)})") from error
+
+
+def _extract(path: Path, folder: str) -> None:
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            archive.extractall(folder)
+    else:
+        with tarfile.open(path) as archive:
+            # Python before 3.10.12 has no filter; the archive's MD5 was checked in any case.
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)
+            archive.extractall(folder)
+
+
+def _move(source: Path, target: Path) -> None:
+    try:
+        source.replace(target)
+    except OSError:
+        # A folder cannot replace a folder: another process was faster, with the same content.
+        if not target.is_dir():
+            raise
+
+
+def open_rgb(path: str | Path) -> Image.Image:
+    """The decoded image as RGB, grey ones included; raises `UserError` where it is damaged."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on a damaged file
+        raise UserError(f"{path}: cannot be decoded as an image ({reason(error)})") from error

@@ -1,0 +1,213 @@
+"""ImageNet from folders of JPEGs, decoded by worker processes while the device trains."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from startsparse import seeding
+from startsparse.data import files
+from startsparse.data.batches import normalised, steps
+from startsparse.errors import UserError
+
+SIZE = 224
+RESIZED = 256  # of the shorter side, before the centre is cut out
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+Sample = tuple[str, int]  # path and label
+
+
+@dataclass
+class _Reader(Dataset):
+    """Whole batches: an item is asked for by the rows of a batch, in order.
+
+    An error comes back as a value: one that is raised in a worker arrives as many lines.
+    """
+
+    samples: list[Sample]
+    transform: Any  # PIL image -> PIL image of 224 x 224
+    seed: int
+    epoch: int
+
+    def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor] | UserError:
+        pixels = np.empty((len(rows), SIZE, SIZE, 3), np.uint8)
+        # torchvision draws from the global CPU generator, which is put back afterwards.
+        with torch.random.fork_rng(devices=[]):
+            for place, row in enumerate(rows):
+                seed = seeding.derive(self.seed, f"augment/{row}", self.epoch)
+                torch.default_generator.manual_seed(seed)
+                try:
+                    image = files.open_rgb(self.samples[row][0])
+                except UserError as error:
+                    return error
+                pixels[place] = np.asarray(self.transform(image))
+        labels = torch.tensor([self.samples[row][1] for row in rows])
+        return torch.from_numpy(pixels), labels
+
+
+class FolderBatches:
+    """One part of ImageNet with the interface of `Batches`, read from disk in every epoch.
+
+    Order and augmentation depend on (seed, epoch, row) and not on the workers or their number.
+
+    Args:
+        samples: path and label of all images of a folder.
+        rows: int64 [M], which of them belong to this part.
+        batch_size: images per batch; the last one of an epoch may be smaller (see `steps`).
+        device: where the batches go, from pinned memory if it is a GPU.
+        seed: of the order and the augmentation.
+        train: reshuffle in every epoch; otherwise plain order.
+        augment: random resized crop and flip; otherwise the centre.
+        workers: processes that decode; 0: none, this process does it.
+    """
+
+    def __init__(
+        self,
+        samples: list[Sample],
+        rows: Tensor,
+        *,
+        batch_size: int,
+        device: torch.device,
+        seed: int,
+        train: bool,
+        augment: bool,
+        workers: int,
+    ) -> None:
+        self.samples = samples
+        self.rows = rows
+        self.examples = len(rows)
+        self.batch_size = batch_size
+        self.device = device
+        self.seed = seed
+        self.train = train
+        self.workers = workers
+        self.transform = _augmented() if augment else _centred()
+        self._mean = (torch.tensor(MEAN) * 255).repeat(SIZE).to(device)
+        self._std = (torch.tensor(STD) * 255).repeat(SIZE).to(device)
+
+    def __len__(self) -> int:
+        """Steps of one epoch."""
+        return steps(self.examples, self.batch_size, self.train)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from step ``start`` on, as `Batches.epoch` yields them.
+
+        Images of the steps before ``start`` are not read. Raises `UserError` where an image cannot
+        be decoded.
+        """
+        rows = self.rows
+        if self.train:
+            draws = seeding.generator(self.seed, "shuffle", epoch)
+            rows = rows[torch.randperm(self.examples, generator=draws)]
+        batches = [part.tolist() for part in rows.split(self.batch_size)]
+        loader = DataLoader(
+            _Reader(self.samples, self.transform, self.seed, epoch),
+            sampler=batches[start : len(self)],  # an "index" is the rows of a batch
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            # Unused, but without one the loader would draw from the global generator.
+            generator=seeding.generator(self.seed, "workers", epoch),
+        )
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            pixels, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+            yield normalised(pixels.flatten(2), self._mean, self._std), labels
+
+
+def _augmented() -> Any:
+    from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop
+
+    return Compose([RandomResizedCrop(SIZE), RandomHorizontalFlip()])
+
+
+def _centred() -> Any:
+    from torchvision.transforms import CenterCrop, Compose, Resize
+
+    return Compose([Resize(RESIZED), CenterCrop(SIZE)])
+
+
+@dataclass
+class Folders:
+    """ImageNet on disk; the counterpart of `Arrays`."""
+
+    train: list[Sample]
+    test: list[Sample]
+    classes: int
+    channels: int = 3
+    size: int = SIZE
+
+    @property
+    def examples(self) -> int:
+        """Number of training examples, before any are held out."""
+        return len(self.train)
+
+    def batches(
+        self,
+        train_rows: Tensor,
+        valid_rows: Tensor,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        workers: int,
+        augment: bool,
+    ) -> tuple[FolderBatches, FolderBatches, FolderBatches]:
+        """Training, validation and test batches; the rows are indices into ``train``."""
+
+        def part(samples: list[Sample], rows: Tensor, train: bool, augment: bool) -> FolderBatches:
+            return FolderBatches(
+                samples,
+                rows,
+                batch_size=batch_size,
+                device=device,
+                seed=seed,
+                train=train,
+                augment=augment,
+                workers=workers,
+            )
+
+        return (
+            part(self.train, train_rows, True, augment),
+            part(self.train, valid_rows, False, False),
+            part(self.test, torch.arange(len(self.test)), False, False),
+        )
+
+
+def load(root: Path, mirror: str = "") -> Folders:  # noqa: ARG001 -- it is never downloaded
+    """The images of ``root/imagenet/train/<class>/`` and, as the test set, of ``.../val/<class>/``.
+
+    Labels are the places of the classes in alphabetical order. Raises `UserError` where a folder
+    is missing, or a class has no image.
+    """
+    train, classes = _list(root / "imagenet" / "train")
+    test, test_classes = _list(root / "imagenet" / "val")
+    if test_classes != classes:
+        odd = sorted(set(classes) ^ set(test_classes))
+        raise UserError(
+            f"{root / 'imagenet'}: train and val have different class folders: {odd[0]} is in one "
+            "of them only"
+        )
+    return Folders(train, test, len(classes))
+
+
+def _list(folder: Path) -> tuple[list[Sample], list[str]]:
+    from torchvision.datasets import ImageFolder  # imported here: no other set needs it
+
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: missing: ImageNet is not downloaded; put the images there, one folder for "
+            "each class, or use --set digits, which needs no file"
+        )
+    try:
+        listing = ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: {files.reason(error)}") from error
+    return listing.samples, listing.classes

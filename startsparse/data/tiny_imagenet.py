@@ -1,0 +1,160 @@
+"""Tiny ImageNet: 200 classes of 64 x 64 JPEGs, decoded once and kept in one file."""
+
+import hashlib
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from startsparse.data import files
+from startsparse.data.batches import Arrays
+from startsparse.data.files import File
+from startsparse.errors import UserError
+
+SIZE = 64
+FORMAT = 1  # of the cache; raise it when what is stored changes
+Listing = list[tuple[Path, int]]  # images and their labels
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Where the set lies and what it holds."""
+
+    folder: str
+    url: str
+    archive: File
+    classes: int
+    train_images: int
+    test_images: int
+
+
+TINY_IMAGENET = Spec(
+    folder="tiny-imagenet-200",
+    url="http://cs231n.stanford.edu",
+    archive=File("tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"),
+    classes=200,
+    train_images=100_000,
+    test_images=10_000,
+)
+
+
+def load(spec: Spec, root: Path, mirror: str = "") -> Arrays:
+    """The set from ``root/spec.folder``, or from the archive in ``root``, or fetched.
+
+    The test set is the part named ``val``: the labels of the part named ``test`` were never
+    published. Labels are the places of the classes in alphabetical order. The decoded pixels are
+    kept in ``root/<folder>.npz``, which is used as long as name, size and time of every image are
+    the same. Raises `UserError` where an image is missing or damaged.
+    """
+    files.unpacked(root, [spec.folder], spec.archive, spec.url, mirror)
+    folder = root / spec.folder
+    train, test = _list(folder, spec)
+    cache = root / f"{spec.folder}.npz"
+    fingerprint = _fingerprint(folder, train + test)
+    pixels = _cached(cache, fingerprint)
+    if pixels is None:
+        pixels = _decode([path for path, _ in train + test], spec.folder)
+        _keep(cache, fingerprint, pixels)
+    images = torch.from_numpy(pixels)
+    labels = torch.tensor([label for _, label in train + test], dtype=torch.int64)
+    return Arrays(
+        train=(images[: len(train)], labels[: len(train)]),
+        test=(images[len(train) :], labels[len(train) :]),
+        classes=spec.classes,
+        mean=(0.4802, 0.4481, 0.3975),
+        std=(0.2770, 0.2691, 0.2821),
+        pad=4,
+        flip=True,
+    )
+
+
+def _list(folder: Path, spec: Spec) -> tuple[Listing, Listing]:
+    """The images of the training and the test set, in a fixed order."""
+    names = sorted(_lines(folder / "wnids.txt"))
+    classes = {name: label for label, name in enumerate(names)}
+    train = [
+        (path, label)
+        for name, label in classes.items()
+        for path in sorted((folder / "train" / name / "images").glob("*.JPEG"))
+    ]
+    annotations = folder / "val" / "val_annotations.txt"
+    present = set((folder / "val" / "images").glob("*.JPEG"))
+    test = []
+    for number, line in enumerate(_lines(annotations), start=1):
+        image, name, *_ = [*line.split("\t"), ""]
+        path = folder / "val" / "images" / image
+        if name not in classes:
+            raise UserError(f"{annotations}: line {number} names an unknown class: {name!r}")
+        if path not in present:
+            raise UserError(f"{annotations}: line {number} names a missing image: {path}")
+        test.append((path, classes[name]))
+    for what, found, expected in (
+        ("classes", len(classes), spec.classes),
+        ("training images", len(train), spec.train_images),
+        ("val images", len(test), spec.test_images),
+    ):
+        if found != expected:
+            raise UserError(
+                f"{folder}: incomplete: expected {expected} {what}, found {found}; "
+                "delete the folder and run again to fetch it"
+            )
+    return train, test
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({files.reason(error)})") from error
+
+
+def _fingerprint(folder: Path, images: Listing) -> str:
+    """Changes when an image is added, removed, renamed or written again."""
+    digest = hashlib.md5(f"format {FORMAT}".encode())
+    for path, _ in images:
+        stat = path.stat()
+        line = f"\n{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}"
+        digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def _cached(cache: Path, fingerprint: str) -> np.ndarray | None:
+    """The pixels in the cache; None where there is none, or a damaged one, or of other images."""
+    try:
+        with np.load(cache, allow_pickle=False) as content:
+            if str(content["fingerprint"]) == fingerprint:
+                return content["pixels"]  # reading checks the CRC
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass
+    return None
+
+
+def _keep(cache: Path, fingerprint: str, pixels: np.ndarray) -> None:
+    try:
+        with files.replacing(cache) as file:
+            np.savez(file, fingerprint=np.array(fingerprint), pixels=pixels)
+    except OSError as error:  # a read-only folder costs time, no more
+        tqdm.write(f"{cache}: not kept ({files.reason(error)})", file=sys.stderr)
+
+
+def _decode(paths: list[Path], name: str) -> np.ndarray:
+    """uint8 [N, 64, 64, 3]. Threads are enough: PIL decodes outside the interpreter lock."""
+    pixels = np.empty((len(paths), SIZE, SIZE, 3), np.uint8)
+    with ThreadPoolExecutor() as pool:
+        images = pool.map(_pixels, paths)
+        progress = tqdm(images, total=len(paths), desc=f"decoding {name}", disable=None)
+        for row, image in enumerate(progress):
+            pixels[row] = image
+    return pixels
+
+
+def _pixels(path: Path) -> np.ndarray:
+    image = files.open_rgb(path)
+    if image.size != (SIZE, SIZE):
+        raise UserError(f"{path}: expected {SIZE} x {SIZE} pixels, found {image.size}")
+    return np.asarray(image)

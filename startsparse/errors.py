@@ -1,0 +1,28 @@
+"""Errors that a user can cause: always one line, never a traceback."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can put right. The message names the option or file and what to do."""
+
+    exit_code = 1
+
+
+class OptionError(UserError):
+    """A bad option or YAML value, found before data or CUDA is touched."""
+
+    exit_code = 2
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run ``main`` and leave the process; a `UserError` becomes one line and its exit code."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,158 @@
+"""Masks: which weights of a network exist.
+
+A mask is state of the model: a bool buffer ``weight_mask`` beside the weight of a convolution or
+linear layer. It is in the state_dict, follows ``.to()``, and is copied and replicated with the
+module. Masks are changed in place and never rebound.
+
+Weights live inside their mask. They are zero outside it when training starts, and with the
+gradients outside multiplied away (`mask_gradients`) weight decay, momentum and Adam's moments keep
+them at exactly zero, at the price of one multiply per step and of nothing in the forward pass.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from startsparse.seeding import generator
+
+SAMPLINGS = ("bernoulli", "exact")
+
+
+def sparse_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that can be sparse, name -> module, in forward order."""
+    kinds = (nn.Conv2d, nn.Linear)
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
+
+
+def masked_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """(layer name, weight, mask) of every layer that has a mask, in forward order.
+
+    Everything that reads or changes topology goes through this.
+    """
+    for name, layer in sparse_layers(model).items():
+        mask = getattr(layer, "weight_mask", None)
+        if mask is not None:
+            yield name, layer.weight, mask
+
+
+def draw_masks(
+    shapes: Mapping[str, Sequence[int]], densities: Sequence[float], seed: int, sampling: str
+) -> dict[str, Tensor]:
+    """Random (Erdos-Renyi) masks, name -> bool tensor of that shape.
+
+    Args:
+        shapes: layer name -> weight shape.
+        densities: one in [0, 1] per layer.
+        seed: the run's; a layer's draw depends on (seed, name) and on no other layer.
+        sampling: ``bernoulli`` keeps each weight independently with the layer's density;
+            ``exact`` keeps a fixed number, rounded so that the total is round(sum(p_l n_l)).
+    """
+    counts = round_to_total([p * math.prod(s) for p, s in zip(densities, shapes.values())])
+    masks = {}
+    for (name, shape), density, count in zip(shapes.items(), densities, counts):
+        source = generator(seed, f"mask/{name}")
+        if sampling == "bernoulli":
+            # float64: at densities near 1e-5 the grid of float32's random numbers would show.
+            mask = torch.rand(*shape, generator=source, dtype=torch.float64) < density
+        else:
+            mask = torch.zeros(math.prod(shape), dtype=torch.bool)
+            mask[torch.randperm(mask.numel(), generator=source)[: int(count)]] = True
+        masks[name] = mask.view(*shape)
+    return masks
+
+
+def round_to_total(expected: Sequence[float]) -> np.ndarray:
+    """Whole numbers next to ``expected`` with total round(sum): largest remainders go up."""
+    expected = np.asarray(expected, float)
+    counts = np.floor(expected).astype(int)
+    missing = round(float(expected.sum())) - counts.sum()
+    counts[np.argsort(counts - expected, kind="stable")[:missing]] += 1
+    return counts
+
+
+def attach_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Put each mask beside the weight of its layer and zero the weight outside it."""
+    layers = sparse_layers(model)
+    for name, mask in masks.items():
+        layers[name].register_buffer("weight_mask", mask.to(layers[name].weight.device))
+    keep_inside(model)
+
+
+@torch.no_grad()
+def keep_inside(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Zero what lies outside the masks: weights, and momentum and moments of the optimizer.
+
+    Needed once after every change of masks or weights; steps in between need `mask_gradients` only.
+    """
+    for _, weight, mask in masked_weights(model):
+        weight.mul_(mask)
+        if optimizer is not None:
+            for state in optimizer.state.get(weight, {}).values():
+                if torch.is_tensor(state) and state.shape == weight.shape:
+                    state.mul_(mask)
+
+
+@torch.no_grad()
+def mask_gradients(gradients: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Zero the gradients outside the masks, in place, by one foreach multiply."""
+    if gradients:
+        torch._foreach_mul_(gradients, masks)
+
+
+def kept(layer: nn.Module) -> Tensor:
+    """Bool tensor: which weights of ``layer`` take part (mask, effective weight, or all)."""
+    if hasattr(layer, "effective_weight"):
+        return layer.effective_weight().detach() != 0
+    mask = getattr(layer, "weight_mask", None)
+    return torch.ones_like(layer.weight, dtype=torch.bool) if mask is None else mask
+
+
+def density_table(model: nn.Module, requested: Mapping[str, float] | None = None) -> pd.DataFrame:
+    """One row per layer and a last one, ``total``.
+
+    Columns: layer, shape, weights, requested (density), kept, density, dead_outputs (units without
+    an incoming edge) and dead_inputs (units without an outgoing one).
+    """
+    rows = []
+    for name, layer in sparse_layers(model).items():
+        edges = kept(layer).flatten(2).sum(2) if layer.weight.dim() > 2 else kept(layer).int()
+        rows.append(
+            {
+                "layer": name,
+                "shape": "x".join(map(str, layer.weight.shape)),
+                "weights": layer.weight.numel(),
+                "requested": (requested or {}).get(name, 1.0),
+                "kept": int(edges.sum()),
+                "dead_outputs": int((edges.sum(1) == 0).sum()),
+                "dead_inputs": int((edges.sum(0) == 0).sum()),
+            }
+        )
+    table = pd.DataFrame(rows)
+    total = table[["weights", "kept", "dead_outputs", "dead_inputs"]].sum()
+    wanted = (table["requested"] * table["weights"]).sum() / total["weights"]
+    table.loc[len(table)] = {"layer": "total", "shape": "", "requested": wanted, **total}
+    table.insert(5, "density", table["kept"] / table["weights"])
+    return table
+
+
+def warnings(table: pd.DataFrame) -> list[str]:
+    """One line per thing in a `density_table` that cuts or narrows the network."""
+    layers = table[table["layer"] != "total"]
+    lines = []
+    for row in layers.itertuples():
+        expected = row.requested * row.weights
+        if row.kept == 0 or expected < 1:
+            lines.append(
+                f"{row.layer}: {expected:.2g} weights expected, {row.kept} kept of {row.weights}; "
+                "a layer without weights cuts the network here"
+            )
+    for what, side in (("dead_outputs", "incoming"), ("dead_inputs", "outgoing")):
+        dead = layers[(layers[what] > 0) & (layers["kept"] > 0)]
+        if len(dead):
+            where = ", ".join(f"{row.layer} {getattr(row, what)}" for row in dead.itertuples())
+            lines.append(f"units without an {side} edge: {where}")
+    return lines

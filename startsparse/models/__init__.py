@@ -1,0 +1,98 @@
+"""The networks, by name.
+
+All are plain modules of nn.Conv2d, nn.Linear and BatchNorm, which callers may swap in place. Two
+things are promised about these layers: `named_modules` yields them in the order in which the
+forward pass runs them, the classifier last, so that layer-wise ratios can number them; and they are
+only ever called as modules, so that a swapped layer or a hook is never bypassed.
+
+A new network is a function of keyword arguments (classes, channels, size, width) and one line in
+`MODELS`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from startsparse.errors import OptionError
+from startsparse.models import resnet
+from startsparse.models.init import INITS, init_weights
+from startsparse.models.mlp import mlp
+from startsparse.models.vgg import vgg
+
+__all__ = ["INITS", "MODELS", "RESNET_TYPES", "build", "init_weights"]
+
+Builder = Callable[..., nn.Module]
+
+MODELS: dict[str, Builder] = {
+    "resnet20": partial(resnet.thin, 20),
+    "resnet32": partial(resnet.thin, 32),
+    "resnet56": partial(resnet.thin, 56),
+    "resnet18": partial(resnet.wide, 18),
+    "resnet34": partial(resnet.wide, 34),
+    "resnet50": partial(resnet.wide, 50),
+    "vgg11": partial(vgg, 11),
+    "vgg13": partial(vgg, 13),
+    "vgg16": partial(vgg, 16),
+    "vgg19": partial(vgg, 19),
+    "mlp": mlp,
+}
+
+RESNET_TYPES: dict[str, Builder] = {
+    "large": MODELS["resnet18"],
+    "small-dense": resnet.small_dense,
+    "small-dense-inc": resnet.small_dense_inc,
+    "res50": MODELS["resnet50"],
+}
+
+_IMAGENET_MODELS: dict[str, Builder] = {
+    "resnet18": partial(resnet.imagenet, 18),
+    "resnet50": partial(resnet.imagenet, 50),
+}
+
+_IMAGENET_TYPES: dict[str, Builder] = {
+    "large": _IMAGENET_MODELS["resnet18"],
+    "res50": _IMAGENET_MODELS["resnet50"],
+}
+
+
+def build(
+    arch: str,
+    *,
+    classes: int,
+    channels: int = 3,
+    size: int = 32,
+    width: int = 0,
+    resnet_type: str = "",
+    imagenet: bool = False,
+) -> nn.Module:
+    """The network ``arch`` for images (N, channels, size, size), giving (N, classes) logits.
+
+    ``width`` is the channels of the first stage (further stages keep their ratio to it), or the
+    units of every hidden layer of the MLP; 0 is the architecture's own. A ``resnet_type`` replaces
+    ``arch``. With ``imagenet`` the network is torchvision's, made for images of about 224 pixels.
+
+    The weights are PyTorch's own, from the global random state; see `init_weights`.
+
+    Raises:
+        OptionError: an unknown name (they are in lower case), a width that is negative, missing or
+            not possible, or images that are too small or have the wrong number of channels.
+    """
+    if width < 0:
+        raise OptionError(f"--width: {width} is negative; 0 is the architecture's own")
+    if resnet_type:
+        table = _IMAGENET_TYPES if imagenet else RESNET_TYPES
+        builder = _choose("--resnet-type", resnet_type, table, imagenet)
+    else:
+        table = _IMAGENET_MODELS if imagenet else MODELS
+        builder = _choose("--arch", arch, table, imagenet)
+    return builder(classes=classes, channels=channels, size=size, width=width)
+
+
+def _choose(option: str, name: str, table: dict[str, Builder], imagenet: bool) -> Builder:
+    if name not in table:
+        where = " for ImageNet" if imagenet else ""
+        raise OptionError(
+            f"{option}: no network is called {name!r}{where}; choose from {', '.join(table)}"
+        )
+    return table[name]

@@ -1,0 +1,170 @@
+"""The options that all scripts share, as one dataclass; a script's own dataclass extends it."""
+
+import dataclasses
+import re
+from typing import Annotated
+
+from torch import nn
+
+from startsparse import masks, ratios, schedules
+from startsparse.commandline import also, choice, default_is, flag
+from startsparse.data import SETS
+from startsparse.errors import OptionError
+from startsparse.models import MODELS
+from startsparse.models.init import INITS
+
+
+@dataclasses.dataclass
+class Options:
+    """Options of every script."""
+
+    config: Annotated[str, default_is("configs/<set>.yaml, if there")] = ""
+    """YAML file with options; the command line wins"""
+    name: Annotated[str, default_is("the network and its density")] = ""
+    """Name of the run"""
+    seed: int = 1
+    """Seed of every random draw: split, weights, masks, order and augmentation of the data"""
+    log_dir: str = "runs"
+    """Folder that holds the run folders: <log-dir>/<config>/<name>/seed-<seed>"""
+    result_dir: str = "results"
+    """Folder of results.csv, which gets one line per finished run"""
+    resume: Annotated[str, default_is("a new run")] = ""
+    """Continue a run: its folder, or auto for the newest one with these options' name and seed"""
+    evaluate: bool = False
+    """Do not train: print the accuracies of the best weights of the run that --resume names"""
+    save_every: int = 0
+    """Also save a checkpoint every so many steps (0: after each epoch)"""
+
+    set: choice(SETS) = "digits"
+    """Data set"""
+    data: Annotated[str, default_is("$STARTSPARSE_DATA, else ./data")] = ""
+    """Folder of the data sets"""
+    mirror: Annotated[str, default_is("none")] = ""
+    """URL of a folder to download from instead of the data set's own site"""
+    valid_split: float = 0.1
+    """Share of the training set held out for validation"""
+    workers: int = 4
+    """Processes that decode images (imagenet only; small sets are held on the device)"""
+
+    arch: choice(MODELS) = "resnet20"
+    """Network"""
+    width: int = 0
+    """Channels of the first stage, or units of an mlp's hidden layers (0: the network's own)"""
+    init: choice(INITS) = "kaiming_normal"
+    """Initialisation of the weights"""
+
+    er_sparse_method: choice(ratios.METHODS, ratios.ALIASES) = "balanced"
+    """Layer-wise ratio of the random mask; network: the ratio of --er-sparsity-file"""
+    er_sparse_init: float = 0.2
+    """Density of the random mask, in (0, 1]: kept weights of all weights"""
+    er_sparsity_file: Annotated[str, default_is("none")] = ""
+    """Run folder, checkpoint or JSON of layer densities that --er-sparse-method network copies"""
+    er_budget: choice(ratios.BUDGETS) = "exact"
+    """exact: the density asked for; clip: the clipped, lower one of the paper's research code"""
+    er_sampling: choice(masks.SAMPLINGS) = "bernoulli"
+    """bernoulli: each weight is drawn by itself; exact: a fixed number of weights per layer"""
+    first_layer_dense: bool = False
+    """Keep the first layer dense; its weights count towards the density"""
+    last_layer_dense: bool = False
+    """Keep the last layer dense; its weights count towards the density"""
+
+    epochs: int = 160
+    """Epochs of the final training"""
+    batch_size: Annotated[int, also("-b")] = 256
+    """Images per step"""
+    optimizer: choice(("sgd", "adam")) = "sgd"
+    """Optimizer"""
+    lr: float = 0.1
+    """Learning rate, before its schedule"""
+    lr_min: float = 0.0
+    """Learning rate at the end of a cosine; multistep does not go below it"""
+    lr_policy: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "cosine"
+    """Schedule of the final training; multistep divides by 10 at 1/2 and 3/4"""
+    warmup_length: int = 0
+    """First epochs of every training in which the learning rate rises linearly"""
+    weight_decay: Annotated[float, also("--wd")] = 1e-4
+    """Weight decay"""
+    no_bn_decay: bool = False
+    """No weight decay on the parameters of BatchNorm"""
+    momentum: float = 0.9
+    """Momentum of SGD"""
+    nesterov: bool = False
+    """Nesterov momentum"""
+    label_smoothing: float = 0.0
+    """Label smoothing of the training loss, in [0, 1)"""
+    clip_norm: float = 0.0
+    """Clip the norm of the gradients inside the masks (0: do not)"""
+    select: choice(("best", "last")) = "best"
+    """Weights that are tested: those of the best validation epoch, or of the last epoch"""
+
+    multigpu: Annotated[str, default_is("the first, if there is one")] = ""
+    """GPUs, as in 0,1; several train by DataParallel"""
+    amp: choice(("auto", "bf16", "off")) = "auto"
+    """bf16 autocast; auto: on GPUs that have it"""
+    compile: bool = False
+    """torch.compile the network"""
+
+    def default_name(self) -> str:
+        """Name of a run that was given none."""
+        return f"{self.arch}-{self.er_sparse_method}-{self.er_sparse_init:g}"
+
+    def decay(self, module: nn.Module, parameter: str) -> float:  # noqa: ARG002
+        """Weight decay of a parameter of ``module``."""
+        bare = self.no_bn_decay and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        return 0.0 if bare else self.weight_decay
+
+    def check(self) -> None:
+        """Raise `OptionError` for values that cannot be meant; names the option."""
+        require_range(self, "er_sparse_init", low=0, high=1, open_low=True)
+        require_range(self, "valid_split", low=0, high=1, open_high=True)
+        require_range(self, "label_smoothing", low=0, high=1, open_high=True)
+        require_range(self, "momentum", low=0, high=1, open_high=True)
+        require_range(self, "lr", low=0, open_low=True)
+        for name in ("batch_size", "epochs"):
+            require_range(self, name, low=1)
+        for name in (
+            "lr_min",
+            "weight_decay",
+            "clip_norm",
+            "warmup_length",
+            "width",
+            "workers",
+            "save_every",
+        ):
+            require_range(self, name, low=0)
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise OptionError("--nesterov: needs --optimizer sgd and a --momentum above 0")
+        if self.valid_split == 0 and self.select == "best":
+            raise OptionError("--valid-split: 0 leaves nothing to choose by; add --select last")
+        if not re.fullmatch(r"(\d+(,\d+)*)?", self.multigpu):
+            raise OptionError(f"--multigpu: '{self.multigpu}' is no list of GPUs such as 0 or 0,1")
+        if self.compile and "," in self.multigpu:
+            raise OptionError("--compile: works on one device; name one GPU in --multigpu")
+        if self.evaluate and not self.resume:
+            raise OptionError("--evaluate: name the run to evaluate with --resume")
+        if (self.er_sparse_method == "network") != bool(self.er_sparsity_file):
+            raise OptionError(
+                "--er-sparsity-file: goes with --er-sparse-method network (or str-induced-er), and "
+                "that method needs it"
+            )
+
+
+def require_range(
+    options: Options,
+    name: str,
+    *,
+    low: float,
+    high: float = float("inf"),
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
+    """Raise `OptionError` unless low <= value <= high; an open end is excluded (NaN always)."""
+    value = getattr(options, name)
+    inside = (value > low if open_low else value >= low) and (
+        value < high if open_high else value <= high
+    )
+    if not inside:
+        bounds = [f"above {low}" if open_low else f"at least {low}"]
+        if high != float("inf"):
+            bounds.append(f"below {high}" if open_high else f"at most {high}")
+        raise OptionError(f"{flag(name)}: {value} should be {' and '.join(bounds)}")

@@ -1,0 +1,42 @@
+"""Devices: which to use, and a network on several of them."""
+
+import logging
+
+import torch
+from torch import nn
+
+from startsparse.errors import UserError
+
+log = logging.getLogger("startsparse")
+
+
+def choose_devices(multigpu: str) -> list[torch.device]:
+    """The devices of ``--multigpu``: GPUs as in "0,1"; "" is the first GPU, if there is one.
+
+    Without CUDA it is the CPU, which is said where GPUs were named.
+
+    Raises:
+        UserError: a GPU that this machine does not have.
+    """
+    if not torch.cuda.is_available():
+        if multigpu:
+            log.info("--multigpu %s: there is no CUDA here, the CPU is used", multigpu)
+        return [torch.device("cpu")]
+    indices = [int(index) for index in (multigpu or "0").split(",")]
+    for index in indices:
+        if index >= torch.cuda.device_count():
+            have = f"0 to {torch.cuda.device_count() - 1}"
+            raise UserError(f"--multigpu: there is no GPU {index} here; name some of {have}")
+    return [torch.device("cuda", index) for index in dict.fromkeys(indices)]
+
+
+def parallel(model: nn.Module, devices: list[torch.device]) -> nn.Module:
+    """``model``, or DataParallel around it where there are several devices."""
+    return nn.DataParallel(model, [d.index for d in devices]) if len(devices) > 1 else model
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """The autocast context of ``--amp``: bf16, off, or auto (bf16 on GPUs that have it)."""
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")

@@ -1,0 +1,145 @@
+"""Runs -> pictures and tables.
+
+``python -m startsparse.report results.csv --by conv_type er_sparse_init`` prints one row per
+setting: mean over seeds and 95 % confidence interval.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import tyro
+from scipy import stats
+
+from startsparse.checkpoint import atomic
+from startsparse.errors import OptionError, run_script
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def plot_run(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
+    """A PNG of a run: loss, accuracy and density over the epochs, and the density per layer.
+
+    Args:
+        epochs: the rows of epochs.csv.
+        layers: a `startsparse.masks.density_table`.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    loss, accuracy, density, per_layer = axes.flat
+    x = epochs["epoch"]
+    for axis, what, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
+        axis.plot(x, scale * epochs[f"train_{what}"], ".-", label="training")
+        axis.plot(x, scale * epochs[f"valid_{what}"], ".-", label="validation")
+        axis.legend()
+    loss.set(xlabel="epoch", ylabel="cross-entropy", title="Loss", ylim=(0, None))
+    accuracy.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
+    density.plot(x, epochs["density"], ".-", color="tab:green")
+    density.set(xlabel="epoch", ylabel="kept / all weights", title="Density", ylim=(0, None))
+    for axis in (loss, accuracy, density):
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    rows = layers[layers["layer"] != "total"]
+    places = np.arange(len(rows))
+    per_layer.bar(places, rows["density"], color="tab:blue", label="realised")
+    per_layer.plot(places, rows["requested"], "_", color="black", ms=9, label="requested at start")
+    per_layer.set_xticks(places, rows["layer"], rotation=90, fontsize=6)
+    per_layer.set(ylabel="density", title="Density per layer", ylim=(0, 1.2))
+    per_layer.legend(loc="upper center", ncols=2)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+
+
+def summary(layers: pd.DataFrame, result: dict[str, float], seconds: float) -> dict[str, float]:
+    """What a finished run is remembered by: summary.json and its line in results.csv.
+
+    Args:
+        layers: `startsparse.masks.density_table` of the tested weights.
+        result: of `startsparse.trainer.Trainer.test`.
+    """
+    total = layers.iloc[-1]
+    return {
+        "requested": float(total["requested"]),
+        "density": float(total["density"]),
+        "weights": int(total["weights"]),
+        "kept": int(total["kept"]),
+        **result,
+        "seconds": round(seconds, 1),
+    }
+
+
+def text(summary: dict[str, float], folder: Path) -> str:
+    """A `summary` for people."""
+    rows = {
+        "requested density": f"{summary['requested']:.4f}",
+        "realised density": f"{summary['density']:.4f}",
+        "weights kept": f"{summary['kept']:,} of {summary['weights']:,}",
+        "validation accuracy": f"{100 * summary['valid_accuracy']:.2f} % in epoch "
+        f"{summary['epoch']}",
+        "test accuracy": f"{100 * summary['test_accuracy']:.2f} %",
+        "seconds": f"{summary['seconds']:.0f}",
+        "run folder": str(folder),
+        "picture": str(folder / "curves.png"),
+    }
+    return "\n".join(["", *(f"{name:<20} {value}" for name, value in rows.items())])
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95 % confidence interval of a mean (Student's t); NaN for a single value."""
+    n = len(values)
+    return stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
+
+
+def summarise(results: pd.DataFrame, by: Sequence[str], of: Sequence[str]) -> pd.DataFrame:
+    """One row per setting ``by``: number of runs, and mean and 95 % half-width of each ``of``."""
+    columns = {"runs": (of[0], "size")}
+    for name in of:
+        columns[name] = (name, "mean")
+        columns[f"{name}_ci95"] = (name, half_width)
+    return results.groupby(list(by), dropna=False, sort=False).agg(**columns).reset_index()
+
+
+def markdown(table: pd.DataFrame, of: Sequence[str], digits: int = 4) -> str:
+    """A `summarise`-d table as Markdown, ``mean ± half-width`` in one cell."""
+    shown = table.drop(columns=[f"{name}_ci95" for name in of])
+    for name in of:
+        shown[name] = [
+            f"{mean:.{digits}f}" + ("" if np.isnan(ci) else f" ± {ci:.{digits}f}")
+            for mean, ci in zip(table[name], table[f"{name}_ci95"])
+        ]
+    lines = [list(shown.columns), ["---"] * len(shown.columns), *shown.astype(str).values.tolist()]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+@dataclasses.dataclass
+class ReportOptions:
+    """Mean and 95 % confidence interval over the seeds of each setting."""
+
+    results: Annotated[Path, tyro.conf.Positional]
+    """results.csv, as the scripts write it"""
+    by: tuple[str, ...] = ("name",)
+    """Columns that make a setting"""
+    of: tuple[str, ...] = ("density", "valid_accuracy", "test_accuracy")
+    """Columns to average"""
+    digits: int = 4
+    """Digits after the point"""
+
+
+def main() -> None:
+    """Print the table."""
+    options = tyro.cli(ReportOptions)
+    if not options.results.exists():
+        raise OptionError(f"results: {options.results} does not exist")
+    results = pd.read_csv(options.results)
+    for column in (*options.by, *options.of):
+        if column not in results:
+            raise OptionError(f"--by, --of: {options.results} has no column '{column}'")
+    print(markdown(summarise(results, options.by, options.of), options.of, options.digits))
+
+
+if __name__ == "__main__":
+    run_script(main)

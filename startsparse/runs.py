@@ -1,0 +1,245 @@
+"""Run folders: what was run, with what, and what came of it.
+
+<log-dir>/<config>/<name>/seed-<seed>/
+    options.yaml      every option; --config options.yaml repeats the run
+    environment.json  versions, git state, machine, command line
+    log.txt           what was said
+    checkpoint.pt     the run as it stands; best.pt: weights of the best validation epoch
+    epochs.csv        one row per epoch; tensorboard/ shows the same
+    density.csv       one row per layer; layers.json: the same for --er-sparsity-file
+    curves.png        curves, and the density per layer
+    summary.json      the result; a run that has it is finished
+"""
+
+import dataclasses
+import fcntl
+import json
+import logging
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torchvision
+from tqdm import tqdm
+
+import startsparse
+from startsparse.checkpoint import atomic, write_text
+from startsparse.commandline import flag, read_yaml, run_folder, write_yaml
+from startsparse.errors import OptionError, UserError
+from startsparse.options import Options
+
+log = logging.getLogger("startsparse")
+
+# Options that a resumed run may be given anew: they do not change what is computed.
+FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
+FREE |= {"workers", "multigpu", "compile"}
+
+
+class Run:
+    """The folder of one run, held by this process until it ends."""
+
+    def __init__(self, folder: Path, options: Options):
+        self.folder, self.options = folder, options
+        self._board = None
+        self._lock = (folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--resume: {folder} is in use by another process") from None
+        _log_to(folder / "log.txt")
+
+    @property
+    def summary(self) -> dict | None:
+        """The result of a finished run, else None."""
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def record(self, history: list[dict], watched: dict[str, float]) -> None:
+        """Write epochs.csv and show the newest epoch, and ``watched``, in TensorBoard."""
+        self.write_epochs(history)
+        row = history[-1]
+        log.info(
+            "epoch %3d  %s  loss %.4f  train %.2f %%  valid %.2f %%  density %.4f  %.0f s",
+            row["epoch"],
+            row["phase"],
+            row["train_loss"],
+            100 * row["train_accuracy"],
+            100 * row["valid_accuracy"],
+            row["density"],
+            row["seconds"],
+        )
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._board = SummaryWriter(self.folder / "tensorboard", purge_step=row["epoch"])
+        for name, value in {**row, **watched}.items():
+            if isinstance(value, int | float) and name != "epoch" and not math.isnan(value):
+                self._board.add_scalar(name, value, row["epoch"])
+        self._board.flush()
+
+    def write_epochs(self, history: list[dict]) -> None:
+        """Write epochs.csv."""
+        self.write_table("epochs.csv", pd.DataFrame(history))
+
+    def write_table(self, name: str, table: pd.DataFrame) -> None:
+        """Write a table of the run folder as CSV, whole or not at all."""
+        write_text(self.folder / name, table.to_csv(index=False))
+
+    def write_json(self, name: str, content: dict) -> None:
+        """Write JSON into the run folder, whole or not at all."""
+        write_text(self.folder / name, json.dumps(content, indent=1) + "\n")
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write summary.json and add the run to <result-dir>/results.csv."""
+        options = {name: _cell(v) for name, v in dataclasses.asdict(self.options).items()}
+        append_row(
+            Path(self.options.result_dir) / "results.csv",
+            {"run": str(self.folder), **summary, **options},
+        )
+        self.write_json("summary.json", summary)
+
+
+def find_run(options: Options) -> Path | None:
+    """The folder of the run that --resume names; None if a new one is to be made.
+
+    Raises:
+        OptionError: it does not exist, or was started with other options.
+    """
+    if not options.resume:
+        return None
+    folder = _newest(_base(options)) if options.resume == "auto" else run_folder(options.resume)
+    if folder is not None:
+        saved = read_yaml(type(options), folder / "options.yaml")
+        for name, value in dataclasses.asdict(saved).items():
+            if name not in FREE and getattr(options, name) != value:
+                raise OptionError(
+                    f"{flag(name)}: {getattr(options, name)}, but the run in {folder} was started "
+                    f"with {value}"
+                )
+    return folder
+
+
+def open_run(options: Options, folder: Path | None = None) -> Run:
+    """The run in ``folder``, or a new one."""
+    if folder is not None:
+        return Run(folder, options)
+    run = Run(_create(_base(options)), options)
+    run.write_json("environment.json", environment())
+    write_text(run.folder / "options.yaml", write_yaml(options))
+    return run
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git state, machine and command line."""
+    here = Path(startsparse.__file__).parent
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "startsparse": startsparse.__version__,
+        "git_commit": _git(here, "rev-parse", "HEAD"),
+        "git_changes": _git(here, "status", "--porcelain").splitlines(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "machine": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a CSV file that several processes may write; new columns are welcome.
+
+    A row with the same ``run`` is replaced: a run has one result.
+    """
+    with locked(path):
+        table = pd.read_csv(path) if path.exists() else pd.DataFrame({"run": []})
+        table = table[table["run"] != row["run"]]
+        new = pd.DataFrame([row])
+        table = pd.concat([table, new]) if len(table) else new
+        with atomic(path) as temporary:
+            table.to_csv(temporary, index=False)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file beside ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _base(options: Options) -> Path:
+    config = Path(options.config).stem if options.config else options.set
+    name = options.name or options.default_name()
+    return Path(options.log_dir) / config / name / f"seed-{options.seed}"
+
+
+def _newest(base: Path) -> Path | None:
+    numbered = [
+        (int(p.name.removeprefix(base.name + "-")), p)
+        for p in base.parent.glob(f"{base.name}-*")
+        if p.name.removeprefix(base.name + "-").isdigit()
+    ]
+    if numbered:
+        return max(numbered)[1]
+    return base if base.exists() else None
+
+
+def _create(base: Path) -> Path:
+    """``base``, or with -2, -3 ... where that exists: no run ever overwrites another."""
+    base.parent.mkdir(parents=True, exist_ok=True)
+    folder, number = base, 1
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = base.with_name(f"{base.name}-{number}")
+
+
+def _cell(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else value
+
+
+def _git(folder: Path, *command: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+class _Console(logging.Handler):
+    """Lines to standard output, between the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))
+
+
+def _log_to(path: Path) -> None:
+    for handler in list(log.handlers):
+        if isinstance(handler, logging.FileHandler):
+            log.removeHandler(handler)
+            handler.close()
+    file = logging.FileHandler(path)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(file)
+
+
+log.setLevel(logging.INFO)
+log.propagate = False
+if not log.handlers:
+    log.addHandler(_Console())

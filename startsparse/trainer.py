@@ -1,0 +1,284 @@
+"""The training of a run: phases of epochs, from the first step to the tested weights.
+
+A run is a list of phases (warm-up, pruning levels, final training), each with a learning-rate
+schedule of its own. Everything that the run has become is in its checkpoint: weights, masks,
+optimizer, place, history, best epoch. All randomness derives from the place, so a run that was
+stopped anywhere and resumed is, to the bit, the run that was not.
+"""
+
+import dataclasses
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+from torch import nn
+
+from startsparse import checkpoint, parallel, schedules
+from startsparse.data import Data
+from startsparse.errors import UserError
+from startsparse.masks import density_table
+from startsparse.options import Options
+from startsparse.runs import Run
+from startsparse.training import evaluate, means, new_sums, train_epoch
+
+log = logging.getLogger("startsparse")
+
+
+class Interrupted(UserError):
+    """The run was asked to stop and has saved its checkpoint."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Some epochs under one learning-rate schedule."""
+
+    name: str
+    epochs: int
+    lr_policy: str
+    lr_min: float = 0.0
+    then: Callable[[], None] = lambda: None  # done once, after the last epoch
+
+
+@dataclasses.dataclass
+class Place:
+    """Where a run stands: the next step is step ``step`` of epoch ``epoch`` of phase ``phase``."""
+
+    phase: int = 0
+    epoch: int = 0
+    step: int = 0
+
+
+def make_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    """SGD or Adam; parameters with a weight decay of their own come in groups of their own.
+
+    ``options.decay(module, parameter name)`` says how much each parameter decays.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            groups.setdefault(options.decay(module, name), []).append(parameter)
+    parameters = [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
+    if options.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=options.lr, fused=True)
+    momentum = {"momentum": options.momentum, "nesterov": options.nesterov}
+    return torch.optim.SGD(parameters, lr=options.lr, fused=True, **momentum)
+
+
+class Trainer:
+    """A network in training, and all that its checkpoint holds.
+
+    Attributes:
+        place: where the run stands.
+        history: one dict per finished epoch, the rows of epochs.csv.
+        best: place and validation accuracy of the best epoch of this phase.
+        seconds: time trained, over all resumptions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        options: Options,
+        run: Run,
+        devices: list[torch.device],
+        watch: Callable[[], dict[str, float]] = dict,
+    ):
+        self.model, self.data, self.options, self.run = model, data, options, run
+        self.device = devices[0]
+        self.forward = parallel.parallel(model, devices)
+        if options.compile:
+            self.forward = torch.compile(self.forward)
+        self.autocast = parallel.autocast(self.device, options.amp)
+        self.optimizer = make_optimizer(model, options)
+        self.watch = watch
+        self.place, self.sums = Place(), new_sums(self.device)
+        self.history: list[dict] = []
+        self.best: dict = {}
+        self.seconds = 0.0
+        self._clock = time.monotonic()
+        self._stop = 0
+
+    @property
+    def _path(self):
+        return self.run.folder / "checkpoint.pt"
+
+    def save(self) -> None:
+        """Write checkpoint.pt, whole or not at all."""
+        self.seconds += time.monotonic() - self._clock
+        self._clock = time.monotonic()
+        checkpoint.save(
+            self._path,
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "place": dataclasses.asdict(self.place),
+                "sums": self.sums,
+                "history": self.history,
+                "best": self.best,
+                "seconds": self.seconds,
+            },
+        )
+
+    def load(self) -> None:
+        """Continue from checkpoint.pt, if the run folder has one."""
+        if not self._path.exists():
+            return
+        state = checkpoint.load(self._path, self.device)
+        checkpoint.load_model(self.model, state, self._path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.place = Place(**state["place"])
+        self.sums = state["sums"]
+        self.history, self.best, self.seconds = state["history"], state["best"], state["seconds"]
+        self.run.write_epochs(self.history)
+        log.info("resumed at epoch %d, step %d", len(self.history) + 1, self.place.step + 1)
+
+    def run_phases(self, phases: list[Phase]) -> None:
+        """Train through ``phases``, from the place where the run stands.
+
+        Raises:
+            Interrupted: on SIGINT or SIGTERM, after a checkpoint was saved.
+            NonFiniteLoss: the last good checkpoint stays.
+        """
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._clock = time.monotonic()
+        try:
+            while self.place.phase < len(phases):
+                phase = phases[self.place.phase]
+                if self.options.warmup_length > phase.epochs:
+                    log.warning(
+                        "warning: --warmup-length: %d epochs, but %s has %d: --lr is not reached",
+                        self.options.warmup_length,
+                        phase.name,
+                        phase.epochs,
+                    )
+                while self.place.epoch < phase.epochs:
+                    self._epoch(phase)
+                phase.then()
+                if self.place.phase + 1 == len(phases):
+                    return
+                self._start(self.place.phase + 1)
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+
+    def load_selected(self) -> None:
+        """Put the weights of the selected epoch in place."""
+        name = "best.pt" if self.options.select == "best" else "checkpoint.pt"
+        path = self.run.folder / name
+        checkpoint.load_model(self.model, checkpoint.load(path, self.device), path)
+
+    @property
+    def epochs(self) -> pd.DataFrame:
+        """The history as a table: epochs.csv."""
+        return pd.DataFrame(self.history)
+
+    def test(self) -> dict[str, float]:
+        """Put the selected weights in place and use the test set, once.
+
+        Returns:
+            epoch, valid_accuracy, test_accuracy and test_loss of the selected weights.
+        """
+        self.load_selected()
+        chosen = self.best if self.options.select == "best" else self.history[-1]
+        test = self.evaluate(self.data.test)
+        return {
+            "epoch": chosen["epoch"],
+            "valid_accuracy": chosen["valid_accuracy"],
+            "test_accuracy": test["accuracy"],
+            "test_loss": test["loss"],
+        }
+
+    def evaluate(self, batches) -> dict[str, float]:
+        """Loss and accuracy of the network as it is; NaN where there are no examples."""
+        if not batches.examples:
+            return {"loss": math.nan, "accuracy": math.nan}
+        return evaluate(self.model, self.forward, batches, self.autocast, self.device)
+
+    def _start(self, index: int) -> None:
+        """Begin phase ``index``: the schedule, the momentum and the search for the best anew."""
+        self.place = Place(phase=index)
+        self.optimizer = make_optimizer(self.model, self.options)
+        self.sums, self.best = new_sums(self.device), {}
+        self.save()
+
+    def _epoch(self, phase: Phase) -> None:
+        options, place, steps = self.options, self.place, len(self.data.train)
+        first = place.epoch * steps
+        rates = [
+            schedules.learning_rate(
+                phase.lr_policy,
+                first + step,
+                phase.epochs * steps,
+                start=options.lr,
+                end=phase.lr_min,
+                warmup=options.warmup_length * steps,
+            )
+            for step in range(steps)
+        ]
+        train_epoch(
+            self.model,
+            self.forward,
+            self.data.train,
+            self.optimizer,
+            rates.__getitem__,
+            # Numbered through the run, so that no phase repeats the order of another.
+            epoch=len(self.history),
+            start=place.step,
+            sums=self.sums,
+            autocast=self.autocast,
+            label_smoothing=options.label_smoothing,
+            clip_norm=options.clip_norm,
+            title=f"{phase.name} {place.epoch + 1}/{phase.epochs}",
+            after_step=self._after_step,
+        )
+        trained, valid = means(self.sums), self.evaluate(self.data.valid)
+        total = density_table(self.model).iloc[-1]
+        row = {
+            "epoch": len(self.history) + 1,
+            "phase": phase.name,
+            "lr": rates[-1],
+            "train_loss": trained["loss"],
+            "train_accuracy": trained["accuracy"],
+            "valid_loss": valid["loss"],
+            "valid_accuracy": valid["accuracy"],
+            "density": float(total["density"]),
+            "seconds": self.seconds + time.monotonic() - self._clock,
+        }
+        self.history.append(row)
+        # Of equal epochs the later one: networks that are still getting sparser end sparser.
+        if valid["accuracy"] >= self.best.get("valid_accuracy", 0):
+            self.best = {"epoch": row["epoch"], "valid_accuracy": valid["accuracy"]}
+            checkpoint.save(self.run.folder / "best.pt", {"model": self.model.state_dict()})
+        self.place = Place(place.phase, place.epoch + 1, 0)
+        self.sums = new_sums(self.device)
+        self.save()
+        self.run.record(self.history, self.watch())
+        if self._stop:
+            self._interrupt()
+
+    def _after_step(self, done: int) -> None:
+        every = self.options.save_every
+        if done < len(self.data.train) and (self._stop or (every and done % every == 0)):
+            self.place.step = done
+            self.save()
+            if self._stop:
+                self._interrupt()
+
+    def _on_signal(self, signum: int, _frame: object) -> None:
+        self._stop = signum
+        signal.signal(signum, signal.SIG_DFL)  # a second one stops at once
+
+    def _interrupt(self) -> None:
+        where = f"epoch {len(self.history) + 1}, step {self.place.step + 1}"
+        name = signal.Signals(self._stop).name
+        raise Interrupted(
+            self._stop, f"stopped by {name} before {where}; --resume {self.run.folder} continues"
+        )

@@ -1,0 +1,522 @@
+"""STR/main.py from end to end: every kind of layer, resume to the bit, options that take effect."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from startsparse import checkpoint, er, masks
+from startsparse.errors import OptionError, UserError
+from startsparse.trainer import Trainer
+from startsparse.training import NonFiniteLoss
+from STR import main as script
+from STR.options import CONV_TYPES
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--arch", "resnet20", "--width", "4", "--epochs", "2", "--batch-size", "256"]
+MLP = ["--arch", "mlp", "--width", "16", "--epochs", "1", "--batch-size", "256"]
+# s that gives a threshold among the weights, so that STR prunes from the first step on
+SOFT = ["--sInit-value", "-3"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run STR/main.py in this process; returns the run folder."""
+
+    def run(*argv, where="a"):
+        folders = ["--log-dir", f"{tmp_path / where}/runs", "--result-dir", f"{tmp_path / where}"]
+        script.main([*argv, *folders])
+        return newest(tmp_path / where)
+
+    return run
+
+
+def newest(where: Path) -> Path:
+    return max((where / "runs").glob("*/*/seed-*"), key=lambda path: path.stat().st_mtime)
+
+
+def weights(folder: Path, name="checkpoint.pt") -> dict[str, torch.Tensor]:
+    return checkpoint.load(folder / name)["model"]
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two runs are the same to the bit: weights, optimizer, history, best, result."""
+    a, b = (checkpoint.load(folder / "checkpoint.pt") for folder in (one, other))
+    flat = [
+        torch.utils._pytree.tree_leaves((s["model"], s["optimizer"], s["best"])) for s in (a, b)
+    ]
+    if len(flat[0]) != len(flat[1]):
+        return False
+    equal = all(
+        torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(*flat, strict=True)
+    )
+    best = [weights(folder, "best.pt") for folder in (one, other)]
+    equal &= all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+    epochs = [pd.read_csv(f / "epochs.csv").drop(columns="seconds") for f in (one, other)]
+    results = [json.loads((f / "summary.json").read_text()) for f in (one, other)]
+    for result in results:
+        result.pop("seconds")
+    return equal and epochs[0].equals(epochs[1]) and results[0] == results[1]
+
+
+@pytest.mark.parametrize("conv_type", CONV_TYPES)
+def test_every_conv_type_trains_and_stays_inside_its_mask(run, conv_type):
+    stepped = []
+
+    def look(optimizer, *_):
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for model in models:
+            for _, weight, mask in masks.masked_weights(model):
+                assert id(weight) in owned
+                assert (weight[~mask] == 0).all()
+                assert (optimizer.state[weight]["momentum_buffer"][~mask] == 0).all()
+            stepped.append(sum(1 for _ in masks.masked_weights(model)))
+
+    models, build = [], script.network
+    hook = register_optimizer_step_post_hook(look)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+
+            def network(*args):
+                model, requested = build(*args)
+                models.append(model)
+                return model, requested
+
+            patch.setattr(script, "network", network)
+            folder = run("--conv-type", conv_type, *TINY, *SOFT)
+    finally:
+        hook.remove()
+    assert len(stepped) == 2 * 6
+    assert set(stepped) == {22 if conv_type in ("ConvMask", "STRConvER") else 0}
+    result = json.loads((folder / "summary.json").read_text())
+    dense = conv_type == "DenseConv"
+    assert (result["density"] == 1) == dense
+    assert result["requested"] == pytest.approx(
+        0.2 if "Mask" in conv_type or "ER" in conv_type else 1
+    )
+    for name in (
+        "options.yaml",
+        "environment.json",
+        "log.txt",
+        "epochs.csv",
+        "density.csv",
+        "layers.json",
+        "curves.png",
+        "best.pt",
+        "checkpoint.pt",
+    ):
+        assert (folder / name).stat().st_size > 0
+    assert list((folder / "tensorboard").iterdir())
+    assert (folder / "dense_weights.pt").exists() == conv_type.startswith("STR")
+    results = pd.read_csv(folder.parents[3] / "results.csv")
+    assert len(results) == 1
+    assert results.loc[0, "test_accuracy"] == result["test_accuracy"]
+    assert results.loc[0, "conv_type"] == conv_type
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+@pytest.mark.parametrize("conv_type", CONV_TYPES)
+@pytest.mark.parametrize("saves", [1, 5])
+def test_resumed_equals_uninterrupted(run, monkeypatch, conv_type, saves):
+    """Gone after the first save (within an epoch) or the fifth (best.pt written, later step)."""
+    argv = ["--conv-type", conv_type, *TINY, *SOFT, "--save-every", "4"]
+    whole = run(*argv, where="whole")
+    done, save = [], Trainer.save
+
+    def crash(trainer):
+        save(trainer)
+        done.append(1)
+        if len(done) == saves:
+            raise Crash
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Trainer, "save", crash)
+        run(*argv, "--threshold-list", where="parts")
+    parts = run(*argv, "--resume", "auto", where="parts")
+    assert len(list(parts.parent.iterdir())) == 1
+    assert same(whole, parts)
+
+
+def test_resume_over_pruning_levels(run, monkeypatch):
+    argv = [*MLP, "--threshold-list", "0.1", "0.05", "--final_prune_epoch", "1"]
+    whole = run(*argv, where="whole")
+    for saves in (1, 2, 3, 4):  # after an epoch, after a pruning, ...
+        done, save = [], Trainer.save
+
+        def crash(trainer, done=done, save=save, saves=saves):
+            save(trainer)
+            done.append(1)
+            if len(done) == saves:
+                raise Crash
+
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(Trainer, "save", crash)
+            run(*argv, where=f"parts{saves}")
+        assert same(whole, run(*argv, "--resume", "auto", where=f"parts{saves}"))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path, signum):
+    argv = [*TINY, "--epochs", "3", "--save-every", "1"]
+    whole = run(*argv, where="whole")
+    folders = ["--log-dir", str(tmp_path / "b/runs"), "--result-dir", str(tmp_path / "b")]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "STR/main.py", *argv, *folders],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list((tmp_path / "b").rglob("checkpoint.pt")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert errors.count("\n") == 1
+    assert "continues" in errors
+    folder = newest(tmp_path / "b")
+    assert len(pd.read_csv(folder / "epochs.csv")) < 3 if (folder / "epochs.csv").exists() else True
+    script.main(["--resume", str(folder), "--result-dir", str(tmp_path / "b")])
+    assert same(whole, folder)
+
+
+def test_one_seed_is_one_run_and_another_seed_another(run):
+    one, again = (run(*TINY, where=where) for where in "ab")
+    other = run(*TINY, "--seed", "2", where="c")
+    assert same(one, again)
+    assert not torch.equal(weights(one)["fc.weight"], weights(other)["fc.weight"])
+
+
+def test_options_yaml_repeats_the_run(run):
+    first = run(*MLP, "--lr", "0.03", "--threshold-list", "0.1", "--final_prune_epoch", "1")
+    again = run("--config", str(first / "options.yaml"), where="b")
+    assert same(first, again)
+
+
+def test_runs_never_overwrite_each_other(run, tmp_path):
+    first = run(*MLP)
+    second = run(*MLP)
+    assert (first.name, second.name) == ("seed-1", "seed-1-2")
+    assert len(pd.read_csv(tmp_path / "a/results.csv")) == 2
+
+
+def test_a_finished_run_is_not_trained_again(run, monkeypatch, tmp_path):
+    folder = run(*MLP)
+    before = (folder / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(Trainer, "run_phases", lambda *_: pytest.fail("trained again"))
+    run(*MLP, "--resume", "auto")
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert len(pd.read_csv(tmp_path / "a/results.csv")) == 1
+
+
+def test_resume_with_other_options_is_refused(run):
+    folder = run(*MLP)
+    with pytest.raises(OptionError, match=r"--lr: 0.3, but the run in .* was started with 0.1"):
+        run(*MLP, "--lr", "0.3", "--resume", str(folder))
+
+
+def test_evaluate_reproduces_the_accuracies(run, caplog):
+    folder = run(*TINY)
+    result = json.loads((folder / "summary.json").read_text())
+    script.log.propagate = True
+    try:
+        run("--evaluate", "--resume", str(folder))
+    finally:
+        script.log.propagate = False
+    said = [record.getMessage() for record in caplog.records]
+    assert f"valid accuracy {100 * result['valid_accuracy']:.2f} %" in said
+    assert f"test accuracy {100 * result['test_accuracy']:.2f} %" in said
+
+
+def test_the_test_set_is_used_once_and_at_the_best_epoch(run, monkeypatch):
+    seen = []
+    evaluate = Trainer.evaluate
+
+    def watch(trainer, batches):
+        seen.append("test" if batches is trainer.data.test else "valid")
+        return evaluate(trainer, batches)
+
+    monkeypatch.setattr(Trainer, "evaluate", watch)
+    folder = run(*TINY, "--epochs", "4")
+    assert seen == ["valid"] * 4 + ["test"]
+    epochs = pd.read_csv(folder / "epochs.csv")
+    result = json.loads((folder / "summary.json").read_text())
+    assert result["valid_accuracy"] == epochs["valid_accuracy"].max()
+    last = run(*TINY, "--epochs", "4", "--select", "last", where="b")
+    assert json.loads((last / "summary.json").read_text())["epoch"] == 4
+
+
+def test_levels_prune_to_exactly_what_was_asked(run):
+    folder = run(
+        *MLP,
+        "--er-sparse-init",
+        "0.5",
+        "--threshold-list",
+        "0.3",
+        "0.1",
+        "0.01",
+        "--final_prune_epoch",
+        "2",
+        "--warmup-epochs",
+        "1",
+    )
+    epochs = pd.read_csv(folder / "epochs.csv")
+    assert epochs["phase"].tolist() == [
+        "warm-up",
+        *["level 1"] * 2,
+        *["level 2"] * 2,
+        *["level 3"] * 2,
+        "final",
+    ]
+    total = json.loads((folder / "summary.json").read_text())["weights"]
+    kept = (epochs["density"] * total).round().astype(int)
+    assert kept[3:].tolist() == [round(p * total) for p in (0.3, 0.3, 0.1, 0.1, 0.01)]
+    assert kept[0] == pytest.approx(0.5 * total, rel=0.05)
+
+
+# One option a line: flags with it, against the same flags without. Weights must differ.
+EFFECTS = {
+    "lr": (["--lr", "0.03"], []),
+    "lr-min": (["--lr-min", "0.09"], []),
+    "lr-policy": (["--lr-policy", "multistep"], []),
+    "lr-policy constant": (["--lr-policy", "constant_lr"], []),
+    "warmup-length": (["--warmup-length", "1"], ["--warmup-length", "0"]),
+    "weight-decay": (["--weight-decay", "0.01"], []),
+    "no-bn-decay": (["--no-bn-decay"], []),
+    "momentum": (["--momentum", "0.5"], []),
+    "nesterov": (["--no-nesterov"], []),
+    "optimizer": (["--optimizer", "adam", "--no-nesterov"], ["--no-nesterov"]),
+    "label-smoothing": (["--label-smoothing", "0.1"], []),
+    "clip-norm": (["--clip-norm", "0.1"], []),
+    "batch-size": (["-b", "100"], []),
+    "valid-split": (["--valid-split", "0.3"], []),
+    "init": (["--init", "orthogonal"], []),
+    "er-sparse-method": (["--er-sparse-method", "ERK"], []),
+    "er-sparse-init": (["--er-sparse-init", "0.5"], []),
+    "er-budget": (["--er-budget", "clip"], []),
+    "er-sampling": (["--er-sampling", "exact"], []),
+    "first-layer-dense": (
+        ["--first-layer-dense", "--er-sparse-init", "0.995"], ["--er-sparse-init", "0.995"]
+    ),
+    "last-layer-dense": (
+        ["--last-layer-dense", "--er-sparse-method", "uniform"], ["--er-sparse-method", "uniform"]
+    ),
+    "amp": (["--amp", "bf16"], []),
+    "sparse-function": (
+        ["--conv-type", "STRConv", *SOFT, "--sparse-function", "exp"],
+        ["--conv-type", "STRConv", *SOFT],
+    ),
+    "sInit-value": (["--conv-type", "STRConv", "--sInit-value", "-4"],
+                    ["--conv-type", "STRConv", *SOFT]),
+    "st-decay": (["--conv-type", "STRConv", *SOFT, "--st-decay", "0.1"],
+                 ["--conv-type", "STRConv", *SOFT]),
+    "prune-scheduler": (
+        ["--threshold-list", "0.1", "--final_prune_epoch", "1", "--prune-scheduler", "step"],
+        ["--threshold-list", "0.1", "--final_prune_epoch", "1"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", EFFECTS)
+def test_an_accepted_option_has_an_effect(run, option):
+    with_it, without = EFFECTS[option]
+    one, other = (
+        weights(run(*MLP, *flags, where=where)) for where, flags in (("a", with_it), ("b", without))
+    )
+    assert one.keys() == other.keys()
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("flags", "shape"),
+    [
+        (["--resnet-type", "large"], (512, 512, 3, 3)),
+        (["--resnet-type", "small-dense", "--width", "8"], (8, 8, 3, 3)),
+        (["--resnet-type", "small-dense-inc", "--width", "4"], (32, 32, 3, 3)),
+        (["--resnet-type", "res50"], (512, 512, 3, 3)),
+        (["--arch", "VGG11"], (512, 512, 3, 3)),
+        (["--arch", "ResNet20", "--width", "8"], (32, 32, 3, 3)),
+    ],
+)
+def test_networks_by_name(flags, shape):
+    options = script.parse(script.STROptions, script.CONFIGS, flags)
+    images = script.data.Data(None, None, None, classes=10, channels=3, size=32)
+    model, requested = script.network(options, images)
+    layers = list(masks.sparse_layers(model).items())
+    assert list(requested) == [name for name, _ in layers]
+    assert max(tuple(layer.weight.shape) for _, layer in layers if layer.weight.dim() == 4) == shape
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run, tmp_path, monkeypatch):
+    # 6 steps an epoch: the ninth batch, in the second epoch, holds an infinite pixel.
+    steps, step = [], torch.nn.functional.cross_entropy
+
+    def poisoned(logits, *args, **kwargs):
+        if kwargs:
+            steps.append(1)
+        return step(logits, *args, **kwargs) * (torch.inf if len(steps) == 9 else 1)
+
+    monkeypatch.setattr("startsparse.training.F.cross_entropy", poisoned)
+    with pytest.raises(NonFiniteLoss, match="not finite at step 3"):
+        run(*TINY)
+    monkeypatch.undo()
+    folder = newest(tmp_path / "a")
+    state = checkpoint.load(folder / "checkpoint.pt")
+    assert state["place"] == {"phase": 0, "epoch": 1, "step": 0}
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert same(run(*TINY, where="b"), run(*TINY, "--resume", "auto"))
+
+
+def test_the_layer_that_went_first_is_named(run):
+    with pytest.raises(NonFiniteLoss, match=r"not finite at step 2; (weights|output) of "):
+        run(*TINY, "--lr", "1e30")
+
+
+def test_str_induced_er_reads_a_runs_layers_back(run, tmp_path):
+    soft = run(*TINY, "--conv-type", "STRConv", *SOFT, where="soft")
+    layers = json.loads((soft / "layers.json").read_text())
+    assert all("threshold" in row for row in layers.values())
+    again = ["--er-sparse-method", "str-induced-er", "--er-sparse-init", "0.1"]
+    for source in (soft, soft / "layers.json", soft / "dense_weights.pt"):
+        densities = er.read_densities(source)
+        assert densities == pytest.approx({k: v["density"] for k, v in layers.items()})
+    folder = run(*TINY, *again, "--er-sparsity-file", str(soft), where="again")
+    table = pd.read_csv(folder / "density.csv").set_index("layer")
+    assert table.loc["total", "requested"] == pytest.approx(0.1)
+    ratios = [table.loc[name, "requested"] / layers[name]["density"] for name in layers]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios))
+    # a run with a mask: its checkpoint and its folder say the same
+    assert er.read_densities(folder) == pytest.approx(er.read_densities(folder / "best.pt"))
+    with pytest.raises(OptionError, match="before their soft thresholds"):
+        er.read_densities(soft / "best.pt")
+    (tmp_path / "other.json").write_text('{"conv1": 0.5}')
+    with pytest.raises(OptionError, match=r"the density of '.*' is missing"):
+        run(*TINY, *again, "--er-sparsity-file", str(tmp_path / "other.json"))
+
+
+BAD = {
+    "--lr: 'abc' is not a number": ["--lr", "abc"],
+    "--lr: 0.0 should be above 0": ["--lr", "0"],
+    "--lrr: unknown option; did you mean --lr": ["--lrr", "3"],
+    "--epochs: '1.5' is not a whole number": ["--epochs", "1.5"],
+    "--conv-type: 'Conv' is none of DenseConv, ConvMask": ["--conv-type", "Conv"],
+    "--er-sparse-init: 1.5 should be above 0 and at most 1": ["--er-sparse-init", "1.5"],
+    "--threshold-list: 0.3 should be above 0 and at most 0.2": ["--threshold-list", "0.3"],
+    "--threshold-list: prunes masks": ["--threshold-list", "0.1", "--conv-type", "STRConv"],
+    "--er-sparsity-file: goes with": ["--er-sparse-method", "network"],
+    "--er-sparsity-file: goes with --er": ["--er-sparsity-file", "x.json"],
+    "--evaluate: name the run": ["--evaluate"],
+    "--nesterov: needs": ["--nesterov", "--optimizer", "adam"],
+    "--multigpu: 'a' is no list": ["--multigpu", "a"],
+    "--compile: works on one device": ["--compile", "--multigpu", "0,1"],
+    "--valid-split: 0.0 leaves nothing|--valid-split: 0": ["--valid-split", "0"],
+    "--resume: nowhere does not exist": ["--resume", "nowhere"],
+    "--config: cannot read nowhere.yaml": ["--config", "nowhere.yaml"],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_options_are_one_line_before_data_or_devices(message, monkeypatch):
+    for module, name in ((script.data, "load"), (script.parallel, "choose_devices")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("touched"))
+    with pytest.raises(OptionError, match=f"^({message})") as error:
+        script.main(BAD[message])
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("learning_rate: 3", "unknown option 'learning_rate'"),
+        ("epoch: 3", "unknown option 'epoch'; did you mean epochs"),
+        ("lr: abc", "--lr: 'abc' is not a number"),
+        ("nesterov: 3", "nesterov: '3' should be true or false"),
+        ("lr: [1, 2]", "lr: should be one value"),
+        ("lr: {a: 2}", "lr: should be one value"),
+        ("- 1", "should hold one 'option: value' per line"),
+        ("a: : b", "is not YAML"),
+        ("arch: resnet19", "--arch: 'resnet19' is none of"),
+    ],
+)
+def test_bad_yaml_names_the_file(tmp_path, content, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(content)
+    with pytest.raises(OptionError) as error:
+        script.main(["--config", str(path)])
+    assert str(error.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_the_process_ends_with_code_2_and_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "main.py", "--batch_size", "many"],
+        cwd=ROOT / "STR",
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --batch-size: 'many' is not a whole number\n"
+
+
+def test_a_missing_data_set_leaves_no_run_behind(run, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--set digits"):
+        run("--set", "imagenet", "--data", str(tmp_path / "nothing"))
+    assert not (tmp_path / "a").exists()
+
+
+def original_commands():
+    """The commands of the original README, word by word."""
+    return {
+        "random pruning": (
+            "--seed 1 --resnet-type large --config configs/largescale/resnet18-cifar-str-1.yaml "
+            "--threshold-list  --multigpu 0 --er-sparse-method uniform --er-sparse-init 0.2 --name "
+            "cifar-imp-er-uniform-0.2 --final_prune_epoch 150 --result-dir results "
+            "--warmup-epochs 0 --prune-scheduler cosine --expt-setup rml --lr 0.1"
+        ),
+        "soft thresholds": "--config configs/largescale/resnet18-cifar-str-3.yaml",
+    }
+
+
+@pytest.mark.parametrize("command", original_commands())
+def test_the_original_commands_finish_on_digits(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(ROOT / "STR")
+    argv = original_commands()[command].split()
+    options = script.parse(script.STROptions, script.CONFIGS, argv)
+    assert (options.set, options.batch_size, options.epochs) == {
+        "random pruning": ("cifar10", 256, 160),
+        "soft thresholds": ("cifar10", 256, 100),
+    }[command]
+    short = ["--set", "digits", "--epochs", "1", "--final_prune_epoch", "1"]
+    folders = ["--log-dir", str(tmp_path / "runs"), "--result-dir", str(tmp_path)]
+    script.main([*argv, *short, *folders])
+    result = json.loads((newest(tmp_path) / "summary.json").read_text())
+    assert result["weights"] > 11_000_000
+    asked = 0.2 if command == "random pruning" else 0.3
+    assert result["density"] == pytest.approx(asked, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "STR/configs").rglob("*.yaml")), ids=lambda p: p.name
+)
+def test_every_config_is_complete_and_goes_around(path, tmp_path):
+    options = script.parse(script.STROptions, script.CONFIGS, ["--config", str(path)])
+    assert options.set in path.name or path.parent.name == "largescale"
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(script.runs.write_yaml(options))
+    again = script.parse(script.STROptions, script.CONFIGS, ["--config", str(copy)])
+    again.config = options.config
+    assert again == options
+    assert yaml.safe_load(copy.read_text())["set"] == options.set

@@ -1,0 +1,105 @@
+"""Soft thresholds: value and gradients against autograd of the formula, in float64."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from startsparse import models
+from startsparse.masks import attach_masks, density_table, draw_masks, kept, sparse_layers
+from STR.thresholds import (
+    FUNCTIONS,
+    SoftThreshold,
+    SoftThresholded,
+    layer_table,
+    plain_state,
+    soften,
+    thresholds,
+)
+
+
+def formula(weight, s, function, mask=None):
+    """Kusupati et al. 2020, eq. 4, times the mask."""
+    g = {"sigmoid": lambda s: 1 / (1 + torch.exp(-s)), "exp": torch.exp}[function]
+    effective = weight.sign() * torch.relu(weight.abs() - g(s))
+    return effective if mask is None else effective * mask
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("s_init", [-200.0, -3.0, -1.0])
+def test_value_and_gradients_of_the_formula(function, masked, s_init):
+    torch.manual_seed(1)
+    plain = nn.Conv2d(4, 6, 3, bias=False, dtype=torch.float64)
+    model = nn.Sequential(plain)
+    soften(model, s_init, function)
+    layer = model[0].double()
+    mask = torch.rand(6, 4, 3, 3) < 0.4
+    if masked:
+        attach_masks(model, {"0": mask})
+    x = torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    upstream = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    layer(x).backward(upstream)
+
+    weight = layer.weight.detach().clone().requires_grad_()
+    s = torch.full((1,), s_init, dtype=torch.float64, requires_grad=True)
+    effective = formula(weight, s, function, mask if masked else None)
+    nn.functional.conv2d(x, effective).backward(upstream)
+
+    assert torch.allclose(layer.effective_weight(), effective, rtol=0, atol=1e-15)
+    assert torch.allclose(layer.weight.grad, weight.grad, rtol=1e-12, atol=1e-14)
+    assert torch.allclose(layer.threshold_logit.grad, s.grad, rtol=1e-10, atol=1e-300)
+    if masked:
+        assert (layer.effective_weight()[~mask] == 0).all()
+        assert (layer.weight.grad[~mask] == 0).all()
+
+
+def test_gradcheck():
+    weight = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    weight = weight[(weight.abs() - 0.3).abs() > 1e-3].requires_grad_()  # away from the kink
+    threshold = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(SoftThreshold.apply, (weight, threshold))
+
+
+@pytest.mark.parametrize("arch", ["resnet20", "vgg11", "mlp"])
+def test_a_very_negative_s_is_the_plain_network(arch):
+    model = models.build(arch, classes=10).eval()
+    models.init_weights(model, "kaiming_normal", 1)
+    soft = copy.deepcopy(model)
+    soften(soft, -200.0, "sigmoid")
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(x), soft(x))
+    assert list(sparse_layers(soft)) == list(sparse_layers(model))
+    assert all(isinstance(layer, SoftThresholded) for layer in sparse_layers(soft).values())
+
+
+def test_plain_state_computes_the_same_in_an_ordinary_network():
+    model = models.build("resnet20", classes=10).eval()
+    models.init_weights(model, "kaiming_normal", 1)
+    plain = copy.deepcopy(model)
+    soften(model, -3.0, "sigmoid")
+    shapes = {name: layer.weight.shape for name, layer in sparse_layers(model).items()}
+    attach_masks(model, draw_masks(shapes, [0.3] * len(shapes), 1, "bernoulli"))
+    plain.load_state_dict(plain_state(model))
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(x), plain(x))
+    zeros = sum(int((layer.weight == 0).sum()) for layer in sparse_layers(plain).values())
+    total = density_table(model).iloc[-1]
+    assert zeros == total["weights"] - total["kept"] > 0
+
+
+def test_dense_layers_stay_plain_and_tables_agree():
+    model = models.build("resnet20", classes=10)
+    models.init_weights(model, "kaiming_normal", 1)
+    names = list(sparse_layers(model))
+    soften(model, -2.0, "exp", dense=names[:1])
+    assert not isinstance(sparse_layers(model)[names[0]], SoftThresholded)
+    assert list(thresholds(model)) == names[1:]
+    assert list(thresholds(model).values()) == pytest.approx([math.exp(-2)] * (len(names) - 1))
+    table = layer_table(model)
+    assert list(table) == names
+    assert table[names[0]] == {"density": 1.0}
+    share = kept(sparse_layers(model)[names[3]]).double().mean().item()
+    assert table[names[3]]["density"] == share < 1
