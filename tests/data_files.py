@@ -12,16 +12,17 @@ import io
 import struct
 import tarfile
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
-from startsparse.data import Loader, cifar, mnist, tiny_imagenet
+from startsparse.data import Loader, cifar, load, mnist, tiny_imagenet
 from startsparse.data.files import File
 
 
@@ -91,7 +92,7 @@ def pack_tar(root: Path, folder: str, name: str) -> File:
     return File(name, hashlib.md5((root / name).read_bytes()).hexdigest())
 
 
-def _write_cifar(root: Path, spec: cifar.Spec, train: int, test: int) -> Tiny:
+def _write_cifar(root: Path, spec: cifar.Spec, key: bytes, train: int, test: int) -> Tiny:
     train *= len(spec.train)
     images = pixels(train, 32, 32, 3), pixels(test, 32, 32, 3, seed=1)
     labels = cycle(train, spec.classes), cycle(test, spec.classes)
@@ -103,10 +104,10 @@ def _write_cifar(root: Path, spec: cifar.Spec, train: int, test: int) -> Tiny:
             content = {
                 b"batch_label": b"tiny",
                 b"data": planes(images[part][rows]),
-                spec.key.encode(): labels[part][rows],
+                key: labels[part][rows],
                 b"filenames": [b"tiny_%d.png" % row for row in range(size)],
             }
-            if spec.key == "fine_labels":
+            if key == b"fine_labels":
                 content[b"coarse_labels"] = [99] * size  # must not be taken for the labels
             found[file.name] = put(root / spec.folder / file.name, python2_pickle(content))
     tiny = replace(
@@ -122,11 +123,11 @@ def _write_cifar(root: Path, spec: cifar.Spec, train: int, test: int) -> Tiny:
 
 def write_cifar10(root: Path, train: int = 8, test: int = 10) -> Tiny:
     """Five files of ``train`` images and one of ``test``, both as a folder and as an archive."""
-    return _write_cifar(root, cifar.CIFAR10, train, test)
+    return _write_cifar(root, cifar.CIFAR10, b"labels", train, test)
 
 
 def write_cifar100(root: Path, train: int = 40, test: int = 10) -> Tiny:
-    return _write_cifar(root, cifar.CIFAR100, train, test)
+    return _write_cifar(root, cifar.CIFAR100, b"fine_labels", train, test)
 
 
 # MNIST
@@ -212,15 +213,33 @@ def write_tiny_imagenet(root: Path, classes: int = 3, train: int = 4, test: int 
     )
 
 
-def write_imagenet(
-    root: Path, classes: int = 2, train: int = 5, test: int = 3, size: Callable | None = None
-) -> Path:
+def write_imagenet(root: Path, classes: int = 2, train: int = 5, test: int = 3) -> Path:
     """``train`` and ``test`` images per class, of several sizes, the first of each class grey."""
-    size = size or (lambda number: (40 + 7 * number, 60 - 5 * number))
     for part, count in (("train", train), ("val", test)):
         for label in range(classes):
             for number in range(count):
-                image = pixels(*size(number), 3, seed=100 * label + number)
+                image = pixels(40 + 7 * number, 60 - 5 * number, 3, seed=100 * label + number)
                 data, _ = jpeg(image[..., 0] if number == 0 else image)
                 put(root / "imagenet" / part / f"n{label:08d}" / f"{number}.JPEG", data)
     return root / "imagenet"
+
+
+# Loading
+
+
+def loaded(name="digits", root=Path("nowhere"), **options):
+    options = {"batch_size": 64, "valid_split": 0.1, "seed": 0, "workers": 0, **options}
+    return load(name, root=root, device=torch.device("cpu"), **options)
+
+
+def gathered(batches, epoch=0):
+    """All images and labels of an epoch."""
+    x, y = zip(*batches.epoch(epoch), strict=True)
+    return torch.cat(x), torch.cat(y)
+
+
+def fails(kind, **options):
+    with pytest.raises(kind) as error:
+        loaded(**options)
+    assert "\n" not in str(error.value)
+    return str(error.value)

@@ -493,3 +493,16 @@ def test_resnet_type_replaces_arch():
     for kind, parameters in [("large", 11_689_512), ("res50", 25_557_032)]:
         model = build("vgg16", classes=1000, resnet_type=kind, imagenet=True)
         assert count(model) == parameters
+
+
+@pytest.mark.parametrize("width", range(1, 9))
+def test_narrow_networks_train_on_odd_batches_in_channels_last(width):
+    """Strided 1x1 convolutions of under 8 channels corrupt memory here, in oneDNN (Projection)."""
+    model = build("resnet20", classes=10, width=width)
+    model.to(memory_format=torch.channels_last)
+    for batch in (13, 7, 5):
+        images = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)
+        model(images).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)]
+    assert {m.stride for m in strided} == {(1, 1)}

@@ -22,10 +22,26 @@ def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
 
 
+class Projection(nn.Sequential):
+    """1x1 convolution and BatchNorm on every ``stride``-th pixel.
+
+    The stride is taken before the convolution. It is the same function, but where the convolution
+    takes it, oneDNN's weight gradient writes past its buffer if there are fewer than 8 input
+    channels in channels_last (seen with torch 2.15 on AVX2: a crash or an endless loop).
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) -> (N, outputs, H/stride, W/stride)."""
+        return super().forward(x[:, :, :: self.stride, :: self.stride])
+
+
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
-    if stride == 1 and inputs == outputs:
-        return nn.Identity()
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+    same = stride == 1 and inputs == outputs
+    return nn.Identity() if same else Projection(inputs, outputs, stride)
 
 
 class BasicBlock(nn.Module):
@@ -43,9 +59,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Layers run in the order in which they are registered: the shortcut comes last."""
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu_(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x))
+        return F.relu_(out + self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
@@ -69,10 +85,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Layers run in the order in which they are registered: the shortcut comes last."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
+        out = F.relu_(self.bn1(self.conv1(x)))
+        out = F.relu_(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return F.relu(out + self.shortcut(x))
+        return F.relu_(out + self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -106,7 +122,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, H, W) -> (N, classes)."""
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu_(self.bn1(self.conv1(x)))
         return self.fc(self.stages(x).mean(dim=(2, 3)))
 
 
