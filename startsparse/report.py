@@ -9,17 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import tyro
-from scipy import stats
+from scipy.special import stdtrit
 
 from startsparse.checkpoint import atomic
 from startsparse.errors import OptionError, run_script
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 def plot_run(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
@@ -29,7 +25,10 @@ def plot_run(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
         epochs: the rows of epochs.csv.
         layers: a `startsparse.masks.density_table`.
     """
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    from matplotlib.figure import Figure  # slow to import, and needed once a run has finished
+
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    axes = figure.subplots(2, 2)
     loss, accuracy, density, per_layer = axes.flat
     x = epochs["epoch"]
     for axis, what, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
@@ -51,7 +50,6 @@ def plot_run(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
     per_layer.legend(loc="upper center", ncols=2)
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
 
 
 def summary(layers: pd.DataFrame, result: dict[str, float], seconds: float) -> dict[str, float]:
@@ -91,7 +89,7 @@ def text(summary: dict[str, float], folder: Path) -> str:
 def half_width(values: Sequence[float]) -> float:
     """Half of the 95 % confidence interval of a mean (Student's t); NaN for a single value."""
     n = len(values)
-    return stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
+    return stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
 
 
 def summarise(results: pd.DataFrame, by: Sequence[str], of: Sequence[str]) -> pd.DataFrame:

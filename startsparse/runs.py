@@ -21,13 +21,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-import torchvision
 from tqdm import tqdm
 
 import startsparse
@@ -147,7 +147,7 @@ def environment() -> dict[str, Any]:
         "git_changes": _git(here, "status", "--porcelain").splitlines(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),
         "numpy": np.__version__,
         "machine": platform.platform(),
         "threads": torch.get_num_threads(),
