@@ -22,7 +22,8 @@ class SoftThreshold(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: Tensor, threshold: Tensor) -> Tensor:
         """Two passes over the weight: what the clamp leaves over is the soft threshold."""
-        effective = weight - weight.clamp(-threshold, threshold)
+        effective = weight.clamp(-threshold, threshold)
+        torch.sub(weight, effective, out=effective)
         ctx.save_for_backward(effective)
         return effective
 
@@ -32,7 +33,8 @@ class SoftThreshold(torch.autograd.Function):
         (effective,) = ctx.saved_tensors
         sign = effective.sign()
         inward = gradient * sign
-        return inward * sign, -inward.sum().view(1)
+        to_threshold = -inward.sum().view(1)
+        return inward.mul_(sign), to_threshold
 
 
 class SoftThresholded(nn.Module):

@@ -1,0 +1,1 @@
+"""What the project says about speed and memory, as programs that print it: python -m benchmarks."""

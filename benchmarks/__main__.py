@@ -1,0 +1,7 @@
+"""All benchmarks, one after the other: python -m benchmarks (or make bench)."""
+
+from benchmarks import input_pipeline, layout, peak_memory, step_time
+
+for benchmark in (input_pipeline, layout, step_time, peak_memory):
+    print(f"\n## {benchmark.__name__}: {benchmark.__doc__.splitlines()[0]}\n", flush=True)
+    benchmark.main()

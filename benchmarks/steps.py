@@ -1,0 +1,83 @@
+"""Training steps to measure: STR's networks in the project's own training loop."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from startsparse import parallel, training
+from startsparse.data import Data
+from startsparse.trainer import make_optimizer
+from STR.main import network
+from STR.options import CONV_TYPES, STROptions
+
+__all__ = ["CONV_TYPES", "devices", "interleaved", "make_step"]
+
+
+class OneBatch:
+    """An epoch of one random batch, on the device."""
+
+    def __init__(self, size: int, device: torch.device, memory_format: torch.memory_format):
+        images = torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        self.images = images.to(device, memory_format=memory_format)
+        self.labels = torch.arange(size, device=device) % 10
+
+    def __len__(self) -> int:
+        return 1
+
+    def epoch(self, _epoch: int, _start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batch."""
+        yield self.images, self.labels
+
+
+def devices() -> list[torch.device]:
+    """The CPU, and the first GPU where there is one."""
+    found = [torch.device("cpu")]
+    return [*found, torch.device("cuda", 0)] if torch.cuda.is_available() else found
+
+
+def make_step(
+    conv_type: str,
+    device: torch.device,
+    *,
+    arch: str = "resnet18",
+    batch: int = 128,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> Callable[[], float]:
+    """A function that does one training step, with optimizer, and returns its seconds."""
+    options = STROptions(
+        arch=arch, conv_type=conv_type, er_sparse_method="uniform", sInit_value=-5.0
+    )
+    model, _ = network(options, Data(None, None, None, classes=10, channels=3, size=32))
+    model.to(device, memory_format=memory_format)
+    batches, optimizer = OneBatch(batch, device, memory_format), make_optimizer(model, options)
+    autocast = parallel.autocast(device, "auto")
+
+    def step() -> float:
+        sums = training.new_sums(device)
+        started = time.perf_counter()
+        training.train_epoch(
+            model,
+            model,
+            batches,
+            optimizer,
+            lambda _: 1e-3,
+            epoch=0,
+            sums=sums,
+            autocast=autocast,
+        )  # reads the sums at its end, and so waits for the device
+        return time.perf_counter() - started
+
+    return step
+
+
+def interleaved(
+    one: Callable[[], float], other: Callable[[], float], pairs: int, warm_up: int = 2
+) -> tuple[float, float, float]:
+    """Median seconds of both, and median of ``one`` / ``other`` over pairs run back to back."""
+    for _ in range(warm_up):
+        one(), other()
+    times = torch.tensor([(one(), other()) for _ in range(pairs)], dtype=torch.float64)
+    ratio = (times[:, 0] / times[:, 1]).median()
+    return times[:, 0].median().item(), times[:, 1].median().item(), ratio.item()
