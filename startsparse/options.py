@@ -89,7 +89,7 @@ class Options:
     momentum: float = 0.9
     """Momentum of SGD"""
     nesterov: bool = False
-    """Nesterov momentum"""
+    """Nesterov momentum of SGD"""
     label_smoothing: float = 0.0
     """Label smoothing of the training loss, in [0, 1)"""
     clip_norm: float = 0.0
@@ -132,8 +132,8 @@ class Options:
             "save_every",
         ):
             require_range(self, name, low=0)
-        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
-            raise OptionError("--nesterov: needs --optimizer sgd and a --momentum above 0")
+        if self.nesterov and self.momentum == 0:
+            raise OptionError("--nesterov: needs a --momentum above 0")
         if self.valid_split == 0 and self.select == "best":
             raise OptionError("--valid-split: 0 leaves nothing to choose by; add --select last")
         if not re.fullmatch(r"(\d+(,\d+)*)?", self.multigpu):
