@@ -3,6 +3,7 @@
 import os
 import pickle
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,12 +49,16 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
     Raises:
         UserError: the file is missing, incomplete or no checkpoint.
     """
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint")
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # compares the checksum of every tensor
+        if damaged:
+            raise UserError(f"{path}: damaged, a checksum does not match ({damaged})")
         state = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty"
+    except (OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: not a complete checkpoint ({reason})") from None
     if not isinstance(state, dict) or "model" not in state:
         raise UserError(f"{path}: not a checkpoint of this project (no entry 'model')")

@@ -230,15 +230,11 @@ def test_resume_with_other_options_is_refused(run):
         run(*MLP, "--lr", "0.3", "--resume", str(folder))
 
 
-def test_evaluate_reproduces_the_accuracies(run, caplog):
+def test_evaluate_reproduces_the_accuracies(run, capsys):
     folder = run(*TINY)
     result = json.loads((folder / "summary.json").read_text())
-    script.log.propagate = True
-    try:
-        run("--evaluate", "--resume", str(folder))
-    finally:
-        script.log.propagate = False
-    said = [record.getMessage() for record in caplog.records]
+    run("--evaluate", "--resume", str(folder))
+    said = capsys.readouterr().out.splitlines()
     assert f"valid accuracy {100 * result['valid_accuracy']:.2f} %" in said
     assert f"test accuracy {100 * result['test_accuracy']:.2f} %" in said
 
@@ -478,6 +474,26 @@ def test_a_missing_data_set_leaves_no_run_behind(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--set digits"):
         run("--set", "imagenet", "--data", str(tmp_path / "nothing"))
     assert not (tmp_path / "a").exists()
+
+
+def test_the_demo_reaches_98_percent(tmp_path):
+    assert "\tcd STR && $(BIN)/python main.py\n" in (ROOT / "Makefile").read_text()
+    done = subprocess.run(
+        [sys.executable, ROOT / "STR/main.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    folder = newest(tmp_path)
+    result = json.loads((folder / "summary.json").read_text())
+    assert result["test_accuracy"] >= 0.98
+    assert result["density"] == pytest.approx(0.2, abs=0.003)
+    for words in (
+        "requested density    0.2000",
+        "test accuracy        9",
+        "of 270,896",
+        "curves.png",
+    ):
+        assert words in done.stdout
+    assert "stages.2.2.conv2" in done.stdout
 
 
 def original_commands():

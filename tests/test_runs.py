@@ -1,0 +1,103 @@
+"""Results that several processes write, run folders, and the tables made of them."""
+
+import multiprocessing
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from startsparse import report, runs
+from startsparse.errors import UserError
+from startsparse.options import Options
+
+
+def write(path, start):
+    for i in range(start, start + 10):
+        runs.append_row(path, {"run": f"r{i}", "value": i})
+
+
+def test_processes_share_results_csv(tmp_path):
+    path = tmp_path / "results.csv"
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write, args=(path, 10 * i)) for i in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert sorted(pd.read_csv(path)["value"]) == list(range(30))
+
+
+def test_a_run_has_one_line_and_new_columns_are_added(tmp_path):
+    path = tmp_path / "results.csv"
+    runs.append_row(path, {"run": "a", "x": 1})
+    runs.append_row(path, {"run": "b", "x": 2, "y": 3})
+    runs.append_row(path, {"run": "a", "x": 5})
+    table = pd.read_csv(path).set_index("run")
+    assert table["x"].to_dict() == {"b": 2, "a": 5}
+    assert table.loc["b", "y"] == 3
+    assert np.isnan(table.loc["a", "y"])
+
+
+def test_a_run_belongs_to_one_process(tmp_path):
+    options = Options(log_dir=str(tmp_path))
+    run = runs.open_run(options)
+    code = (
+        "from startsparse import runs; from startsparse.options import Options; "
+        f"runs.open_run(Options(log_dir={str(tmp_path)!r}), runs.Path({str(run.folder)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "UserError: --resume" in done.stderr
+    assert "is in use by another process" in done.stderr
+    with pytest.raises(UserError, match="in use"):
+        runs.open_run(options, run.folder)
+
+
+def test_mean_and_confidence_interval_by_hand(tmp_path):
+    results = pd.DataFrame(
+        {
+            "name": ["a", "a", "a", "b"],
+            "test_accuracy": [0.9, 0.92, 0.94, 0.5],
+            "seed": [1, 2, 3, 1],
+        }
+    )
+    table = report.summarise(results, ["name"], ["test_accuracy"]).set_index("name")
+    assert table.loc["a", "test_accuracy"] == pytest.approx(0.92)
+    # t(0.975, 2 degrees of freedom) = 4.30265; standard deviation 0.02
+    assert table.loc["a", "test_accuracy_ci95"] == pytest.approx(4.30265 * 0.02 / 3**0.5, rel=1e-5)
+    assert np.isnan(table.loc["b", "test_accuracy_ci95"])
+    results.to_csv(tmp_path / "results.csv")
+    done = subprocess.run(
+        [sys.executable, "-m", "startsparse.report", tmp_path / "results.csv", "--by", "name",
+         "--of", "test_accuracy"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [
+        "| name | runs | test_accuracy |",
+        "| --- | --- | --- |",
+        "| a | 3 | 0.9200 ± 0.0497 |",
+        "| b | 1 | 0.5000 |",
+    ]
+
+
+def test_the_picture_is_a_picture(tmp_path):
+    epochs = pd.DataFrame({"epoch": [1, 2], "train_loss": [1, 0.5], "valid_loss": [1.1, 0.6],
+                           "train_accuracy": [0.5, 0.9], "valid_accuracy": [0.4, 0.8],
+                           "density": [0.2, 0.2]})  # fmt: skip
+    layers = pd.DataFrame({"layer": ["a", "total"], "density": [0.2, 0.2], "requested": [0.2, 0.2]})
+    report.plot_run(epochs, layers, tmp_path / "curves.png")
+    from PIL import Image
+
+    with Image.open(tmp_path / "curves.png") as picture:
+        pixels = torch.from_numpy(np.array(picture.convert("L")))
+    assert pixels.shape[0] > 500
+    assert 0.01 < (pixels < 200).double().mean() < 0.5
+
+
+def test_the_environment_says_versions():
+    known = runs.environment()
+    assert known["torch"] == torch.__version__
+    assert known["torchvision"]
+    assert known["threads"] >= 1
