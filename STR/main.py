@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     trainer.load()
     start = masks.density_table(model, requested)
+    run.write_table("density.csv", start)
     log.info("%s", start.to_string(index=False, float_format="%.4f"))
     for line in masks.warnings(start):
         log.warning("warning: %s", line)

@@ -32,7 +32,7 @@ class STROptions(Options):
     """g in the threshold g(s) of a layer"""
     sInit_value: float = -200.0  # noqa: N815 - the name that people know
     """Initial s of every layer; very negative is dense"""
-    st_decay: Annotated[float, default_is("--weight-decay")] = -1.0
+    st_decay: Annotated[float | None, default_is("--weight-decay")] = None
     """Weight decay of s, which drives the sparsity"""
 
     threshold_list: Annotated[tuple[float, ...], default_is("no pruning")] = ()
@@ -63,7 +63,7 @@ class STROptions(Options):
 
     def decay(self, module: nn.Module, parameter: str) -> float:
         """Weight decay of a parameter; thresholds have --st-decay."""
-        if parameter == "threshold_logit" and self.st_decay >= 0:
+        if parameter == "threshold_logit" and self.st_decay is not None:
             return self.st_decay
         return super().decay(module, parameter)
 
@@ -72,6 +72,8 @@ class STROptions(Options):
         super().check()
         require_range(self, "warmup_epochs", low=0)
         require_range(self, "final_prune_epoch", low=1)
+        if self.st_decay is not None:
+            require_range(self, "st_decay", low=0)
         if self.threshold_list and self.conv_type != "ConvMask":
             raise OptionError("--threshold-list: prunes masks; it needs --conv-type ConvMask")
         density = self.er_sparse_init

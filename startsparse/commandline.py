@@ -172,7 +172,7 @@ def _as_flags(kind: type, name: str, value: Any, path: Path) -> list[str]:
         return [flag(name), *map(str, value if isinstance(value, list) else [value])]
     if isinstance(value, list | dict):
         raise OptionError(f"{path}: {name}: should be one value")
-    return [f"{flag(name)}={'' if value is None else value}"]
+    return [f"{flag(name)}={value}"]
 
 
 def _fields(kind: type) -> dict[str, str]:
@@ -228,4 +228,5 @@ def _one_line(box: str) -> str:
     rows = [row.strip("│ ") for row in box.splitlines()[1:]]
     text = " ".join(row for row in rows[: next((i for i, r in enumerate(rows) if "──" in r), None)])
     text = re.sub(r"^Missing value for argument '(--[^']*)'.*", r"\1: needs a value", text)
+    text = re.sub(r"no type matching .* - <class '\w+'>: ", "", text)  # of an optional number
     return re.sub(r"^Error parsing (-\w/|.*?/)?(--[\w-]+).*?:", r"\2:", text)

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from data_files import write_cifar10
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from startsparse import checkpoint, er, masks
@@ -338,6 +339,57 @@ def test_an_accepted_option_has_an_effect(run, option):
     assert one.keys() != other.keys() or any(not torch.equal(one[k], other[k]) for k in one)
 
 
+def test_compile_compiles_the_network(run, monkeypatch):
+    compiled = []
+
+    def compile(module):
+        compiled.append(module)
+        return module
+
+    monkeypatch.setattr(torch, "compile", compile)
+    run(*MLP)
+    assert compiled == []
+    run(*MLP, "--compile")
+    assert [type(module).__name__ for module in compiled] == ["MLP"]
+
+
+def test_names_and_labels_are_kept(run):
+    folder = run(
+        *MLP,
+        "--name",
+        "mine",
+        "--expt-setup",
+        "rml",
+        "--config",
+        str(ROOT / "STR/configs/digits.yaml"),
+    )
+    assert folder.parts[-3:] == ("digits", "mine", "seed-1")
+    row = pd.read_csv(folder.parents[3] / "results.csv").iloc[0]
+    assert (row["name"], row["expt_setup"], row["run"]) == ("mine", "rml", str(folder))
+
+
+def test_tensorboard_shows_scalars_densities_and_thresholds(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run(*MLP, *SOFT, "--epochs", "2", "--conv-type", "STRConv")
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    tags = set(board.Tags()["scalars"])
+    layers = json.loads((folder / "layers.json").read_text())
+    assert {"lr", "train_loss", "valid_accuracy", "density"} <= tags
+    assert {f"{what}/{n}" for n in layers for what in ("density", "threshold")} <= tags
+    shown = [event.value for event in board.Scalars("density")]
+    assert shown == pytest.approx(pd.read_csv(folder / "epochs.csv")["density"].tolist(), rel=1e-6)
+
+
+def test_a_small_cifar_in_the_true_format(run, tmp_path, monkeypatch):
+    small = write_cifar10(tmp_path / "data")
+    monkeypatch.setitem(script.data.SETS, "cifar10", small.loader)
+    where = ["--data", str(tmp_path / "data"), "--config", str(ROOT / "STR/configs/cifar10.yaml")]
+    folder = run(*MLP, *where, "-b", "8", "--valid-split", "0.2")
+    assert json.loads((folder / "summary.json").read_text())["weights"] == 49_824
+
+
 @pytest.mark.parametrize(
     ("flags", "shape"),
     [
@@ -409,6 +461,8 @@ BAD = {
     "--lr: 'abc' is not a number": ["--lr", "abc"],
     "--lr: 0.0 should be above 0": ["--lr", "0"],
     "--lrr: unknown option; did you mean --lr": ["--lrr", "3"],
+    "--st-decay: 'abc' is not a number": ["--st-decay", "abc"],
+    "--st-decay: -1.0 should be at least 0": ["--st-decay", "-1"],
     "--epochs: '1.5' is not a whole number": ["--epochs", "1.5"],
     "--conv-type: 'Conv' is none of DenseConv, ConvMask": ["--conv-type", "Conv"],
     "--er-sparse-init: 1.5 should be above 0 and at most 1": ["--er-sparse-init", "1.5"],
