@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.soft:
         checkpoint.save(run.folder / "dense_weights.pt", {"model": plain_state(model)})
     report.plot_run(trainer.epochs, table, run.folder / "curves.png")
-    run.finish(report.summary(table, result, trainer.seconds))
+    run.finish(report.summary(options.requested, table, result, trainer.seconds))
     log.info("%s", report.text(run.summary, run.folder))
 
 

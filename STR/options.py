@@ -54,6 +54,11 @@ class STROptions(Options):
         """Whether the network has soft thresholds."""
         return self.conv_type in ("STRConv", "STRConvER")
 
+    @property
+    def requested(self) -> float:
+        """The density asked for; soft thresholds go below it as far as they like."""
+        return (1.0, *[self.er_sparse_init] * self.masked, *self.threshold_list)[-1]
+
     def default_name(self) -> str:
         """Network, kind of layer, ratio and density."""
         parts = [self.resnet_type or self.arch, self.conv_type]

@@ -22,6 +22,8 @@ def choose_devices(multigpu: str) -> list[torch.device]:
         if multigpu:
             log.info("--multigpu %s: there is no CUDA here, the CPU is used", multigpu)
         return [torch.device("cpu")]
+    # One seed is one run: no algorithm whose sums depend on the order in which threads arrive.
+    torch.backends.cudnn.deterministic = True
     indices = [int(index) for index in (multigpu or "0").split(",")]
     for index in indices:
         if index >= torch.cuda.device_count():

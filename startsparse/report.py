@@ -52,16 +52,19 @@ def plot_run(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
         figure.savefig(temporary, dpi=110, format="png")
 
 
-def summary(layers: pd.DataFrame, result: dict[str, float], seconds: float) -> dict[str, float]:
+def summary(
+    requested: float, layers: pd.DataFrame, result: dict[str, float], seconds: float
+) -> dict[str, float]:
     """What a finished run is remembered by: summary.json and its line in results.csv.
 
     Args:
+        requested: the density asked for.
         layers: `startsparse.masks.density_table` of the tested weights.
         result: of `startsparse.trainer.Trainer.test`.
     """
     total = layers.iloc[-1]
     return {
-        "requested": float(total["requested"]),
+        "requested": requested,
         "density": float(total["density"]),
         "weights": int(total["weights"]),
         "kept": int(total["kept"]),

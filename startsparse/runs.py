@@ -185,14 +185,13 @@ def _base(options: Options) -> Path:
 
 
 def _newest(base: Path) -> Path | None:
-    numbered = [
-        (int(p.name.removeprefix(base.name + "-")), p)
-        for p in base.parent.glob(f"{base.name}-*")
-        if p.name.removeprefix(base.name + "-").isdigit()
-    ]
-    if numbered:
-        return max(numbered)[1]
-    return base if base.exists() else None
+    """The last of seed-1, seed-1-2, seed-1-3 ... that has options; None if there is none."""
+    found = {}
+    for folder in base.parent.glob(f"{base.name}*"):
+        number = folder.name.removeprefix(base.name).removeprefix("-") or "1"
+        if number.isdigit() and (folder / "options.yaml").exists():
+            found[int(number)] = folder
+    return found[max(found)] if found else None
 
 
 def _create(base: Path) -> Path:

@@ -12,13 +12,14 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import nn
 
 from startsparse import checkpoint, parallel, schedules
-from startsparse.data import Data
+from startsparse.data import Batches, Data
 from startsparse.errors import UserError
 from startsparse.masks import density_table
 from startsparse.options import Options
@@ -107,7 +108,7 @@ class Trainer:
         self._stop = 0
 
     @property
-    def _path(self):
+    def _path(self) -> Path:
         return self.run.folder / "checkpoint.pt"
 
     def save(self) -> None:
@@ -196,7 +197,7 @@ class Trainer:
             "test_loss": test["loss"],
         }
 
-    def evaluate(self, batches) -> dict[str, float]:
+    def evaluate(self, batches: Batches) -> dict[str, float]:
         """Loss and accuracy of the network as it is; NaN where there are no examples."""
         if not batches.examples:
             return {"loss": math.nan, "accuracy": math.nan}

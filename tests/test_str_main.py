@@ -284,6 +284,25 @@ def test_levels_prune_to_exactly_what_was_asked(run):
     kept = (epochs["density"] * total).round().astype(int)
     assert kept[3:].tolist() == [round(p * total) for p in (0.3, 0.3, 0.1, 0.1, 0.01)]
     assert kept[0] == pytest.approx(0.5 * total, rel=0.05)
+    assert json.loads((folder / "summary.json").read_text())["requested"] == 0.01
+
+
+def test_no_validation_split(run):
+    folder = run(*MLP, "--valid-split", "0", "--select", "last")
+    assert pd.read_csv(folder / "epochs.csv")["valid_accuracy"].isna().all()
+    assert 0 < json.loads((folder / "summary.json").read_text())["test_accuracy"] <= 1
+
+
+def test_auto_takes_the_newest_run_that_began(run, tmp_path):
+    first, second = run(*MLP), run(*MLP)
+    third = second.with_name("seed-1-3")
+    third.mkdir()  # gone before its options were written
+    second.joinpath("summary.json").unlink()
+    first.joinpath("checkpoint.pt").unlink()
+    assert script.runs.find_run(
+        script.parse(script.STROptions, script.CONFIGS,
+                     [*MLP, "--resume", "auto", "--log-dir", f"{tmp_path}/a/runs"])
+    ) == second  # fmt: skip
 
 
 # One option a line: flags with it, against the same flags without. Weights must differ.
