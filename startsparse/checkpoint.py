@@ -1,45 +1,19 @@
-"""Files that are never half-written, and checkpoints that are checked when they are read."""
+"""Checkpoints: written whole or not at all, checked when they are read."""
 
-import os
 import pickle
-import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from startsparse.atomic import replacing
 from startsparse.errors import UserError
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place, on disk, when the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    with atomic(path) as temporary:
-        temporary.write_text(text)
 
 
 def save(path: Path, state: dict) -> None:
     """Write tensors and plain values, whole or not at all."""
-    with atomic(path) as temporary:
+    with replacing(path) as temporary:
         torch.save(state, temporary)
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 import tyro
 from scipy.special import stdtrit
 
-from startsparse.checkpoint import atomic
+from startsparse.atomic import replacing
 from startsparse.errors import OptionError, run_script
 
 
@@ -48,7 +48,7 @@ def plot_run(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
     per_layer.set_xticks(places, rows["layer"], rotation=90, fontsize=6)
     per_layer.set(ylabel="density", title="Density per layer", ylim=(0, 1.2))
     per_layer.legend(loc="upper center", ncols=2)
-    with atomic(path) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 
 

@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 import startsparse
-from startsparse.checkpoint import atomic, write_text
+from startsparse.atomic import replacing, write_text
 from startsparse.commandline import flag, read_yaml, run_folder, write_yaml
 from startsparse.errors import OptionError, UserError
 from startsparse.options import Options
@@ -165,7 +165,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         table = table[table["run"] != row["run"]]
         new = pd.DataFrame([row])
         table = pd.concat([table, new]) if len(table) else new
-        with atomic(path) as temporary:
+        with replacing(path) as temporary:
             table.to_csv(temporary, index=False)
 
 

@@ -5,17 +5,19 @@ import torch
 from torch import nn
 
 from startsparse import checkpoint
+from startsparse.atomic import replacing
 from startsparse.errors import UserError
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "a.pt"
-    checkpoint.save(path, {"model": {}, "n": 1})
-    with pytest.raises(KeyboardInterrupt), checkpoint.atomic(path) as temporary:
+    path = tmp_path / "new" / "file"
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"one")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
         temporary.write_bytes(b"half")
         raise KeyboardInterrupt
-    assert checkpoint.load(path)["n"] == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+    assert path.read_bytes() == b"one"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "text", "flipped", "missing"])

@@ -299,17 +299,6 @@ def test_the_md5_tables_are_those_of_torchvision():
     )
 
 
-def test_replacing_is_all_or_nothing(tmp_path):
-    path = tmp_path / "new" / "file"
-    with files.replacing(path) as file:
-        file.write(b"one")
-    with pytest.raises(RuntimeError), files.replacing(path) as file:
-        file.write(b"two")
-        raise RuntimeError
-    assert path.read_bytes() == b"one"
-    assert content(tmp_path) == ["new/file"]
-
-
 def test_the_tiny_files_are_in_the_true_formats(tmp_path):
     """What torchvision reads is what `data_files` wrote."""
     from torchvision import datasets

@@ -1,22 +1,20 @@
 """Files of a data set: fetched where missing, checked by MD5, never half-written."""
 
 import hashlib
-import os
 import tarfile
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO
 from urllib.error import URLError
 
 from PIL import Image
 from tqdm import tqdm
 
+from startsparse.atomic import replacing
 from startsparse.errors import UserError
 
 CHUNK = 1 << 20  # bytes read at a time
@@ -37,23 +35,6 @@ def reason(error: Exception) -> str:
         error = error.reason
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split()) or type(error).__name__
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside ``path``; it becomes ``path`` only if the block succeeds.
-
-    The folder is made where missing. Raises OSError where it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The process in the name: ranks of one run may fetch the same file at the same time.
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read(path: Path, md5: str) -> bytes:
@@ -95,7 +76,8 @@ def fetch(url: str, path: Path, md5: str) -> None:
     try:
         with (
             urllib.request.urlopen(url, timeout=TIMEOUT) as answer,
-            replacing(path) as file,
+            replacing(path) as part,
+            part.open("wb") as file,
             tqdm(
                 total=int(answer.headers.get("Content-Length") or 0) or None,
                 desc=path.name,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from startsparse.atomic import replacing
 from startsparse.data import files
 from startsparse.data.batches import Arrays
 from startsparse.data.files import File
@@ -136,7 +137,7 @@ def _cached(cache: Path, fingerprint: str) -> np.ndarray | None:
 
 def _keep(cache: Path, fingerprint: str, pixels: np.ndarray) -> None:
     try:
-        with files.replacing(cache) as file:
+        with replacing(cache) as part, part.open("wb") as file:
             np.savez(file, fingerprint=np.array(fingerprint), pixels=pixels)
     except OSError as error:  # a read-only folder costs time, no more
         tqdm.write(f"{cache}: not kept ({files.reason(error)})", file=sys.stderr)
