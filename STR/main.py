@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """One run, from options to report."""
     options = parse(STROptions, CONFIGS, argv)
     folder = runs.find_run(options)
+    with torch.device("meta"):  # bad options are named before data or a device is touched
+        plan(options, data.SHAPES[options.set])
 
     devices = parallel.choose_devices(options.multigpu)
     images = data.load(
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         device=devices[0],
         workers=options.workers,
     )
-    model, requested = network(options, images)
+    model, requested = network(options, images.shape)
     model.to(devices[0], memory_format=torch.channels_last)
 
     run = runs.open_run(options, folder)
@@ -71,25 +73,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.info("%s", report.text(run.summary, run.folder))
 
 
-def network(options: STROptions, images: data.Data) -> tuple[torch.nn.Module, dict[str, float]]:
-    """The initialised network, sparse as asked for, and the density asked of each layer."""
+def plan(options: STROptions, shape: data.Shape) -> tuple[torch.nn.Module, dict[str, float]]:
+    """The network, not yet initialised, and the density asked of each layer ({}: no mask)."""
     model = models.build(
         options.arch,
-        classes=images.classes,
-        channels=images.channels,
-        size=images.size,
+        classes=shape.classes,
+        channels=shape.channels,
+        size=shape.size,
         width=options.width,
         resnet_type=options.resnet_type,
         imagenet=options.set == "imagenet",
     )
+    return model, er.requested_densities(model, options) if options.masked else {}
+
+
+def network(options: STROptions, shape: data.Shape) -> tuple[torch.nn.Module, dict[str, float]]:
+    """The initialised network, sparse as asked for, and the density asked of each layer."""
+    model, requested = plan(options, shape)
     models.init_weights(model, options.init, options.seed)
     if options.soft:
         dense = er.dense_layers(model, options)
         soften(model, options.sInit_value, options.sparse_function, dense)
-    if not options.masked:
-        return model, {}
-    requested = er.requested_densities(model, options)
-    er.attach_er_masks(model, requested, options)
+    if options.masked:
+        er.attach_er_masks(model, requested, options)
     return model, requested
 
 

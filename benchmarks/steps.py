@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from startsparse import parallel, training
-from startsparse.data import Data
+from startsparse.data import Shape
 from startsparse.trainer import make_optimizer
 from STR.main import network
 from STR.options import CONV_TYPES, STROptions
@@ -49,7 +49,7 @@ def make_step(
     options = STROptions(
         arch=arch, conv_type=conv_type, er_sparse_method="uniform", sInit_value=-5.0
     )
-    model, _ = network(options, Data(None, None, None, classes=10, channels=3, size=32))
+    model, _ = network(options, Shape(classes=10, channels=3, size=32))
     model.to(device, memory_format=memory_format)
     batches, optimizer = OneBatch(batch, device, memory_format), make_optimizer(model, options)
     autocast = parallel.autocast(device, "auto")

@@ -7,6 +7,7 @@ import torch
 from data_files import fails, gathered, jpeg, loaded, pixels, put, write_imagenet
 
 from startsparse import seeding
+from startsparse.data import Shape
 from startsparse.errors import UserError
 
 
@@ -29,7 +30,7 @@ def centre(path):
 
 def test_imagenet(imagenet):
     data = loaded("imagenet", imagenet, batch_size=4, valid_split=0.3)
-    assert (data.classes, data.channels, data.size) == (2, 3, 224)
+    assert data.shape == Shape(2, 3, 224)
     assert (data.train.examples, data.valid.examples, data.test.examples) == (7, 3, 6)
     assert (len(data.train), len(data.valid), len(data.test)) == (2, 1, 2)
     paths = sorted((imagenet / "imagenet" / "val").glob("*/*.JPEG"))

@@ -422,8 +422,7 @@ def test_a_small_cifar_in_the_true_format(run, tmp_path, monkeypatch):
 )
 def test_networks_by_name(flags, shape):
     options = script.parse(script.STROptions, script.CONFIGS, flags)
-    images = script.data.Data(None, None, None, classes=10, channels=3, size=32)
-    model, requested = script.network(options, images)
+    model, requested = script.network(options, script.data.SHAPES["digits"])
     layers = list(masks.sparse_layers(model).items())
     assert list(requested) == [name for name, _ in layers]
     assert max(tuple(layer.weight.shape) for _, layer in layers if layer.weight.dim() == 4) == shape
@@ -489,6 +488,21 @@ BAD = {
     "--threshold-list: prunes masks": ["--threshold-list", "0.1", "--conv-type", "STRConv"],
     "--er-sparsity-file: goes with": ["--er-sparse-method", "network"],
     "--er-sparsity-file: goes with --er": ["--er-sparsity-file", "x.json"],
+    "--width: --resnet-type small-dense needs it": ["--resnet-type", "small-dense"],
+    "--width: the ImageNet ResNets": ["--set", "imagenet", "--width", "8"],
+    "--arch: .*ImageNet": ["--set", "imagenet", "--arch", "vgg16"],
+    "--er-sparse-init: density 0.0005 is below": [
+        "--first-layer-dense",
+        *TINY,
+        "--er-sparse-init",
+        "0.0005",
+    ],
+    "--er-sparsity-file: none.json does not exist": [
+        "--er-sparse-method",
+        "network",
+        "--er-sparsity-file",
+        "none.json",
+    ],
     "--evaluate: name the run": ["--evaluate"],
     "--nesterov: needs": ["--nesterov", "--momentum", "0"],
     "--multigpu: 'a' is no list": ["--multigpu", "a"],

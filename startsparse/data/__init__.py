@@ -15,7 +15,18 @@ from startsparse.data.batches import Arrays, Batches
 from startsparse.data.imagenet import FolderBatches, Folders
 from startsparse.errors import OptionError, UserError
 
-__all__ = ["SETS", "Arrays", "Batches", "Data", "FolderBatches", "Loader", "data_root", "load"]
+__all__ = [
+    "SETS",
+    "SHAPES",
+    "Arrays",
+    "Batches",
+    "Data",
+    "FolderBatches",
+    "Loader",
+    "Shape",
+    "data_root",
+    "load",
+]
 
 Loader = Callable[[Path, str], Arrays | Folders]
 """Reads a set from (the data root, the mirror to fetch from or ""); raises `UserError`."""
@@ -30,6 +41,26 @@ SETS: dict[str, Loader] = {
 }
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a network has to know of a set: classes, channels, and height = width of an image."""
+
+    classes: int
+    channels: int
+    size: int
+
+
+SHAPES = {
+    "digits": Shape(10, 3, 32),
+    "mnist": Shape(10, 1, 32),
+    "cifar10": Shape(10, 3, 32),
+    "cifar100": Shape(100, 3, 32),
+    "tiny-imagenet": Shape(200, 3, 64),
+    "imagenet": Shape(1000, 3, 224),
+}
+"""The published sets, known before they are read; `Data.shape` is what was found."""
+
+
 @dataclass
 class Data:
     """The three parts of a set, and what a model has to know of it.
@@ -38,17 +69,13 @@ class Data:
         train: augmented, reshuffled in every epoch.
         valid: held out of the training set; plain order, no augmentation. May be empty.
         test: plain order, no augmentation.
-        classes: number of classes.
-        channels: 3 for colour, 1 for grey.
-        size: height and width of what the model sees.
+        shape: classes, channels, and height and width of what the model sees.
     """
 
     train: Batches | FolderBatches
     valid: Batches | FolderBatches
     test: Batches | FolderBatches
-    classes: int
-    channels: int
-    size: int
+    shape: Shape
 
 
 def data_root(option: str) -> Path:
@@ -110,7 +137,7 @@ def load(
             f"--batch-size: {batch_size} leaves no training step: the training split has "
             f"{train.examples} example, and a batch of one is not used"
         )
-    return Data(train, valid, test, source.classes, source.channels, source.size)
+    return Data(train, valid, test, Shape(source.classes, source.channels, source.size))
 
 
 def _split(examples: int, valid_split: float, seed: int) -> tuple[Tensor, Tensor]:
