@@ -5,7 +5,8 @@ from functools import partial
 
 from torch import nn
 
-from startsparse.masks import density_table, keep_inside, kept, masked_weights, sparse_layers
+from startsparse.errors import OptionError
+from startsparse.masks import density_table, keep_inside, masked_weights, sparse_layers
 from startsparse.scores import keep_top, magnitude
 from startsparse.trainer import Phase
 from STR.options import STROptions
@@ -30,16 +31,36 @@ def phases(model: nn.Module, options: STROptions) -> list[Phase]:
     return [warm_up, *levels, final] if options.warmup_epochs else [*levels, final]
 
 
-def prune_to(model: nn.Module, density: float) -> None:
-    """Keep the largest weights, so that round(density N) of all N weights of the network are left.
+def weights_left(model: nn.Module, density: float) -> int:
+    """How many masked weights stay at ``density``, so that round(density N) of all N are left.
 
     Layers without a mask are dense and count as kept.
     """
     masked = {name for name, _, _ in masked_weights(model)}
-    layers = sparse_layers(model)
-    total = sum(layer.weight.numel() for layer in layers.values())
-    dense = sum(kept(layer).numel() for name, layer in layers.items() if name not in masked)
-    keep_top(model, magnitude(model), max(0, round(density * total) - dense))
+    sizes = {name: layer.weight.numel() for name, layer in sparse_layers(model).items()}
+    dense = sum(size for name, size in sizes.items() if name not in masked)
+    return round(density * sum(sizes.values())) - dense
+
+
+def check_levels(model: nn.Module, options: STROptions) -> None:
+    """Raise `OptionError` where a level asks for weights that the random mask does not have."""
+    drawn = sum(int(mask.sum()) for _, _, mask in masked_weights(model))
+    for density in options.threshold_list:
+        count = weights_left(model, density)
+        if count > drawn:
+            raise OptionError(
+                f"--threshold-list: {density:g} asks for {count} weights, the random mask has "
+                f"{drawn}; ask for less, or add --er-sampling exact"
+            )
+        if count < 0:
+            raise OptionError(
+                f"--threshold-list: {density:g} is below the share of the layers kept dense"
+            )
+
+
+def prune_to(model: nn.Module, density: float) -> None:
+    """Keep the largest masked weights, as many as `weights_left` says."""
+    keep_top(model, magnitude(model), weights_left(model, density))
     keep_inside(model)
     realised = density_table(model).iloc[-1]
     log.info("pruned to density %.6f, %d weights", realised["density"], realised["kept"])

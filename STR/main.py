@@ -13,7 +13,7 @@ from startsparse import checkpoint, data, er, masks, models, parallel, report, r
 from startsparse.commandline import parse
 from startsparse.errors import run_script
 from startsparse.trainer import Trainer
-from STR.iterative import phases
+from STR.iterative import check_levels, phases
 from STR.options import STROptions
 from STR.thresholds import layer_table, plain_state, soften, thresholds
 
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         workers=options.workers,
     )
     model, requested = network(options, images.shape)
+    check_levels(model, options)
     model.to(devices[0], memory_format=torch.channels_last)
 
     run = runs.open_run(options, folder)

@@ -287,6 +287,19 @@ def test_levels_prune_to_exactly_what_was_asked(run):
     assert json.loads((folder / "summary.json").read_text())["requested"] == 0.01
 
 
+def test_a_level_that_asks_for_more_than_there_is_stops_before_training(run, tmp_path):
+    # The ER mask of this seed has fewer weights than its density expects.
+    with pytest.raises(OptionError, match="--threshold-list: 0.2 asks for 9965 weights, the rand"):
+        run(*MLP, "--threshold-list", "0.2")
+    with pytest.raises(OptionError, match="--threshold-list: 0.001 is below the share"):
+        run(*MLP, "--last-layer-dense", "--threshold-list", "0.001")
+    assert not (tmp_path / "a").exists()
+    folder = run(
+        *MLP, "--threshold-list", "0.2", "--final_prune_epoch", "1", "--er-sampling", "exact"
+    )
+    assert json.loads((folder / "summary.json").read_text())["kept"] == 9965
+
+
 def test_no_validation_split(run):
     folder = run(*MLP, "--valid-split", "0", "--select", "last")
     assert pd.read_csv(folder / "epochs.csv")["valid_accuracy"].isna().all()
