@@ -1,34 +1,48 @@
-"""Iterative pruning: from one density to the next, with training in between."""
+"""Iterative pruning: train at one density, prune to the next, rewind, train on."""
 
 import logging
 from functools import partial
 
 from torch import nn
 
+from startsparse import checkpoint
 from startsparse.errors import OptionError
 from startsparse.masks import density_table, keep_inside, masked_weights, sparse_layers
 from startsparse.scores import keep_top, magnitude
-from startsparse.trainer import Phase
+from startsparse.trainer import Phase, Trainer
 from STR.options import STROptions
+from STR.rewinds import REWINDS, flipped
 
 log = logging.getLogger("startsparse")
 
 
-def phases(model: nn.Module, options: STROptions) -> list[Phase]:
+def phases(options: STROptions) -> list[Phase]:
     """Warm-up, one phase before each pruning, and the final training."""
-    warm_up = Phase("warm-up", options.warmup_epochs, "constant")
+    policy = {"lr_policy": options.prune_scheduler, "lr_min": options.lr_min}
+    warm_up = Phase("warm-up", options.warmup_epochs, "constant", then=keep_rewind_point)
     levels = [
         Phase(
-            f"level {number}",
+            f"level {level}",
             options.final_prune_epoch,
-            options.prune_scheduler,
-            options.lr_min,
-            then=partial(prune_to, model, density),
+            **policy,
+            then=partial(next_level, level=level, density=density),
         )
-        for number, density in enumerate(options.threshold_list, 1)
+        for level, density in enumerate(options.threshold_list)
     ]
     final = Phase("final", options.epochs, options.lr_policy, options.lr_min)
     return [warm_up, *levels, final] if options.warmup_epochs else [*levels, final]
+
+
+def begin(trainer: Trainer) -> None:
+    """Keep the state in which a run with levels begins: initial.pt, and rewind.pt for now."""
+    if trainer.options.threshold_list and not trainer.history and not trainer.place.step:
+        checkpoint.save(trainer.run.folder / "initial.pt", {"model": trainer.model.state_dict()})
+        keep_rewind_point(trainer)
+
+
+def keep_rewind_point(trainer: Trainer) -> None:
+    """Keep the state that --rewind goes back to: rewind.pt."""
+    checkpoint.save(trainer.run.folder / "rewind.pt", {"model": trainer.model.state_dict()})
 
 
 def weights_left(model: nn.Module, density: float) -> int:
@@ -43,7 +57,7 @@ def weights_left(model: nn.Module, density: float) -> int:
 
 
 def check_levels(model: nn.Module, options: STROptions) -> None:
-    """Raise `OptionError` where a level asks for weights that the random mask does not have."""
+    """Raise `OptionError` where a level asks for weights that the first mask does not have."""
     drawn = sum(int(mask.sum()) for _, _, mask in masked_weights(model))
     for density in options.threshold_list:
         count = weights_left(model, density)
@@ -58,9 +72,57 @@ def check_levels(model: nn.Module, options: STROptions) -> None:
             )
 
 
-def prune_to(model: nn.Module, density: float) -> None:
-    """Keep the largest masked weights, as many as `weights_left` says."""
-    keep_top(model, magnitude(model), weights_left(model, density))
-    keep_inside(model)
-    realised = density_table(model).iloc[-1]
-    log.info("pruned to density %.6f, %d weights", realised["density"], realised["kept"])
+def next_level(trainer: Trainer, *, level: int, density: float) -> None:
+    """Record the level that was just trained, prune to the next density, and rewind."""
+    last = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    record_level(trainer, level=level)
+    trainer.model.load_state_dict(last)
+    keep_top(trainer.model, magnitude(trainer.model), weights_left(trainer.model, density))
+    keep_inside(trainer.model)
+    pruned = trainer.evaluate(trainer.data.valid)["accuracy"]
+    trainer.tables["levels"][-1]["valid_accuracy_pruned"] = pruned
+    trainer.write_tables()
+    realised = density_table(trainer.model).iloc[-1]
+    log.info(
+        "pruned to density %.6f, %d weights; valid %.2f %% before training on",
+        realised["density"],
+        realised["kept"],
+        100 * pruned,
+    )
+    path = trainer.run.folder / "rewind.pt"
+    REWINDS[trainer.options.rewind](trainer.model, checkpoint.load(path, trainer.device)["model"])
+
+
+def record_level(trainer: Trainer, *, level: int) -> dict[str, float]:
+    """Test the selected weights of a level; a row of levels.csv, and levels/ has the details.
+
+    Leaves the selected weights in place and returns what `Trainer.test` does.
+    """
+    model, folder = trainer.model, trainer.run.folder
+    result = trainer.test()
+    table = density_table(model)
+    initial = checkpoint.load(folder / "initial.pt", trainer.device)["model"]
+    flips = flipped(model, initial)
+    table["flipped"] = table["layer"].map(flips)
+    total = table.iloc[-1]
+    row = {
+        "level": level,
+        "density": float(total["density"]),
+        "kept": int(total["kept"]),
+        **result,
+        "dead_units": int(total["dead_outputs"] + total["dead_inputs"]),
+        "flipped": flips.get("total", 0.0),
+    }
+    trainer.tables.setdefault("levels", []).append(row)
+    trainer.write_tables()
+    trainer.run.write_table(f"levels/level-{level}.csv", table)
+    checkpoint.save(folder / f"levels/level-{level}.pt", {"model": model.state_dict()})
+    log.info(
+        "level %d at density %.6f: test %.2f %%, dead units %d, signs flipped %.2f %%",
+        level,
+        row["density"],
+        100 * row["test_accuracy"],
+        row["dead_units"],
+        100 * row["flipped"],
+    )
+    return result

@@ -7,13 +7,14 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from startsparse import checkpoint, data, er, masks, models, parallel, report, runs
 from startsparse.commandline import parse
 from startsparse.errors import run_script
 from startsparse.trainer import Trainer
-from STR.iterative import check_levels, phases
+from STR.iterative import begin, check_levels, phases, record_level
 from STR.options import STROptions
 from STR.thresholds import layer_table, plain_state, soften, thresholds
 
@@ -61,15 +62,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.info("%s", start.to_string(index=False, float_format="%.4f"))
     for line in masks.warnings(start):
         log.warning("warning: %s", line)
-    trainer.run_phases(phases(model, options))
+    begin(trainer)
+    trainer.run_phases(phases(options))
 
-    result = trainer.test()
+    levels = len(options.threshold_list)
+    result = record_level(trainer, level=levels) if levels else trainer.test()
     table = masks.density_table(model, requested)
     run.write_table("density.csv", table)
     run.write_json("layers.json", layer_table(model))
     if options.soft:
         checkpoint.save(run.folder / "dense_weights.pt", {"model": plain_state(model)})
-    report.plot_run(trainer.epochs, table, run.folder / "curves.png")
+    report.plot_run(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
     run.finish(report.summary(options.requested, table, result, trainer.seconds))
     log.info("%s", report.text(run.summary, run.folder))
 

@@ -10,6 +10,7 @@ from startsparse.commandline import choice, default_is
 from startsparse.errors import OptionError
 from startsparse.models import RESNET_TYPES
 from startsparse.options import Options, require_range
+from STR.rewinds import REWINDS
 from STR.thresholds import FUNCTIONS
 
 CONV_TYPES = ("DenseConv", "ConvMask", "STRConv", "STRConvER")
@@ -39,10 +40,16 @@ class STROptions(Options):
     """Densities to prune to, by magnitude, one after the other"""
     final_prune_epoch: int = 150
     """Epochs before each pruning of --threshold-list; the final --epochs come after the last"""
+    rewind: choice(REWINDS) = "none"
+    """What is taken back after each pruning to where it was after --warmup-epochs: none
+    (learning-rate rewinding), weights (all of them: IMP), bn, amplitudes (signs stay), signs
+    (magnitudes stay)"""
+    reset_weights: bool = False
+    """The same as --rewind weights"""
     prune_scheduler: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "cosine"
     """Schedule of the learning rate before each pruning, begun anew each time"""
     warmup_epochs: int = 0
-    """Epochs at a constant learning rate before anything else"""
+    """Epochs at a constant learning rate before anything else; --rewind goes back to their end"""
 
     @property
     def masked(self) -> bool:
@@ -75,6 +82,10 @@ class STROptions(Options):
     def check(self) -> None:
         """Raise `OptionError` for values that cannot be meant; names the option."""
         super().check()
+        if self.reset_weights:
+            if self.rewind not in ("none", "weights"):
+                raise OptionError(f"--reset-weights: means weights, --rewind says {self.rewind}")
+            self.rewind = "weights"
         require_range(self, "warmup_epochs", low=0)
         require_range(self, "final_prune_epoch", low=1)
         if self.st_decay is not None:

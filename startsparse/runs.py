@@ -62,10 +62,8 @@ class Run:
         path = self.folder / "summary.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    def record(self, history: list[dict], watched: dict[str, float]) -> None:
-        """Write epochs.csv and show the newest epoch, and ``watched``, in TensorBoard."""
-        self.write_epochs(history)
-        row = history[-1]
+    def record(self, row: dict, watched: dict[str, float]) -> None:
+        """Say what an epoch brought, and show it, and ``watched``, in TensorBoard."""
         log.info(
             "epoch %3d  %s  loss %.4f  train %.2f %%  valid %.2f %%  density %.4f  %.0f s",
             row["epoch"],
@@ -84,10 +82,6 @@ class Run:
             if isinstance(value, int | float) and name != "epoch" and not math.isnan(value):
                 self._board.add_scalar(name, value, row["epoch"])
         self._board.flush()
-
-    def write_epochs(self, history: list[dict]) -> None:
-        """Write epochs.csv."""
-        self.write_table("epochs.csv", pd.DataFrame(history))
 
     def write_table(self, name: str, table: pd.DataFrame) -> None:
         """Write a table of the run folder as CSV, whole or not at all."""

@@ -45,7 +45,7 @@ class Phase:
     epochs: int
     lr_policy: str
     lr_min: float = 0.0
-    then: Callable[[], None] = lambda: None  # done once, after the last epoch
+    then: Callable[["Trainer"], None] = lambda _trainer: None  # done once, after the last epoch
 
 
 @dataclasses.dataclass
@@ -79,6 +79,7 @@ class Trainer:
     Attributes:
         place: where the run stands.
         history: one dict per finished epoch, the rows of epochs.csv.
+        tables: further tables that a script keeps, name -> rows of <name>.csv.
         best: place and validation accuracy of the best epoch of this phase.
         seconds: time trained, over all resumptions.
     """
@@ -102,6 +103,7 @@ class Trainer:
         self.watch = watch
         self.place, self.sums = Place(), new_sums(self.device)
         self.history: list[dict] = []
+        self.tables: dict[str, list[dict]] = {}
         self.best: dict = {}
         self.seconds = 0.0
         self._clock = time.monotonic()
@@ -123,6 +125,7 @@ class Trainer:
                 "place": dataclasses.asdict(self.place),
                 "sums": self.sums,
                 "history": self.history,
+                "tables": self.tables,
                 "best": self.best,
                 "seconds": self.seconds,
             },
@@ -137,8 +140,9 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.place = Place(**state["place"])
         self.sums = state["sums"]
-        self.history, self.best, self.seconds = state["history"], state["best"], state["seconds"]
-        self.run.write_epochs(self.history)
+        self.history, self.tables = state["history"], state["tables"]
+        self.best, self.seconds = state["best"], state["seconds"]
+        self.write_tables()
         log.info("resumed at epoch %d, step %d", len(self.history) + 1, self.place.step + 1)
 
     def run_phases(self, phases: list[Phase]) -> None:
@@ -162,7 +166,7 @@ class Trainer:
                     )
                 while self.place.epoch < phase.epochs:
                     self._epoch(phase)
-                phase.then()
+                phase.then(self)
                 if self.place.phase + 1 == len(phases):
                     return
                 self._start(self.place.phase + 1)
@@ -176,10 +180,10 @@ class Trainer:
         path = self.run.folder / name
         checkpoint.load_model(self.model, checkpoint.load(path, self.device), path)
 
-    @property
-    def epochs(self) -> pd.DataFrame:
-        """The history as a table: epochs.csv."""
-        return pd.DataFrame(self.history)
+    def write_tables(self) -> None:
+        """Write epochs.csv and the tables that the script keeps."""
+        for name, rows in {"epochs": self.history, **self.tables}.items():
+            self.run.write_table(f"{name}.csv", pd.DataFrame(rows))
 
     def test(self) -> dict[str, float]:
         """Put the selected weights in place and use the test set, once.
@@ -261,7 +265,8 @@ class Trainer:
         self.place = Place(place.phase, place.epoch + 1, 0)
         self.sums = new_sums(self.device)
         self.save()
-        self.run.record(self.history, self.watch())
+        self.write_tables()
+        self.run.record(row, self.watch())
         if self._stop:
             self._interrupt()
 

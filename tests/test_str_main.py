@@ -1,5 +1,6 @@
 """STR/main.py from end to end: every kind of layer, resume to the bit, options that take effect."""
 
+import itertools
 import json
 import os
 import signal
@@ -275,16 +276,31 @@ def test_levels_prune_to_exactly_what_was_asked(run):
     epochs = pd.read_csv(folder / "epochs.csv")
     assert epochs["phase"].tolist() == [
         "warm-up",
+        *["level 0"] * 2,
         *["level 1"] * 2,
         *["level 2"] * 2,
-        *["level 3"] * 2,
         "final",
     ]
     total = json.loads((folder / "summary.json").read_text())["weights"]
     kept = (epochs["density"] * total).round().astype(int)
     assert kept[3:].tolist() == [round(p * total) for p in (0.3, 0.3, 0.1, 0.1, 0.01)]
     assert kept[0] == pytest.approx(0.5 * total, rel=0.05)
-    assert json.loads((folder / "summary.json").read_text())["requested"] == 0.01
+    result = json.loads((folder / "summary.json").read_text())
+    assert result["requested"] == 0.01
+    levels = pd.read_csv(folder / "levels.csv")
+    assert levels["level"].tolist() == [0, 1, 2, 3]
+    assert levels["kept"].tolist()[1:] == [round(p * total) for p in (0.3, 0.1, 0.01)]
+    assert levels["test_accuracy"].iloc[-1] == result["test_accuracy"]
+    assert levels["valid_accuracy_pruned"].notna().tolist() == [True] * 3 + [False]
+    assert levels["flipped"].between(0, 0.5).all()
+    assert levels["dead_units"].iloc[-1] > 0
+    kept = [weights(folder, f"levels/level-{k}.pt") for k in range(4)]
+    for denser, sparser in itertools.pairwise(kept):
+        for name in denser:
+            if name.endswith("_mask"):
+                assert (sparser[name] <= denser[name]).all()  # nothing comes back
+    table = pd.read_csv(folder / "levels/level-3.csv").set_index("layer")
+    assert table.loc["total", "flipped"] == pytest.approx(levels["flipped"].iloc[-1])
 
 
 def test_a_level_that_asks_for_more_than_there_is_stops_before_training(run, tmp_path):
@@ -354,6 +370,13 @@ EFFECTS = {
                     ["--conv-type", "STRConv", *SOFT]),
     "st-decay": (["--conv-type", "STRConv", *SOFT, "--st-decay", "0.1"],
                  ["--conv-type", "STRConv", *SOFT]),
+    **{
+        f"rewind {how}": (
+            ["--threshold-list", "0.1", "--final_prune_epoch", "1", "--rewind", how],
+            ["--threshold-list", "0.1", "--final_prune_epoch", "1"],
+        )
+        for how in ("weights", "bn", "amplitudes", "signs")
+    },
     "prune-scheduler": (
         ["--threshold-list", "0.1", "--final_prune_epoch", "1", "--prune-scheduler", "step"],
         ["--threshold-list", "0.1", "--final_prune_epoch", "1"],
@@ -383,6 +406,11 @@ def test_compile_compiles_the_network(run, monkeypatch):
     assert compiled == []
     run(*MLP, "--compile")
     assert [type(module).__name__ for module in compiled] == ["MLP"]
+
+
+def test_reset_weights_means_rewind_weights(run):
+    levels = [*MLP, "--threshold-list", "0.1", "--final_prune_epoch", "1"]
+    assert same(run(*levels, "--reset-weights"), run(*levels, "--rewind", "weights", where="b"))
 
 
 def test_names_and_labels_are_kept(run):
@@ -501,6 +529,7 @@ BAD = {
     "--threshold-list: prunes masks": ["--threshold-list", "0.1", "--conv-type", "STRConv"],
     "--er-sparsity-file: goes with": ["--er-sparse-method", "network"],
     "--er-sparsity-file: goes with --er": ["--er-sparsity-file", "x.json"],
+    "--reset-weights: means weights, --rewind says bn": ["--reset-weights", "--rewind", "bn"],
     "--width: --resnet-type small-dense needs it": ["--resnet-type", "small-dense"],
     "--width: the ImageNet ResNets": ["--set", "imagenet", "--width", "8"],
     "--arch: .*ImageNet": ["--set", "imagenet", "--arch", "vgg16"],
