@@ -2,16 +2,17 @@
 
 import logging
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
 from startsparse import checkpoint
-from startsparse.errors import OptionError
+from startsparse.errors import OptionError, UserError
 from startsparse.masks import density_table, keep_inside, masked_weights, sparse_layers
-from startsparse.scores import keep_top, magnitude
+from startsparse.pruning import prune
 from startsparse.trainer import Phase, Trainer
 from STR.options import STROptions
-from STR.rewinds import REWINDS, flipped
+from STR.rewinds import REWINDS, State, flipped
 
 log = logging.getLogger("startsparse")
 
@@ -59,17 +60,76 @@ def weights_left(model: nn.Module, density: float) -> int:
 def check_levels(model: nn.Module, options: STROptions) -> None:
     """Raise `OptionError` where a level asks for weights that the first mask does not have."""
     drawn = sum(int(mask.sum()) for _, _, mask in masked_weights(model))
-    for density in options.threshold_list:
+    for level, density in enumerate(options.threshold_list, 1):
         count = weights_left(model, density)
         if count > drawn:
             raise OptionError(
-                f"--threshold-list: {density:g} asks for {count} weights, the random mask has "
+                f"--threshold-list: {density:g} asks for {count} weights, the first mask has "
                 f"{drawn}; ask for less, or add --er-sampling exact"
             )
         if count < 0:
             raise OptionError(
                 f"--threshold-list: {density:g} is below the share of the layers kept dense"
             )
+        if options.pruner == "mask-ref":
+            check_reference(model, options, level, count)
+
+
+def check_reference(model: nn.Module, options: STROptions, level: int, count: int) -> None:
+    """Raise `OptionError` where the masks of --target-expt-name do not fit this run."""
+    masks, given = reference_masks(options, level), list(masked_weights(model))
+    for name, _, mask in given:
+        other = masks.get(f"{name}.weight_mask")
+        if other is None or other.shape != mask.shape or bool((other & ~mask.cpu()).any()):
+            raise OptionError(
+                f"--target-expt-name: the mask of '{name}' in {options.target_expt_name} does not "
+                "lie inside this run's; both need the same network, --seed and --er-sparse-*"
+            )
+    kept = sum(int(masks[f"{name}.weight_mask"].sum()) for name, _, _ in given)
+    if kept != count:
+        raise OptionError(
+            f"--target-expt-name: level {level} of {options.target_expt_name} keeps {kept} "
+            f"weights, --threshold-list asks for {count}"
+        )
+
+
+def reference_masks(options: STROptions, level: int) -> State:
+    """The masks of the run --target-expt-name after its pruning number ``level``."""
+    path = Path(options.target_expt_name) / f"levels/level-{level}.pt"
+    try:
+        return checkpoint.load(path)["model"]
+    except UserError as error:
+        raise OptionError(f"--target-expt-name: {error}") from None
+
+
+def start_from(model: nn.Module, options: STROptions) -> None:
+    """Begin with the selected weights, and the masks, of the run --start-from."""
+    path = Path(options.start_from) / "best.pt"
+    try:
+        checkpoint.load_model(model, checkpoint.load(path), path)
+    except UserError as error:
+        raise OptionError(f"--start-from: {error}") from None
+
+
+def prune_to(trainer: Trainer, *, level: int, density: float) -> None:
+    """Shrink the masks to ``density`` by --pruner; pruning number ``level``, counted from 1."""
+    model, options = trainer.model, trainer.options
+    if options.pruner == "mask-ref":
+        masks = reference_masks(options, level)
+        for name, _, mask in masked_weights(model):
+            mask.copy_(masks[f"{name}.weight_mask"])
+        keep_inside(model)
+        return
+    shape = trainer.data.shape
+    prune(
+        model,
+        options.pruner,
+        weights_left(model, density),
+        seed=options.seed,
+        level=level,
+        batch=lambda: next(iter(trainer.data.train.epoch(len(trainer.history)))),
+        shape=(shape.channels, shape.size, shape.size),
+    )
 
 
 def next_level(trainer: Trainer, *, level: int, density: float) -> None:
@@ -77,8 +137,7 @@ def next_level(trainer: Trainer, *, level: int, density: float) -> None:
     last = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     record_level(trainer, level=level)
     trainer.model.load_state_dict(last)
-    keep_top(trainer.model, magnitude(trainer.model), weights_left(trainer.model, density))
-    keep_inside(trainer.model)
+    prune_to(trainer, level=level + 1, density=density)
     pruned = trainer.evaluate(trainer.data.valid)["accuracy"]
     trainer.tables["levels"][-1]["valid_accuracy_pruned"] = pruned
     trainer.write_tables()
@@ -107,6 +166,7 @@ def record_level(trainer: Trainer, *, level: int) -> dict[str, float]:
     total = table.iloc[-1]
     row = {
         "level": level,
+        "requested": (trainer.options.er_sparse_init, *trainer.options.threshold_list)[level],
         "density": float(total["density"]),
         "kept": int(total["kept"]),
         **result,

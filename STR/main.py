@@ -14,7 +14,7 @@ from startsparse import checkpoint, data, er, masks, models, parallel, report, r
 from startsparse.commandline import parse
 from startsparse.errors import run_script
 from startsparse.trainer import Trainer
-from STR.iterative import begin, check_levels, phases, record_level
+from STR.iterative import begin, check_levels, phases, record_level, start_from
 from STR.options import STROptions
 from STR.thresholds import layer_table, plain_state, soften, thresholds
 
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         workers=options.workers,
     )
     model, requested = network(options, images.shape)
+    if options.start_from:
+        start_from(model, options)
     check_levels(model, options)
     model.to(devices[0], memory_format=torch.channels_last)
 

@@ -10,9 +10,11 @@ from startsparse.commandline import choice, default_is
 from startsparse.errors import OptionError
 from startsparse.models import RESNET_TYPES
 from startsparse.options import Options, require_range
+from startsparse.pruning import PRUNERS
 from STR.rewinds import REWINDS
 from STR.thresholds import FUNCTIONS
 
+PRUNER_NAMES = (*PRUNERS, "mask-ref")
 CONV_TYPES = ("DenseConv", "ConvMask", "STRConv", "STRConvER")
 
 
@@ -37,7 +39,13 @@ class STROptions(Options):
     """Weight decay of s, which drives the sparsity"""
 
     threshold_list: Annotated[tuple[float, ...], default_is("no pruning")] = ()
-    """Densities to prune to, by magnitude, one after the other"""
+    """Densities to prune to, one after the other"""
+    pruner: choice(PRUNER_NAMES) = "mag"
+    """What decides which weights go; mask-ref takes the masks of the run --target-expt-name"""
+    target_expt_name: Annotated[str, default_is("none")] = ""
+    """Run folder whose masks, level by level, --pruner mask-ref takes"""
+    start_from: Annotated[str, default_is("none")] = ""
+    """Run folder whose weights and masks this run begins with"""
     final_prune_epoch: int = 150
     """Epochs before each pruning of --threshold-list; the final --epochs come after the last"""
     rewind: choice(REWINDS) = "none"
@@ -92,6 +100,10 @@ class STROptions(Options):
             require_range(self, "st_decay", low=0)
         if self.threshold_list and self.conv_type != "ConvMask":
             raise OptionError("--threshold-list: prunes masks; it needs --conv-type ConvMask")
+        if (self.pruner == "mask-ref") != bool(self.target_expt_name):
+            raise OptionError(
+                "--target-expt-name: goes with --pruner mask-ref, and that pruner needs it"
+            )
         density = self.er_sparse_init
         for level in self.threshold_list:
             if not 0 < level <= density:

@@ -105,13 +105,13 @@ def parse(kind: type[T], configs: Path, argv: Sequence[str] | None = None) -> T:
         OptionError: with one line that names the option or the file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    given = _cli(kind, argv, kind())
+    given = from_flags(kind, argv, kind())
     path = Path(given.config) if given.config else configs / f"{given.set}.yaml"
     if given.resume not in ("", "auto"):
         # A run is continued with the options it was started with.
         path = run_folder(given.resume) / "options.yaml"
     if given.config or given.resume not in ("", "auto") or path.exists():
-        options = _cli(kind, argv, read_yaml(kind, path))
+        options = from_flags(kind, argv, read_yaml(kind, path))
         options.config = str(path)
     else:
         options = given
@@ -146,7 +146,7 @@ def read_yaml(kind: type[T], path: Path) -> T:
             raise OptionError(f"{path}: unknown option '{key}'{_near(str(key), fields, '')}")
         argv += _as_flags(kind, name, value, path)
     try:
-        return _cli(kind, argv, kind())
+        return from_flags(kind, argv, kind())
     except OptionError as error:
         raise OptionError(f"{path}: {error}") from None
 
@@ -191,8 +191,12 @@ def _near(name: str, fields: Mapping[str, str], dashes: str) -> str:
     return f"; did you mean {dashes}{near[0]}?" if near else "; --help lists the options"
 
 
-def _cli(kind: type[T], argv: list[str], default: T) -> T:
-    """tyro, with each of its boxed messages as one line."""
+def from_flags(kind: type[T], argv: list[str], default: T) -> T:
+    """Values of ``argv`` over those of ``default``: tyro, its boxed messages as one line each.
+
+    Raises:
+        OptionError: names the option.
+    """
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):

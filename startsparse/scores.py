@@ -1,12 +1,22 @@
 """Pruning: one score per weight, and the best k weights stay.
 
-Scores are read on the current masks, and a weight that was pruned never comes back.
+Scores are read on the current masks, name -> tensor like the weight; the highest should stay.
+Reading them leaves the model as it was: parameters, buffers, gradients, training mode, and the
+global random state. `startsparse.pruning` puts scores to use.
 """
 
-import torch
-from torch import Tensor, nn
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
-from startsparse.masks import masked_weights
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from startsparse.masks import kept, masked_weights, sparse_layers
+from startsparse.seeding import generator
 
 
 def magnitude(model: nn.Module) -> dict[str, Tensor]:
@@ -14,30 +24,206 @@ def magnitude(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach().abs() for name, weight, _ in masked_weights(model)}
 
 
-SCORES = {"mag": magnitude}
+def random(model: nn.Module, seed: int, level: int = 0) -> dict[str, Tensor]:
+    """Uniform in [0, 1), float64: a layer's draw depends on (seed, level, name) and nothing else.
+
+    Two of float32's 2^24 numbers would often be equal in a layer of a million weights.
+    """
+    return {
+        name: torch.rand(
+            weight.shape, generator=generator(seed, f"prune/{name}", level), dtype=torch.float64
+        ).to(weight.device)
+        for name, weight, _ in masked_weights(model)
+    }
 
 
-@torch.no_grad()
-def keep_top(model: nn.Module, scores: dict[str, Tensor], count: int) -> None:
+def snip(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """|w * dL/dw| for the cross-entropy L of one batch (Lee et al. 2019, arXiv:1810.02340, 4.1).
+
+    The paper divides by the sum over all weights, which changes no order. BatchNorm normalises by
+    the batch, as in training, and there is no dropout.
+
+    Args:
+        images: [B, ...] what the network takes, on its device.
+        labels: [B] class numbers, int64.
+    """
+    with _as_it_was(model, batch_statistics=True), torch.enable_grad():
+        loss, weights = _loss(model, images, labels)
+        gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
+    slopes = dict(zip(weights, gradients))
+    return {
+        name: (weight.detach() * slopes[name].where(mask, 0)).abs()
+        for name, weight, mask in masked_weights(model)
+    }
+
+
+def grasp(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """w * (H g), the negative of the paper's score (Wang et al. 2020, arXiv:2002.07376, eq. 8).
+
+    g is the gradient of the cross-entropy of one batch by the weights of all convolutions and
+    linear layers, inside their masks, and H the Hessian by the same. The paper prunes the largest
+    -w * (H g), whose removal harms the gradient norm least; with the sign turned, the highest score
+    stays, as everywhere here. Logits are not divided by a temperature. BatchNorm and arguments: as
+    for `snip`.
+    """
+    with _as_it_was(model, batch_statistics=True), torch.enable_grad():
+        loss, weights = _loss(model, images, labels)
+        leaves = list(weights.values())
+        gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+        inside = [kept(layer) for layer in sparse_layers(model).values()]
+        fixed = [g.detach().where(mask, 0) for g, mask in zip(gradients, inside)]
+        along = sum((g * direction).sum() for g, direction in zip(gradients, fixed))
+        products = torch.autograd.grad(along, leaves, materialize_grads=True)
+    curvatures = dict(zip(weights, products))
+    return {
+        name: weight.detach() * curvatures[name].where(mask, 0)
+        for name, weight, mask in masked_weights(model)
+    }
+
+
+def synflow(model: nn.Module, shape: Sequence[int]) -> dict[str, Tensor]:
+    """|w * dR/dw|, float64 (Tanaka et al. 2020, arXiv:2006.05467, algorithm 1).
+
+    R is the sum of the outputs for an input of ones, of the network with absolute weights and
+    nothing added anywhere: the sum over all paths from an input to an output of the product of
+    their weights.
+
+    Args:
+        shape: of one input, (C, H, W) or (features,).
+
+    Raises:
+        ValueError: R is too large even for float64.
+    """
+    # Biases and the shifts of BatchNorm are left out: they start paths that come from no input, and
+    # a layer could be emptied while they keep R up. Without them R is linear in each layer, so that
+    # every layer has the same sum of scores (theorem 2), which is what keeps layers from emptying.
+    # Running variances are left out too: SynFlow looks at no data, and a unit that never fires has
+    # a variance near 0, which would multiply the scores of its weights by up to 300. What remains
+    # of BatchNorm is the factor |weight| / sqrt(1 + eps). In a network with zero biases and fresh
+    # BatchNorm, where the paper prunes, all this is the evaluation mode of the paper's own code.
+    tensors = {}
+    for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
+        fill = _SYNFLOW_FILL.get(name.rpartition(".")[2])
+        if fill is not None:
+            tensors[name] = torch.full_like(value, fill, dtype=torch.float64)
+        elif value.is_floating_point():
+            tensors[name] = value.detach().to(torch.float64).abs()
+        else:
+            tensors[name] = value.clone()
+    weights = {
+        name: tensors[_key(name)].mul_(mask).requires_grad_()
+        for name, _, mask in masked_weights(model)
+    }
+    leaves = list(weights.values())
+    ones = torch.ones(1, *shape, dtype=torch.float64, device=_device(model))
+    with (
+        _as_it_was(model, batch_statistics=False),
+        torch.enable_grad(),
+        torch.autocast(ones.device.type, enabled=False),
+    ):
+        flow = functional_call(model, tensors, (ones,)).sum()
+        slopes = torch.autograd.grad(flow, leaves, materialize_grads=True)
+    if not flow.isfinite():
+        raise ValueError("synflow: the sum of the outputs is too large for float64")
+    return {
+        name: (weight.detach() * slope).abs()
+        for (name, weight), slope in zip(weights.items(), slopes)
+    }
+
+
+_SYNFLOW_FILL = {"bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, batch_statistics: bool) -> Iterator[None]:
+    """Evaluation mode, if wished with BatchNorm on batch statistics; then each module's mode again.
+
+    Dropout stays off, so nothing draws from the global random state.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = batch_statistics and isinstance(module, _BatchNorm)
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _loss(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of a batch in the weights' precision, and what to differentiate it by.
+
+    These are stand-ins for the weights of all convolutions and linear layers: they share memory but
+    not ``.grad``. Buffers are copies, as BatchNorm writes to them.
+    """
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    tensors |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+    weights = {name: tensors[_key(name)].requires_grad_() for name in sparse_layers(model)}
+    with torch.autocast(images.device.type, enabled=False):
+        return F.cross_entropy(functional_call(model, tensors, (images,)), labels), weights
+
+
+def _key(layer: str) -> str:
+    """The name of a layer's weight; a model that is one layer calls that layer ""."""
+    return f"{layer}.weight" if layer else "weight"
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def keep_top(model: nn.Module, scores: Mapping[str, Tensor], count: int) -> None:
     """Shrink the masks, in place, to the ``count`` highest scores of the whole network.
 
     Exactly ``count`` weights stay; of equal scores those of earlier layers and positions stay.
 
+    Args:
+        scores: layer name -> floating point tensor like the weight, in any memory format. Only
+            what lies inside the mask is looked at; infinities are allowed there.
+
     Raises:
-        ValueError: fewer than ``count`` weights are left.
+        ValueError: fewer than ``count`` weights are left, or a score is NaN; names the layer.
     """
-    masks = {name: mask for name, _, mask in masked_weights(model)}
-    flat = torch.cat(
-        [scores[name].masked_fill(~mask, -torch.inf).flatten() for name, mask in masks.items()]
-    )
-    left = sum(int(mask.sum()) for mask in masks.values())
-    if count > left:
-        raise ValueError(f"{count} weights cannot be kept: {left} are left")
-    keep = torch.zeros_like(flat, dtype=torch.bool)
-    if count > 0:
-        last = flat.kthvalue(len(flat) - count + 1).values
-        keep = flat > last
-        ties = (flat == last).nonzero().flatten()
-        keep[ties[: count - int(keep.sum())]] = True
-    for mask, part in zip(masks.values(), keep.split([m.numel() for m in masks.values()])):
-        mask.copy_(part.view(mask.shape))
+    shrink({name: mask for name, _, mask in masked_weights(model)}, scores, count)
+
+
+@torch.no_grad()
+def shrink(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], count: int) -> None:
+    """`keep_top` among these masks only: layer name -> bool tensor, changed in place."""
+    values = torch.cat([scores[name][mask] for name, mask in masks.items()])
+    if not 0 <= count <= len(values):
+        raise ValueError(f"{count} weights cannot be kept: {len(values)} are left")
+    if values.isnan().any():
+        bad = next(name for name, mask in masks.items() if scores[name][mask].isnan().any())
+        raise ValueError(f"{bad}: a score is NaN")
+    if count == len(values):
+        return
+    if count == 0:
+        for mask in masks.values():
+            mask.zero_()
+        return
+    # The order of `values` does not matter for the threshold, that of ties is by position below.
+    last, missing, ties = _lowest_of_top(values, count), count, []
+    for name, mask in masks.items():
+        score = scores[name].to(values.dtype)
+        ties.append((score == last) & mask)
+        missing -= mask.logical_and_(score > last).sum()
+    for mask, tied in zip(masks.values(), ties):
+        rank = tied.flatten().cumsum(0).view(tied.shape)
+        mask |= tied & (rank <= missing)
+        missing -= rank.max() if rank.numel() else 0
+
+
+def _lowest_of_top(values: Tensor, count: int) -> Tensor:
+    """The ``count``-th largest of ``values`` [n], 0 < count <= n, without sorting them."""
+    if values.is_cuda:
+        return _by_topk(values, count)
+    return values.kthvalue(len(values) - count + 1).values
+
+
+def _by_topk(values: Tensor, count: int) -> Tensor:
+    """The same for GPUs, where kthvalue works on one multiprocessor only and topk on all."""
+    rest = len(values) - count + 1
+    if count <= rest:
+        return values.topk(count, sorted=False).values.min()
+    return values.topk(rest, largest=False, sorted=False).values.max()

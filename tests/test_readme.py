@@ -8,6 +8,7 @@ import pytest
 
 from startsparse.commandline import normal
 from STR import main as script
+from STR import run_imp
 from STR.options import STROptions
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,7 @@ def table():
 
 
 NEEDS = {
+    "mask-ref": ["--target-expt-name", "some-run"],
     "network": ["--er-sparsity-file", "layers.json"],
     "str-induced-er": ["--er-sparsity-file", "layers.json"],
 }
@@ -64,6 +66,15 @@ def test_every_command_is_understood(monkeypatch):
     for command in commands:
         options = script.parse(STROptions, script.CONFIGS, command.split())
         assert options.set == "cifar10"
+
+
+def test_every_sweep_is_understood(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT / "STR")
+    commands = re.findall(r"^python run_imp\.py(.*)$", README, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        assert run_imp.main(["--dry-run", *command.split()]) == 0
+        assert "runs, " in capsys.readouterr().out
 
 
 def test_the_original_commands_are_in_it_word_by_word():

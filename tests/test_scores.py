@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from startsparse.masks import attach_masks, draw_masks, keep_inside, masked_weights
-from startsparse.scores import keep_top, magnitude
+from startsparse.scores import _by_topk, _lowest_of_top, keep_top, magnitude
 
 
 def network(seed, values=None):
@@ -62,3 +62,66 @@ def test_more_than_is_left_is_an_error():
     left = sum(int(mask.sum()) for _, _, mask in masked_weights(model))
     with pytest.raises(ValueError, match=f"{left} are left"):
         keep_top(model, magnitude(model), left + 1)
+
+
+def test_nan_names_the_layer_and_changes_nothing():
+    model = network(1)
+    before = [mask.clone() for _, _, mask in masked_weights(model)]
+    scores = magnitude(model)
+    scores["1"][~before[1]] = torch.nan  # outside the mask nobody looks
+    keep_top(model, scores, 20)
+    before = [mask.clone() for _, _, mask in masked_weights(model)]
+    scores["1"][tuple(before[1].nonzero()[0])] = torch.nan
+    with pytest.raises(ValueError, match="1: a score is NaN"):
+        keep_top(model, scores, 10)
+    assert all(torch.equal(m, old) for (_, _, m), old in zip(masked_weights(model), before))
+
+
+def test_the_lowest_possible_scores_do_not_bring_pruned_weights_back():
+    model = network(1)
+    before = [mask.clone() for _, _, mask in masked_weights(model)]
+    left = sum(int(mask.sum()) for mask in before)
+    scores = {name: torch.full_like(w, -torch.inf) for name, w, _ in masked_weights(model)}
+    keep_top(model, scores, left - 3)
+    after = [mask for _, _, mask in masked_weights(model)]
+    assert not any((mask & ~old).any() for mask, old in zip(after, before))
+    assert torch.equal(after[0], before[0])  # of equals the last ones go
+    assert torch.equal(after[1], before[1])
+    gone = (before[2] & ~after[2]).flatten().nonzero().flatten()
+    assert gone.tolist() == before[2].flatten().nonzero().flatten()[-3:].tolist()
+
+
+def test_scores_of_several_precisions():
+    """float64 scores that float32 cannot tell apart still count as different."""
+    model = network(1)
+    scores = {name: torch.zeros(w.shape) for name, w, _ in masked_weights(model)}
+    scores["2"] = 1 + 1e-12 * torch.arange(12, dtype=torch.float64).view(3, 4)
+    inside = [mask for _, _, mask in masked_weights(model)][2].flatten().nonzero().flatten()
+    keep_top(model, scores, 4)
+    masks = [mask for _, _, mask in masked_weights(model)]
+    assert [int(mask.sum()) for mask in masks] == [0, 0, 4]
+    assert masks[2].flatten().nonzero().flatten().tolist() == inside[-4:].tolist()
+
+
+@given(st.integers(0, 10_000), st.sampled_from([None, 3]), st.integers(1, 60))
+def test_the_way_of_gpus_finds_the_same_threshold(seed, values, size):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(size, generator=generator)
+    if values:
+        scores = torch.randint(values, (size,), generator=generator).float()
+    ordered = scores.sort(descending=True).values
+    for count in range(1, size + 1):
+        assert _by_topk(scores, count) == ordered[count - 1] == _lowest_of_top(scores, count)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_keep_top_on_a_gpu():
+    for values in (None, 1, 2):
+        model = network(3, values)
+        expected = reference(model, 17)
+        model.cuda()
+        keep_top(model, magnitude(model), 17)
+        masks = [mask.flatten() for _, _, mask in masked_weights(model)]
+        assert {(i, p) for i, m in enumerate(masks) for p in m.nonzero().flatten().tolist()} == (
+            expected
+        )

@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from startsparse import checkpoint, er, masks
 from startsparse.errors import OptionError, UserError
+from startsparse.pruning import PRUNERS
 from startsparse.trainer import Trainer
 from startsparse.training import NonFiniteLoss
 from STR import main as script
@@ -66,6 +67,8 @@ def same(one: Path, other: Path) -> bool:
     )
     best = [weights(folder, "best.pt") for folder in (one, other)]
     equal &= all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+    if (one / "levels.csv").exists():
+        equal &= (one / "levels.csv").read_bytes() == (other / "levels.csv").read_bytes()
     epochs = [pd.read_csv(f / "epochs.csv").drop(columns="seconds") for f in (one, other)]
     results = [json.loads((f / "summary.json").read_text()) for f in (one, other)]
     for result in results:
@@ -163,7 +166,7 @@ def crashing(when, count, save=Trainer.save):
 def test_resume_over_pruning_levels(run, monkeypatch):
     argv = [*MLP, "--threshold-list", "0.1", "0.05", "--final_prune_epoch", "1"]
     whole = run(*argv, where="whole")
-    for count in (1, 2, 3, 4):  # after an epoch, after a pruning, ...
+    for count in (2, 3):  # the checkpoint of a pruning, and of an epoch after it
         for when in ("before", "after"):
             where = f"{when}{count}"
             with monkeypatch.context() as patch, pytest.raises(Crash):
@@ -305,7 +308,7 @@ def test_levels_prune_to_exactly_what_was_asked(run):
 
 def test_a_level_that_asks_for_more_than_there_is_stops_before_training(run, tmp_path):
     # The ER mask of this seed has fewer weights than its density expects.
-    with pytest.raises(OptionError, match="--threshold-list: 0.2 asks for 9965 weights, the rand"):
+    with pytest.raises(OptionError, match="--threshold-list: 0.2 asks for 9965 weights, the fir"):
         run(*MLP, "--threshold-list", "0.2")
     with pytest.raises(OptionError, match="--threshold-list: 0.001 is below the share"):
         run(*MLP, "--last-layer-dense", "--threshold-list", "0.001")
@@ -377,6 +380,14 @@ EFFECTS = {
         )
         for how in ("weights", "bn", "amplitudes", "signs")
     },
+    **{
+        f"pruner {pruner}": (
+            ["--threshold-list", "0.1", "--final_prune_epoch", "1", "--pruner", pruner],
+            ["--threshold-list", "0.1", "--final_prune_epoch", "1"],
+        )
+        for pruner in PRUNERS
+        if pruner != "mag"
+    },
     "prune-scheduler": (
         ["--threshold-list", "0.1", "--final_prune_epoch", "1", "--prune-scheduler", "step"],
         ["--threshold-list", "0.1", "--final_prune_epoch", "1"],
@@ -406,6 +417,38 @@ def test_compile_compiles_the_network(run, monkeypatch):
     assert compiled == []
     run(*MLP, "--compile")
     assert [type(module).__name__ for module in compiled] == ["MLP"]
+
+
+def test_mask_ref_takes_the_masks_of_another_run(run):
+    levels = [*MLP, "--threshold-list", "0.1", "0.03", "--final_prune_epoch", "1"]
+    source = run(*levels, "--pruner", "snip", where="source")
+    other = [*levels, "--lr", "0.03", "--pruner", "mask-ref", "--target-expt-name", str(source)]
+    folder = run(*other, where="other")
+    for level in (1, 2):
+        mine, theirs = (weights(f, f"levels/level-{level}.pt") for f in (folder, source))
+        assert all(torch.equal(mine[n], theirs[n]) for n in mine if n.endswith("_mask"))
+    assert not torch.equal(mine["hidden.0.weight"], theirs["hidden.0.weight"])
+    with pytest.raises(OptionError, match="--target-expt-name: the mask of 'hidden.0'"):
+        run(*other, "--seed", "2", where="x")
+    with pytest.raises(OptionError, match="--target-expt-name: level 1 of .* keeps 4982 weights"):
+        run(*other, "--threshold-list", "0.12", where="x")
+    with pytest.raises(OptionError, match="--target-expt-name: .*level-3.pt: no such checkpoint"):
+        run(*other, "--threshold-list", "0.1", "0.03", "0.02", where="x")
+
+
+def test_start_from_begins_with_weights_and_masks_of_another_run(run, monkeypatch):
+    first = run(*MLP, "--er-sparse-method", "ERK", where="first")
+    begun = []
+    monkeypatch.setattr(Trainer, "run_phases", lambda trainer, _: begun.append(
+        {k: v.clone() for k, v in trainer.model.state_dict().items()}) or 1 / 0)  # fmt: skip
+    with pytest.raises(ZeroDivisionError):
+        run(*MLP, "--start-from", str(first))
+    best = weights(first, "best.pt")
+    assert all(torch.equal(begun[0][name], best[name]) for name in best)
+    with pytest.raises(OptionError, match="--start-from: .*no such checkpoint"):
+        run(*MLP, "--start-from", "nowhere")
+    with pytest.raises(OptionError, match="--start-from: .*does not fit the network"):
+        run(*TINY, "--start-from", str(first))
 
 
 def test_reset_weights_means_rewind_weights(run):
