@@ -121,15 +121,18 @@ def prune_to(trainer: Trainer, *, level: int, density: float) -> None:
         keep_inside(model)
         return
     shape = trainer.data.shape
-    prune(
-        model,
-        options.pruner,
-        weights_left(model, density),
-        seed=options.seed,
-        level=level,
-        batch=lambda: next(iter(trainer.data.train.epoch(len(trainer.history)))),
-        shape=(shape.channels, shape.size, shape.size),
-    )
+    try:
+        prune(
+            model,
+            options.pruner,
+            weights_left(model, density),
+            seed=options.seed,
+            level=level,
+            batch=lambda: next(trainer.data.train.epoch(len(trainer.history))),
+            shape=(shape.channels, shape.size, shape.size),
+        )
+    except ValueError as error:  # scores that are not numbers, say
+        raise UserError(f"--pruner: {options.pruner} at density {density:g}: {error}") from None
 
 
 def next_level(trainer: Trainer, *, level: int, density: float) -> None:

@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """One run, from options to report."""
     options = parse(STROptions, CONFIGS, argv)
     folder = runs.find_run(options)
+    if folder and not options.evaluate and (done := runs.summary(folder)):
+        log.info("%s", report.text(done, folder))
+        return
     with torch.device("meta"):  # bad options are named before data or a device is touched
         plan(options, data.SHAPES[options.set])
 
@@ -54,9 +57,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             accuracy = trainer.evaluate(getattr(images, split))["accuracy"]
             log.info("%s accuracy %.2f %%", split, 100 * accuracy)
         return
-    if run.summary:
-        log.info("%s", report.text(run.summary, run.folder))
-        return
 
     trainer.load()
     start = masks.density_table(model, requested)
@@ -75,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.soft:
         checkpoint.save(run.folder / "dense_weights.pt", {"model": plain_state(model)})
     report.plot_run(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
-    run.finish(report.summary(options.requested, table, result, trainer.seconds))
-    log.info("%s", report.text(run.summary, run.folder))
+    summary = report.summary(options.requested, table, result, trainer.seconds)
+    run.finish(summary)
+    log.info("%s", report.text(summary, run.folder))
 
 
 def plan(options: STROptions, shape: data.Shape) -> tuple[torch.nn.Module, dict[str, float]]:

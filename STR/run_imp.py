@@ -108,7 +108,7 @@ class Job:
     @property
     def finished(self) -> bool:
         """Whether it has a result."""
-        return self.folder is not None and (self.folder / "summary.json").exists()
+        return self.folder is not None and runs.summary(self.folder) is not None
 
     @property
     def log(self) -> Path:

@@ -56,12 +56,6 @@ class Run:
             raise UserError(f"--resume: {folder} is in use by another process") from None
         _log_to(folder / "log.txt")
 
-    @property
-    def summary(self) -> dict | None:
-        """The result of a finished run, else None."""
-        path = self.folder / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else None
-
     def record(self, row: dict, watched: dict[str, float]) -> None:
         """Say what an epoch brought, and show it, and ``watched``, in TensorBoard."""
         log.info(
@@ -101,6 +95,12 @@ class Run:
         self.write_json("summary.json", summary)
 
 
+def summary(folder: Path) -> dict[str, float] | None:
+    """The result of a finished run, else None."""
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def find_run(options: Options) -> Path | None:
     """The folder of the run that --resume names; None if a new one is to be made.
 
@@ -110,6 +110,8 @@ def find_run(options: Options) -> Path | None:
     if not options.resume:
         return None
     folder = _newest(_base(options)) if options.resume == "auto" else run_folder(options.resume)
+    if folder is None and options.evaluate:
+        raise OptionError(f"--evaluate: there is no run in {_base(options)} yet")
     if folder is not None:
         saved = read_yaml(type(options), folder / "options.yaml")
         for name, value in dataclasses.asdict(saved).items():

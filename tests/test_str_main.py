@@ -223,7 +223,7 @@ def test_runs_never_overwrite_each_other(run, tmp_path):
 def test_a_finished_run_is_not_trained_again(run, monkeypatch, tmp_path):
     folder = run(*MLP)
     before = (folder / "checkpoint.pt").read_bytes()
-    monkeypatch.setattr(Trainer, "run_phases", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(script.data, "load", lambda *_, **__: pytest.fail("trained again"))
     run(*MLP, "--resume", "auto")
     assert (folder / "checkpoint.pt").read_bytes() == before
     assert len(pd.read_csv(tmp_path / "a/results.csv")) == 1
@@ -242,6 +242,12 @@ def test_evaluate_reproduces_the_accuracies(run, capsys):
     said = capsys.readouterr().out.splitlines()
     assert f"valid accuracy {100 * result['valid_accuracy']:.2f} %" in said
     assert f"test accuracy {100 * result['test_accuracy']:.2f} %" in said
+
+
+def test_nothing_to_evaluate(run, tmp_path):
+    with pytest.raises(OptionError, match="--evaluate: there is no run in .*seed-1 yet"):
+        run(*MLP, "--evaluate", "--resume", "auto")
+    assert not (tmp_path / "a").exists()
 
 
 def test_the_test_set_is_used_once_and_at_the_best_epoch(run, monkeypatch):
