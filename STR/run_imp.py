@@ -92,6 +92,7 @@ class Job:
 
     argv: list[str]
     options: STROptions
+    found: Path | None = None
 
     @property
     def epochs(self) -> int:
@@ -103,7 +104,8 @@ class Job:
     @property
     def folder(self) -> Path | None:
         """Run folder, if it has begun."""
-        return runs.find_run(self.options)
+        self.found = self.found or runs.find_run(self.options)
+        return self.found
 
     @property
     def finished(self) -> bool:
@@ -111,8 +113,13 @@ class Job:
         return self.folder is not None and runs.summary(self.folder) is not None
 
     @property
+    def title(self) -> str:
+        """What people call it."""
+        return f"{self.options.name}, seed {self.options.seed}"
+
+    @property
     def log(self) -> Path:
-        """What it says."""
+        """The file of what it says."""
         return Path(self.options.log_dir) / f"{self.options.name}-seed-{self.options.seed}.log"
 
 
@@ -164,13 +171,14 @@ def run_all(jobs: list[Job], options: SweepOptions) -> list[Job]:
             for slot in range(options.jobs):
                 if slot not in running and waiting:
                     running[slot] = _start(waiting.pop(0), slots[slot], position=slot + 1)
-            time.sleep(0.2)
+            time.sleep(0.5)
             for slot, (job, process, bar) in list(running.items()):
                 _show(job, bar)
                 if process.poll() is not None:
                     del running[slot]
                     bar.close()
                     sweep.update()
+                    tqdm.write(f"{job.title}: {'failed' if process.returncode else 'finished'}")
                     if process.returncode:
                         failed.append(job)
     finally:
@@ -199,12 +207,16 @@ def _start(job: Job, device: str, position: int) -> tuple[Job, subprocess.Popen,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C comes here, and is passed on as SIGTERM
         )
-    title = f"{job.options.name} seed {job.options.seed}"
     return (
         job,
         process,
         tqdm(
-            total=job.epochs, desc=title, position=position, leave=False, unit="epoch", disable=None
+            total=job.epochs,
+            desc=job.title,
+            position=position,
+            leave=False,
+            unit="epoch",
+            disable=None,
         ),
     )
 
@@ -250,10 +262,12 @@ def write_report(table: pd.DataFrame, folder: Path) -> str:
 
 def plot(means: pd.DataFrame, path: Path) -> None:
     """Test accuracy against density, a line per setting, error bars of 95 %."""
-    from matplotlib.figure import Figure  # slow to import, and needed at the end
+    from matplotlib import colormaps  # slow to import, and needed at the end
+    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
+    axis.set_prop_cycle(color=colormaps["tab20"].colors)
     for setting, rows in means.groupby("setting", sort=False):
         ends = 100 * rows["test_accuracy_ci95"].fillna(0)
         axis.errorbar(rows["requested"], 100 * rows["test_accuracy"], ends, fmt=".-", capsize=2,
@@ -261,7 +275,7 @@ def plot(means: pd.DataFrame, path: Path) -> None:
     axis.set(xscale="log", xlabel="density", ylabel="test accuracy (%)")
     axis.invert_xaxis()
     axis.grid(alpha=0.3)
-    axis.legend(title=" ".join(KEYS), fontsize=7, title_fontsize=7)
+    figure.legend(loc="outside right upper", title="\n".join(KEYS), fontsize=8, title_fontsize=8)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
@@ -283,8 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(table):
         print(write_report(table, Path(options.result_dir)))
     for job in failed:
-        print(f"error: {job.options.name}, seed {job.options.seed} failed; see {job.log}",
-              file=sys.stderr)  # fmt: skip
+        print(f"error: {job.title} failed; see {job.log}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -10,7 +10,7 @@ from benchmarks.steps import CONV_TYPES, devices, interleaved, make_step
 
 def main() -> None:
     for device in devices():
-        pairs = 11 if device.type == "cpu" else 200
+        pairs = 9 if device.type == "cpu" else 200
         dense = make_step("DenseConv", device)
         print(f"{'ResNet18, ' + device.type:<20} {'ms':>8} {'dense ms':>9} {'ratio':>6}")
         for kind in CONV_TYPES:

@@ -6,6 +6,7 @@
     log.txt           what was said
     checkpoint.pt     the run as it stands; best.pt: weights of the best validation epoch
     epochs.csv        one row per epoch; tensorboard/ shows the same
+    levels.csv        one row per density of an iteratively pruned run; levels/: masks, weights
     density.csv       one row per layer; layers.json: the same for --er-sparsity-file
     curves.png        curves, and the density per layer
     summary.json      the result; a run that has it is finished

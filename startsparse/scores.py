@@ -1,7 +1,8 @@
 """Pruning: one score per weight, and the best k weights stay.
 
-Scores are read on the current masks, name -> tensor like the weight; the highest should stay.
-Reading them leaves the model as it was: parameters, buffers, gradients, training mode, and the
+Scores are read on the current masks, name -> tensor like the weight; the highest should stay. They
+count on weights being zero outside the masks (`masks.keep_inside`), and are of no use there.
+Reading them leaves everything as it was: parameters, buffers, gradients, training mode, and the
 global random state. `startsparse.pruning` puts scores to use.
 """
 
@@ -52,8 +53,7 @@ def snip(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
     slopes = dict(zip(weights, gradients))
     return {
-        name: (weight.detach() * slopes[name].where(mask, 0)).abs()
-        for name, weight, mask in masked_weights(model)
+        name: (weight.detach() * slopes[name]).abs() for name, weight, _ in masked_weights(model)
     }
 
 
@@ -75,10 +75,7 @@ def grasp(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]
         along = sum((g * direction).sum() for g, direction in zip(gradients, fixed))
         products = torch.autograd.grad(along, leaves, materialize_grads=True)
     curvatures = dict(zip(weights, products))
-    return {
-        name: weight.detach() * curvatures[name].where(mask, 0)
-        for name, weight, mask in masked_weights(model)
-    }
+    return {name: weight.detach() * curvatures[name] for name, weight, _ in masked_weights(model)}
 
 
 def synflow(model: nn.Module, shape: Sequence[int]) -> dict[str, Tensor]:
@@ -110,12 +107,9 @@ def synflow(model: nn.Module, shape: Sequence[int]) -> dict[str, Tensor]:
             tensors[name] = value.detach().to(torch.float64).abs()
         else:
             tensors[name] = value.clone()
-    weights = {
-        name: tensors[_key(name)].mul_(mask).requires_grad_()
-        for name, _, mask in masked_weights(model)
-    }
+    weights = {n: tensors[_key(n)].requires_grad_() for n, _, _ in masked_weights(model)}
     leaves = list(weights.values())
-    ones = torch.ones(1, *shape, dtype=torch.float64, device=_device(model))
+    ones = torch.ones(1, *shape, dtype=torch.float64, device=leaves[0].device)
     with (
         _as_it_was(model, batch_statistics=False),
         torch.enable_grad(),
@@ -166,10 +160,6 @@ def _loss(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, dic
 def _key(layer: str) -> str:
     """The name of a layer's weight; a model that is one layer calls that layer ""."""
     return f"{layer}.weight" if layer else "weight"
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def keep_top(model: nn.Module, scores: Mapping[str, Tensor], count: int) -> None:

@@ -94,8 +94,8 @@ def test_the_lowest_possible_scores_do_not_bring_pruned_weights_back():
 def test_scores_of_several_precisions():
     """float64 scores that float32 cannot tell apart still count as different."""
     model = network(1)
-    scores = {name: torch.zeros(w.shape) for name, w, _ in masked_weights(model)}
-    scores["2"] = 1 + 1e-12 * torch.arange(12, dtype=torch.float64).view(3, 4)
+    scores = {name: torch.ones(w.shape) for name, w, _ in masked_weights(model)}
+    scores["2"] = 1 + 1e-12 * torch.arange(1, 13, dtype=torch.float64).view(3, 4)
     inside = [mask for _, _, mask in masked_weights(model)][2].flatten().nonzero().flatten()
     keep_top(model, scores, 4)
     masks = [mask for _, _, mask in masked_weights(model)]
