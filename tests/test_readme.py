@@ -78,7 +78,7 @@ def test_every_sweep_is_understood(monkeypatch, capsys):
 
 
 def test_the_original_commands_are_in_it_word_by_word():
-    from test_str_main import original_commands
+    from str_runs import original_commands
 
     for command in original_commands().values():
         assert f"\npython main.py {command}\n" in README

@@ -1,0 +1,67 @@
+"""What the tests of STR share: small runs, and how to compare them."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from startsparse import checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+TINY = ["--arch", "resnet20", "--width", "4", "--epochs", "2", "--batch-size", "256"]
+
+
+MLP = [
+    *("--arch", "mlp", "--width", "16", "--epochs", "1", "--batch-size", "256"),
+    *("--warmup-length", "0"),
+]
+
+
+# s that gives a threshold among the weights, so that STR prunes from the first step on
+SOFT = ["--sInit-value", "-3"]
+
+
+def newest(where: Path) -> Path:
+    return max((where / "runs").glob("*/*/seed-*"), key=lambda path: path.stat().st_mtime)
+
+
+def weights(folder: Path, name="checkpoint.pt") -> dict[str, torch.Tensor]:
+    return checkpoint.load(folder / name)["model"]
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two runs are the same to the bit: weights, optimizer, history, best, result."""
+    a, b = (checkpoint.load(folder / "checkpoint.pt") for folder in (one, other))
+    flat = [
+        torch.utils._pytree.tree_leaves((s["model"], s["optimizer"], s["best"])) for s in (a, b)
+    ]
+    if len(flat[0]) != len(flat[1]):
+        return False
+    equal = all(
+        torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(*flat, strict=True)
+    )
+    best = [weights(folder, "best.pt") for folder in (one, other)]
+    equal &= all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+    if (one / "levels.csv").exists():
+        equal &= (one / "levels.csv").read_bytes() == (other / "levels.csv").read_bytes()
+    epochs = [pd.read_csv(f / "epochs.csv").drop(columns="seconds") for f in (one, other)]
+    results = [json.loads((f / "summary.json").read_text()) for f in (one, other)]
+    for result in results:
+        result.pop("seconds")
+    return equal and epochs[0].equals(epochs[1]) and results[0] == results[1]
+
+
+def original_commands():
+    """The commands of the original README, word by word."""
+    return {
+        "random pruning": (
+            "--seed 1 --resnet-type large --config configs/largescale/resnet18-cifar-str-1.yaml "
+            "--threshold-list  --multigpu 0 --er-sparse-method uniform --er-sparse-init 0.2 --name "
+            "cifar-imp-er-uniform-0.2 --final_prune_epoch 150 --result-dir results "
+            "--warmup-epochs 0 --prune-scheduler cosine --expt-setup rml --lr 0.1"
+        ),
+        "soft thresholds": "--config configs/largescale/resnet18-cifar-str-3.yaml",
+    }

@@ -1,0 +1,112 @@
+"""A run that was stopped anywhere and resumed is the run that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+from str_runs import MLP, ROOT, SOFT, TINY, newest, same
+
+from startsparse.errors import OptionError
+from startsparse.trainer import Trainer
+from STR import main as script
+from STR.options import CONV_TYPES
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+@pytest.mark.parametrize("conv_type", CONV_TYPES)
+@pytest.mark.parametrize(("when", "count"), [("after", 1), ("before", 2), ("after", 3)])
+def test_resumed_equals_uninterrupted(run, monkeypatch, conv_type, when, count):
+    """Gone within the first epoch; at its end, with best.pt newer than checkpoint.pt; later."""
+    argv = ["--conv-type", conv_type, *TINY, *SOFT, "--save-every", "4"]
+    whole = run(*argv, where="whole")
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Trainer, "save", crashing(when, count))
+        run(*argv, where="parts")
+    parts = run(*argv, "--resume", "auto", where="parts")
+    assert len(list(parts.parent.iterdir())) == 1
+    assert same(whole, parts)
+
+
+def crashing(when, count, save=Trainer.save):
+    """A `Trainer.save` whose ``count``-th call ends the process before or after it saved."""
+    calls = []
+
+    def crash(trainer):
+        calls.append(1)
+        if when == "after" or len(calls) < count:
+            save(trainer)
+        if len(calls) == count:
+            raise Crash
+
+    return crash
+
+
+def test_resume_over_pruning_levels(run, monkeypatch):
+    argv = [*MLP, "--threshold-list", "0.1", "0.05", "--final_prune_epoch", "1"]
+    whole = run(*argv, where="whole")
+    for count in (2, 3):  # the checkpoint of a pruning, and of an epoch after it
+        for when in ("before", "after"):
+            where = f"{when}{count}"
+            with monkeypatch.context() as patch, pytest.raises(Crash):
+                patch.setattr(Trainer, "save", crashing(when, count))
+                run(*argv, where=where)
+            assert same(whole, run(*argv, "--resume", "auto", where=where))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path, signum):
+    argv = [*TINY, "--epochs", "3", "--save-every", "1"]
+    whole = run(*argv, where="whole")
+    folders = ["--log-dir", str(tmp_path / "b/runs"), "--result-dir", str(tmp_path / "b")]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "STR/main.py", *argv, *folders],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list((tmp_path / "b").rglob("checkpoint.pt")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert errors.count("\n") == 1
+    assert "continues" in errors
+    folder = newest(tmp_path / "b")
+    assert len(pd.read_csv(folder / "epochs.csv")) < 3 if (folder / "epochs.csv").exists() else True
+    script.main(["--resume", str(folder), "--result-dir", str(tmp_path / "b")])
+    assert same(whole, folder)
+
+
+def test_a_finished_run_is_not_trained_again(run, monkeypatch, tmp_path):
+    folder = run(*MLP)
+    before = (folder / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(script.data, "load", lambda *_, **__: pytest.fail("trained again"))
+    run(*MLP, "--resume", "auto")
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert len(pd.read_csv(tmp_path / "a/results.csv")) == 1
+
+
+def test_resume_with_other_options_is_refused(run):
+    folder = run(*MLP)
+    with pytest.raises(OptionError, match=r"--lr: 0.3, but the run in .* was started with 0.1"):
+        run(*MLP, "--lr", "0.3", "--resume", str(folder))
+
+
+def test_auto_takes_the_newest_run_that_began(run, tmp_path):
+    first, second = run(*MLP), run(*MLP)
+    third = second.with_name("seed-1-3")
+    third.mkdir()  # gone before its options were written
+    second.joinpath("summary.json").unlink()
+    first.joinpath("checkpoint.pt").unlink()
+    assert script.runs.find_run(
+        script.parse(script.STROptions, script.CONFIGS,
+                     [*MLP, "--resume", "auto", "--log-dir", f"{tmp_path}/a/runs"])
+    ) == second  # fmt: skip
