@@ -83,8 +83,8 @@ def text(summary: dict[str, float], folder: Path) -> str:
         f"{summary['epoch']}",
         "test accuracy": f"{100 * summary['test_accuracy']:.2f} %",
         "seconds": f"{summary['seconds']:.0f}",
-        "run folder": str(folder),
-        "picture": str(folder / "curves.png"),
+        "run folder": str(folder.resolve()),
+        "picture": str(folder.resolve() / "curves.png"),
     }
     return "\n".join(["", *(f"{name:<20} {value}" for name, value in rows.items())])
 
