@@ -8,8 +8,8 @@ from torch import nn
 
 from startsparse import checkpoint
 from startsparse.errors import OptionError, UserError
-from startsparse.masks import density_table, keep_inside, masked_weights, sparse_layers
-from startsparse.pruning import prune
+from startsparse.masks import density_table, keep_inside, masked_weights
+from startsparse.pruning import prune, weights_left
 from startsparse.trainer import Phase, Trainer
 from STR.options import STROptions
 from STR.rewinds import REWINDS, State, flipped
@@ -44,17 +44,6 @@ def begin(trainer: Trainer) -> None:
 def keep_rewind_point(trainer: Trainer) -> None:
     """Keep the state that --rewind goes back to: rewind.pt."""
     checkpoint.save(trainer.run.folder / "rewind.pt", {"model": trainer.model.state_dict()})
-
-
-def weights_left(model: nn.Module, density: float) -> int:
-    """How many masked weights stay at ``density``, so that round(density N) of all N are left.
-
-    Layers without a mask are dense and count as kept.
-    """
-    masked = {name for name, _, _ in masked_weights(model)}
-    sizes = {name: layer.weight.numel() for name, layer in sparse_layers(model).items()}
-    dense = sum(size for name, size in sizes.items() if name not in masked)
-    return round(density * sum(sizes.values())) - dense
 
 
 def check_levels(model: nn.Module, options: STROptions) -> None:

@@ -3,14 +3,12 @@
 cd STR && python main.py [--config FILE.yaml] [options]; --help lists them.
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
 import torch
 
-from startsparse import checkpoint, data, er, masks, models, parallel, report, runs
+from startsparse import checkpoint, data, er, masks, models, parallel, recipe, runs
 from startsparse.commandline import parse
 from startsparse.errors import run_script
 from startsparse.trainer import Trainer
@@ -19,30 +17,19 @@ from STR.options import STROptions
 from STR.thresholds import layer_table, plain_state, soften, thresholds
 
 CONFIGS = Path(__file__).parent / "configs"
-log = logging.getLogger("startsparse")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """One run, from options to report."""
     options = parse(STROptions, CONFIGS, argv)
     folder = runs.find_run(options)
-    if folder and not options.evaluate and (done := runs.summary(folder)):
-        log.info("%s", report.text(done, folder))
+    if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
         plan(options, data.SHAPES[options.set])
 
     devices = parallel.choose_devices(options.multigpu)
-    images = data.load(
-        options.set,
-        root=data.data_root(options.data),
-        mirror=options.mirror,
-        batch_size=options.batch_size,
-        valid_split=options.valid_split,
-        seed=options.seed,
-        device=devices[0],
-        workers=options.workers,
-    )
+    images = recipe.load_data(options, devices[0])
     model, requested = network(options, images.shape)
     if options.start_from:
         start_from(model, options)
@@ -52,32 +39,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = runs.open_run(options, folder)
     trainer = Trainer(model, images, options, run, devices, lambda: watched(model))
     if options.evaluate:
-        trainer.load_selected()
-        for split in ("valid", "test"):
-            accuracy = trainer.evaluate(getattr(images, split))["accuracy"]
-            log.info("%s accuracy %.2f %%", split, 100 * accuracy)
+        recipe.say_accuracies(trainer)
         return
 
     trainer.load()
-    start = masks.density_table(model, requested)
-    run.write_table("density.csv", start)
-    log.info("%s", start.to_string(index=False, float_format="%.4f"))
-    for line in masks.warnings(start):
-        log.warning("warning: %s", line)
+    recipe.show_start(trainer, requested)
     begin(trainer)
     trainer.run_phases(phases(options))
 
     levels = len(options.threshold_list)
     result = record_level(trainer, level=levels) if levels else trainer.test()
-    table = masks.density_table(model, requested)
-    run.write_table("density.csv", table)
-    run.write_json("layers.json", layer_table(model))
     if options.soft:
         checkpoint.save(run.folder / "dense_weights.pt", {"model": plain_state(model)})
-    report.plot_run(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
-    summary = report.summary(options.requested, table, result, trainer.seconds)
-    run.finish(summary)
-    log.info("%s", report.text(summary, run.folder))
+    recipe.finish(trainer, options.requested, requested, result, layer_table(model))
 
 
 def plan(options: STROptions, shape: data.Shape) -> tuple[torch.nn.Module, dict[str, float]]:

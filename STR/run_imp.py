@@ -19,11 +19,12 @@ import pandas as pd
 from tqdm import tqdm
 
 from startsparse import report, runs
-from startsparse.atomic import replacing, write_text
+from startsparse.atomic import write_text
 from startsparse.commandline import choice, default_is, from_flags, parse
 from startsparse.data import SETS
 from startsparse.errors import OptionError, UserError, run_script
 from startsparse.options import require_range
+from startsparse.schedules import geometric
 from STR.main import CONFIGS
 from STR.options import STROptions
 
@@ -75,15 +76,6 @@ class SweepOptions:
         for name in ("seeds", "er_sparse_methods", "er_sparse_inits", "pruners", "rewind"):
             if not getattr(self, name):
                 raise OptionError(f"--{name.replace('_', '-')}: needs at least one value")
-
-
-def levels(start: float, keep: float, target: float) -> list[float]:
-    """start * keep^k for k = 1, 2 ... while that is above ``target``, and then ``target``."""
-    powers = itertools.takewhile(
-        lambda density: density > target * (1 + 1e-9),
-        (start * keep**k for k in itertools.count(1)),
-    )
-    return [*(float(f"{density:.6g}") for density in powers), target]
 
 
 @dataclasses.dataclass
@@ -138,7 +130,7 @@ def plan(options: SweepOptions, extra: list[str]) -> list[Job]:
         if options.densities:
             densities = [density for density in options.densities if density < start]
         else:
-            densities = levels(start, options.keep, options.target)
+            densities = geometric(start, options.keep, options.target)
         if not densities or densities[0] >= start:
             raise OptionError(
                 f"--er-sparse-inits: {start:g} has no level below it; see --densities and --target"
@@ -242,42 +234,32 @@ def collect(jobs: list[Job]) -> pd.DataFrame:
 def write_report(table: pd.DataFrame, folder: Path) -> str:
     """levels.csv, table.csv, table.md and plot.png; returns the table as Markdown."""
     write_text(folder / "levels.csv", table.to_csv(index=False))
-    means = report.summarise(table, ["requested", *KEYS], ["test_accuracy"])
-    means = means.sort_values([*KEYS, "requested"], ascending=[True] * len(KEYS) + [False])
+    dense = table["er_sparse_init"] == 1  # whatever the ratio
+    table = table.assign(
+        density=table["requested"],
+        start=table["er_sparse_method"].where(~dense, "dense"),
+        start_density=table["er_sparse_init"].map("{:g}".format),
+        pruning=table["pruner"] + ", rewind " + table["rewind"],
+    )
+    keys = ["density", "start", "pruning", "start_density"]
+    means = report.summarise(table, keys, ["test_accuracy"])
     write_text(folder / "table.csv", means.to_csv(index=False))
-    setting = means[KEYS].astype(str).agg(" ".join, axis=1)
-    cells = means.assign(setting=setting, cell=[
-        f"{100 * m:.2f}" + ("" if pd.isna(c) else f" ± {100 * c:.2f}")
-        for m, c in zip(means["test_accuracy"], means["test_accuracy_ci95"])
-    ])  # fmt: skip
-    wide = cells.pivot(index="requested", columns="setting", values="cell").fillna("")
-    wide = wide.sort_index(ascending=False)
-    lines = [["density", *wide.columns], ["---"] * (1 + len(wide.columns))]
-    lines += [[f"{density:g}", *row] for density, row in zip(wide.index, wide.to_numpy())]
+    report.plot(means, keys, "test_accuracy", folder / "plot.png")
+    cells = means.assign(
+        cell=[
+            f"{100 * mean:.2f}" + ("" if pd.isna(half) else f" ± {100 * half:.2f}")
+            for mean, half in zip(means["test_accuracy"], means["test_accuracy_ci95"])
+        ]
+    )
+    rows = ["pruning", "start", "start_density"]
+    wide = cells.pivot(index=rows, columns="density", values="cell").fillna("")
+    wide = wide.loc[list(dict.fromkeys(zip(*(cells[r] for r in rows)))), wide.columns[::-1]]
+    lines = [["pruning", "start", "at density", *(f"{d:g}" for d in wide.columns)]]
+    lines += [["---"] * len(lines[0])]
+    lines += [[*name, *row] for name, row in zip(wide.index, wide.to_numpy())]
     markdown = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     write_text(folder / "table.md", markdown)
-    plot(cells, folder / "plot.png")
     return markdown
-
-
-def plot(means: pd.DataFrame, path: Path) -> None:
-    """Test accuracy against density, a line per setting, error bars of 95 %."""
-    from matplotlib import colormaps  # slow to import, and needed at the end
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axis = figure.subplots()
-    axis.set_prop_cycle(color=colormaps["tab20"].colors)
-    for setting, rows in means.groupby("setting", sort=False):
-        ends = 100 * rows["test_accuracy_ci95"].fillna(0)
-        axis.errorbar(rows["requested"], 100 * rows["test_accuracy"], ends, fmt=".-", capsize=2,
-                      label=setting)  # fmt: skip
-    axis.set(xscale="log", xlabel="density", ylabel="test accuracy (%)")
-    axis.invert_xaxis()
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", title="\n".join(KEYS), fontsize=8, title_fontsize=8)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

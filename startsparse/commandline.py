@@ -2,7 +2,8 @@
 
 A field's docstring is its help. Values come from, lowest first: the field's default, the YAML file
 of ``--config``, the command line. All of them pass the same checks, and every complaint is one line
-that names the option, or the file, and exit code 2.
+that names the option, or the file, and exit code 2. Where the users of a script know an option by
+another name, its dataclass says so (`called`); inside, options have one name.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import difflib
 import io
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
@@ -19,7 +20,7 @@ import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from startsparse.errors import OptionError
+from startsparse.errors import OptionError, UserError
 
 T = TypeVar("T")  # a dataclass with `config`, `set`, `resume` and `check()`: startsparse.options
 
@@ -55,6 +56,11 @@ def also(*flags: str) -> Any:
     return tyro.conf.arg(aliases=flags)
 
 
+def called(name: str, *others: str) -> Any:
+    """The name of an option on the command line and in YAML, if it is not the field's; aliases."""
+    return tyro.conf.arg(name=name, aliases=others or None)
+
+
 def default_is(text: str) -> Any:
     """What the help says instead of an empty default."""
     return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
@@ -63,6 +69,24 @@ def default_is(text: str) -> Any:
 def flag(name: str) -> str:
     """The command-line flag of a field."""
     return "--" + name.replace("_", "-")
+
+
+def _truth(strings: list[str]) -> bool:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if strings[0].lower() not in words:
+        raise ValueError(f"'{strings[0]}' should be True or False")
+    return words[strings[0].lower()]
+
+
+TRUTH = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="{True,False}",
+    instance_from_str=_truth,
+    is_instance=lambda value: isinstance(value, bool),
+    str_from_instance=lambda value: [str(value)],
+)
+Truth = Annotated[tyro.conf.FlagConversionOff[bool], TRUTH]
+"""The type of a switch that is written out: ``--anneal False``."""
 
 
 # tyro's own messages speak of Python; these speak of the value.
@@ -98,13 +122,16 @@ def parse(kind: type[T], configs: Path, argv: Sequence[str] | None = None) -> T:
 
     Args:
         kind: dataclass of the script.
-        configs: folder of the files that are read by default, ``<set>.yaml``.
+        configs: folder of the files that are read by default: ``<set>.yaml``, or ``demo.yaml``, if
+            there, where nothing is given at all.
         argv: command line without the program (default: the process's own).
 
     Raises:
         OptionError: with one line that names the option or the file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv and (configs / "demo.yaml").exists():
+        argv = ["--config", str(configs / "demo.yaml")]
     given = from_flags(kind, argv, kind())
     path = Path(given.config) if given.config else configs / f"{given.set}.yaml"
     if given.resume not in ("", "auto"):
@@ -115,8 +142,20 @@ def parse(kind: type[T], configs: Path, argv: Sequence[str] | None = None) -> T:
         options.config = str(path)
     else:
         options = given
-    options.check()
+    with own_names(kind):
+        options.check()
     return options
+
+
+@contextlib.contextmanager
+def own_names(kind: type) -> Iterator[None]:
+    """Errors raised inside name options as the command line of ``kind`` does."""
+    shown = {flag(field): flag(name) for field, name in _shown(kind).items()}
+    try:
+        yield
+    except UserError as error:
+        error.args = (re.sub(r"--[\w-]+", lambda m: shown.get(m[0], m[0]), str(error)),)
+        raise
 
 
 def run_folder(resume: str) -> Path:
@@ -138,6 +177,11 @@ def read_yaml(kind: type[T], path: Path) -> T:
         raise OptionError(f"{path}: is not YAML: {reason}") from None
     if not isinstance(content, dict):
         raise OptionError(f"{path}: should hold one 'option: value' per line")
+    return from_values(kind, content, path)
+
+
+def from_values(kind: type[T], content: Mapping[str, Any], path: Path) -> T:
+    """Options by their names on the command line, as ``path`` holds them: `plain_values`."""
     fields = _fields(kind)
     argv = []
     for key, value in content.items():
@@ -151,38 +195,55 @@ def read_yaml(kind: type[T], path: Path) -> T:
         raise OptionError(f"{path}: {error}") from None
 
 
+def plain_values(options: Any) -> dict[str, Any]:
+    """All options by their names on the command line, with underscores; tuples as lists."""
+    shown = _shown(type(options))
+    values = {shown[k].replace("-", "_"): v for k, v in dataclasses.asdict(options).items()}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
 def write_yaml(options: Any) -> str:
     """All options as YAML that ``--config`` reads back."""
-    return yaml.safe_dump(
-        {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(options).items()},
-        sort_keys=False,
-    )
+    return yaml.safe_dump(plain_values(options), sort_keys=False)
 
 
 def _as_flags(kind: type, name: str, value: Any, path: Path) -> list[str]:
-    default = getattr(kind(), name)
+    default, shown = getattr(kind(), name), _shown(kind)[name]
     if isinstance(default, bool):
         if not isinstance(value, bool):
-            raise OptionError(f"{path}: {name}: '{value}' should be true or false")
-        extras = get_args(get_type_hints(kind, include_extras=True)[name])
-        if tyro.conf.FlagConversionOff in extras:
-            return [flag(name), str(value)]
-        return [flag(name) if value else flag("no_" + name)]
+            raise OptionError(f"{path}: {shown}: '{value}' should be true or false")
+        if TRUTH in _extras(kind)[name]:
+            return [flag(shown), str(value)]
+        return [flag(shown) if value else flag("no_" + shown)]
     if isinstance(default, tuple):
-        return [flag(name), *map(str, value if isinstance(value, list) else [value])]
+        return [flag(shown), *map(str, value if isinstance(value, list) else [value])]
     if isinstance(value, list | dict):
-        raise OptionError(f"{path}: {name}: should be one value")
-    return [f"{flag(name)}={value}"]
+        raise OptionError(f"{path}: {shown}: should be one value")
+    return [f"{flag(shown)}={value}"]
+
+
+def _extras(kind: type) -> dict[str, tuple]:
+    """Field -> what its Annotated type says besides the type."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: get_args(hint)[1:] for name, hint in hints.items()}
+
+
+def _shown(kind: type) -> dict[str, str]:
+    """Field -> its name on the command line, without dashes."""
+    return {
+        field: next((extra.name for extra in extras if getattr(extra, "name", None)), field)
+        for field, extras in _extras(kind).items()
+    }
 
 
 def _fields(kind: type) -> dict[str, str]:
-    """Every name of an option, normalised -> field: its own, its aliases, no-<switch>."""
+    """Every name of an option on the command line, normalised -> field."""
     names = {}
-    for name, hint in get_type_hints(kind, include_extras=True).items():
-        names[normal(name)] = name
-        for extra in get_args(hint)[1:]:
+    for field, extras in _extras(kind).items():
+        names[normal(_shown(kind)[field])] = field
+        for extra in extras:
             for alias in getattr(extra, "aliases", None) or ():
-                names[normal(alias.lstrip("-"))] = name
+                names[normal(alias.lstrip("-"))] = field
     return names
 
 
@@ -231,6 +292,7 @@ def _dashed(token: str) -> str:
 def _one_line(box: str) -> str:
     rows = [row.strip("│ ") for row in box.splitlines()[1:]]
     text = " ".join(row for row in rows[: next((i for i, r in enumerate(rows) if "──" in r), None)])
-    text = re.sub(r"^Missing value for argument '(--[^']*)'.*", r"\1: needs a value", text)
+    # Aliases come first, the name itself is last: -b/--batch-size
+    text = re.sub(r"^Missing value for argument '(?:\S*/)?(--[^']*)'.*", r"\1: needs a value", text)
     text = re.sub(r"no type matching .* - <class '\w+'>: ", "", text)  # of an optional number
-    return re.sub(r"^Error parsing (-\w/|.*?/)?(--[\w-]+).*?:", r"\2:", text)
+    return re.sub(r"^Error parsing (?:\S*/)?(--[\w-]+).*?:", r"\1:", text)

@@ -1,6 +1,7 @@
 """From options to the random mask of a network."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,21 +20,26 @@ def dense_layers(model: nn.Module, options: Options) -> list[str]:
     return names[:1] * options.first_layer_dense + names[-1:] * options.last_layer_dense
 
 
-def requested_densities(model: nn.Module, options: Options) -> dict[str, float]:
-    """The density of each layer, in forward order, that the --er-sparse-* options ask for."""
+def requested_densities(
+    model: nn.Module, options: Options, profile: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """The density of each layer, in forward order, that the --er-sparse-* options ask for.
+
+    Args:
+        profile: layer -> density of a network whose ratio is taken, instead of --er-sparsity-file.
+    """
     shapes = {name: tuple(layer.weight.shape) for name, layer in sparse_layers(model).items()}
     names = list(shapes)
-    profile = None
-    if options.er_sparse_method == "network":
-        profile = _profile(read_densities(Path(options.er_sparsity_file)), names, options)
+    if profile is None and options.er_sparsity_file:
+        profile = read_densities(Path(options.er_sparsity_file))
     try:
         densities = layer_densities(
-            options.er_sparse_method,
+            options.er_sparse_method if profile is None else "network",
             list(shapes.values()),
             options.er_sparse_init,
             budget=options.er_budget,
             dense=[names.index(name) for name in dense_layers(model, options)],
-            profile=profile,
+            profile=None if profile is None else _in_order(profile, names, options),
         )
     except ValueError as error:
         raise OptionError(f"--er-sparse-init: {error}") from None
@@ -84,7 +90,7 @@ def read_densities(path: Path) -> dict[str, float]:
     return densities
 
 
-def _profile(densities: dict[str, float], names: list[str], options: Options) -> list[float]:
+def _in_order(densities: Mapping[str, float], names: list[str], options: Options) -> list[float]:
     source = options.er_sparsity_file
     for name in names:
         if not 0 <= densities.get(name, -1) <= 1:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from torch import nn
 
@@ -17,6 +17,9 @@ from startsparse.models.init import INITS
 @dataclasses.dataclass
 class Options:
     """Options of every script."""
+
+    # the methods of --er-sparse-method that take their ratio from --er-sparsity-file
+    file_methods: ClassVar[tuple[str, ...]] = ("network",)
 
     config: Annotated[str, default_is("configs/<set>.yaml, if there")] = ""
     """YAML file with options; the command line wins"""
@@ -79,7 +82,8 @@ class Options:
     lr_min: float = 0.0
     """Learning rate at the end of a cosine; multistep does not go below it"""
     lr_policy: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "cosine"
-    """Schedule of the final training; multistep divides by 10 at 1/2 and 3/4"""
+    """Schedule of the final training; multistep divides by 10 at 1/2 and 3/4, every30 at 30, 60
+    and 90 %"""
     warmup_length: int = 0
     """First epochs of every training in which the learning rate rises linearly"""
     weight_decay: Annotated[float, also("--wd")] = 1e-4
@@ -140,13 +144,17 @@ class Options:
             raise OptionError(f"--multigpu: '{self.multigpu}' is no list of GPUs such as 0 or 0,1")
         if self.compile and "," in self.multigpu:
             raise OptionError("--compile: works on one device; name one GPU in --multigpu")
+        self.check_evaluate()
+        takes = " or ".join(self.file_methods)
+        if self.er_sparsity_file and self.er_sparse_method not in self.file_methods:
+            raise OptionError(f"--er-sparsity-file: goes with --er-sparse-method {takes}")
+        if self.er_sparse_method == "network" and not self.er_sparsity_file:
+            raise OptionError("--er-sparse-method: network needs an --er-sparsity-file")
+
+    def check_evaluate(self) -> None:
+        """Raise `OptionError` unless --evaluate says what to evaluate."""
         if self.evaluate and not self.resume:
             raise OptionError("--evaluate: name the run to evaluate with --resume")
-        if (self.er_sparse_method == "network") != bool(self.er_sparsity_file):
-            raise OptionError(
-                "--er-sparsity-file: goes with --er-sparse-method network (or str-induced-er), and "
-                "that method needs it"
-            )
 
 
 def require_range(

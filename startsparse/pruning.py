@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from startsparse import scores
-from startsparse.masks import keep_inside, masked_weights, round_to_total
+from startsparse.masks import keep_inside, masked_weights, round_to_total, sparse_layers
 from startsparse.ratios import layer_densities
 
 Batch = Callable[[], tuple[Tensor, Tensor]]
@@ -148,6 +148,17 @@ def layer_counts(
         if not short.any():
             break
     return round_to_total(counts)
+
+
+def weights_left(model: nn.Module, density: float) -> int:
+    """How many masked weights stay at ``density``, so that round(density N) of all N are left.
+
+    Layers without a mask are dense and count as kept.
+    """
+    masked = {name for name, _, _ in masked_weights(model)}
+    sizes = {name: layer.weight.numel() for name, layer in sparse_layers(model).items()}
+    dense = sum(size for name, size in sizes.items() if name not in masked)
+    return round(density * sum(sizes.values())) - dense
 
 
 PRUNERS: dict[str, Callable[[nn.Module, int, Inputs], None]] = {

@@ -5,6 +5,7 @@ setting: mean over seeds and 95 % confidence interval.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -82,6 +83,10 @@ def text(summary: dict[str, float], folder: Path) -> str:
         "validation accuracy": f"{100 * summary['valid_accuracy']:.2f} % in epoch "
         f"{summary['epoch']}",
         "test accuracy": f"{100 * summary['test_accuracy']:.2f} %",
+        "FLOPs of inference": f"{summary['inference_flops']:.4g} an example, "
+        f"{summary['inference_flops_share']:.4f} of dense",
+        "FLOPs of training": f"{summary['training_flops']:.4g} in all, "
+        f"{summary['training_flops_share']:.4f} of dense",
         "seconds": f"{summary['seconds']:.0f}",
         "run folder": str(folder.resolve()),
         "picture": str(folder.resolve() / "curves.png"),
@@ -116,6 +121,64 @@ def markdown(table: pd.DataFrame, of: Sequence[str], digits: int = 4) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def plot(means: pd.DataFrame, by: Sequence[str], of: str, path: Path) -> None:
+    """A PNG of a `summarise`-d table: means with error bars of 95 %.
+
+    Args:
+        by: the columns that make, in this order, the x axis, the colours, the panels and the line
+            styles; at least the first. An axis of numbers is logarithmic and falls to the right, as
+            densities do; other values stand side by side.
+        of: the column to plot; an accuracy is shown in percent.
+    """
+    from matplotlib.figure import Figure  # slow to import, and needed at the end
+
+    x, colour, panel, style = (*by, *[None] * 4)[:4]
+    means = means.assign(_="")  # stands for what is not asked for
+    x, colour, panel, style = (name or "_" for name in (x, colour, panel, style))
+    scale = 100 if "accuracy" in of else 1
+    panels, colours, styles = (list(dict.fromkeys(means[c])) for c in (panel, colour, style))
+    figure = Figure(figsize=(2.5 + 4.5 * len(panels), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    numbers = pd.api.types.is_numeric_dtype(means[x])
+    places = {value: i for i, value in enumerate(dict.fromkeys(means[x]))}
+    lines = {}
+    for axis, title in zip(axes, panels):
+        for i, (c, s) in enumerate(itertools.product(colours, styles)):
+            rows = means[(means[panel] == title) & (means[colour] == c) & (means[style] == s)]
+            if rows.empty:
+                continue
+            aside = 0.6 * ((i + 0.5) / (len(colours) * len(styles)) - 0.5)
+            at = rows[x] if numbers else rows[x].map(places) + aside
+            lines[f"{c} {s}".strip()] = axis.errorbar(
+                at,
+                scale * rows[of],
+                scale * rows[f"{of}_ci95"].fillna(0),
+                color=f"C{colours.index(c)}",
+                marker="osD^v"[styles.index(s) % 5],
+                ms=4,
+                ls=("-", "--", ":", "-.")[styles.index(s) % 4] if numbers else "",
+                lw=1.2,
+                capsize=2,
+            )
+        axis.set(title=str(title), xlabel=x.replace("_", " "))
+        axis.grid(alpha=0.3)
+        if numbers:
+            axis.set_xscale("log")
+            axis.invert_xaxis()
+            ticks = sorted(set(means[x]), reverse=True)
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
+        else:
+            axis.set_xticks(list(places.values()), list(places))
+    axes[0].set_ylabel(of.replace("_", " ") + " (%)" * (scale == 100))
+    if scale == 100:  # an interval of few seeds may reach far beyond what an accuracy can be
+        axes[0].set_ylim(max(0, 100 * means[of].min() - 10), 101)
+    title = ", ".join(name.replace("_", " ") for name in (colour, style) if name != "_")
+    figure.legend(lines.values(), lines, loc="outside right upper", title=title, fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
 @dataclasses.dataclass
 class ReportOptions:
     """Mean and 95 % confidence interval over the seeds of each setting."""
@@ -128,6 +191,8 @@ class ReportOptions:
     """Columns to average"""
     digits: int = 4
     """Digits after the point"""
+    plot: Path | None = None
+    """PNG of the last column --of; --by gives axis, colours, panels, line styles, in this order"""
 
 
 def main() -> None:
@@ -139,7 +204,10 @@ def main() -> None:
     for column in (*options.by, *options.of):
         if column not in results:
             raise OptionError(f"--by, --of: {options.results} has no column '{column}'")
-    print(markdown(summarise(results, options.by, options.of), options.of, options.digits))
+    means = summarise(results, options.by, options.of)
+    print(markdown(means, options.of, options.digits))
+    if options.plot:
+        plot(means, options.by, options.of[-1], options.plot)
 
 
 if __name__ == "__main__":

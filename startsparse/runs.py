@@ -6,7 +6,10 @@
     log.txt           what was said
     checkpoint.pt     the run as it stands; best.pt: weights of the best validation epoch
     epochs.csv        one row per epoch; tensorboard/ shows the same
+    topology.csv      one row per change of the masks in dynamic sparse training
     levels.csv        one row per density of an iteratively pruned run; levels/: masks, weights
+    ticket.safetensors: the strong lottery ticket; levels/: those of all levels
+    random_mask.csv   the random mask that tickets lie in; shuffles.csv: tickets shuffled
     density.csv       one row per layer; layers.json: the same for --er-sparsity-file
     curves.png        curves, and the density per layer
     summary.json      the result; a run that has it is finished
@@ -49,7 +52,7 @@ class Run:
 
     def __init__(self, folder: Path, options: Options):
         self.folder, self.options = folder, options
-        self._board = None
+        self._boards: dict[str, Any] = {}
         self._lock = (folder / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,14 +72,22 @@ class Run:
             row["density"],
             row["seconds"],
         )
-        if self._board is None:
+        self.show("", {**row, **watched}, row["epoch"])
+
+    def show(self, board: str, values: dict[str, Any], step: int) -> None:
+        """Show the numbers among ``values`` in TensorBoard; each board counts steps of its own.
+
+        What the run had shown from ``step`` on, before it was resumed, is taken back.
+        """
+        if board not in self._boards:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self._board = SummaryWriter(self.folder / "tensorboard", purge_step=row["epoch"])
-        for name, value in {**row, **watched}.items():
+            folder = self.folder / "tensorboard" / board
+            self._boards[board] = SummaryWriter(folder, purge_step=step)
+        for name, value in values.items():
             if isinstance(value, int | float) and name != "epoch" and not math.isnan(value):
-                self._board.add_scalar(name, value, row["epoch"])
-        self._board.flush()
+                self._boards[board].add_scalar(name, value, step)
+        self._boards[board].flush()
 
     def write_table(self, name: str, table: pd.DataFrame) -> None:
         """Write a table of the run folder as CSV, whole or not at all."""
@@ -115,13 +126,18 @@ def find_run(options: Options) -> Path | None:
         raise OptionError(f"--evaluate: there is no run in {_base(options)} yet")
     if folder is not None:
         saved = read_yaml(type(options), folder / "options.yaml")
-        for name, value in dataclasses.asdict(saved).items():
-            if name not in FREE and getattr(options, name) != value:
-                raise OptionError(
-                    f"{flag(name)}: {getattr(options, name)}, but the run in {folder} was started "
-                    f"with {value}"
-                )
+        check_same(options, saved, f"the run in {folder} was started")
     return folder
+
+
+def check_same(options: Options, saved: Options, what: str) -> None:
+    """Raise `OptionError` for the first option that is neither `FREE` nor as in ``saved``.
+
+    ``what`` says what those are of: "the run in ... was started".
+    """
+    for name, value in dataclasses.asdict(saved).items():
+        if name not in FREE and getattr(options, name) != value:
+            raise OptionError(f"{flag(name)}: {getattr(options, name)}, but {what} with {value}")
 
 
 def open_run(options: Options, folder: Path | None = None) -> Run:

@@ -7,6 +7,7 @@ global random state. `startsparse.pruning` puts scores to use.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -180,20 +181,25 @@ def keep_top(model: nn.Module, scores: Mapping[str, Tensor], count: int) -> None
 @torch.no_grad()
 def shrink(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], count: int) -> None:
     """`keep_top` among these masks only: layer name -> bool tensor, changed in place."""
-    values = torch.cat([scores[name][mask] for name, mask in masks.items()])
-    if not 0 <= count <= len(values):
-        raise ValueError(f"{count} weights cannot be kept: {len(values)} are left")
+    left = sum(int(torch.count_nonzero(mask)) for mask in masks.values())
+    if not 0 <= count <= left:
+        raise ValueError(f"{count} weights cannot be kept: {left} are left")
+    values = _candidates(masks, scores, count, left)
     if values.isnan().any():
         bad = next(name for name, mask in masks.items() if scores[name][mask].isnan().any())
         raise ValueError(f"{bad}: a score is NaN")
-    if count == len(values):
+    if count == left:
         return
     if count == 0:
         for mask in masks.values():
             mask.zero_()
         return
-    # The order of `values` does not matter for the threshold, that of ties is by position below.
-    last, missing, ties = _lowest_of_top(values, count), count, []
+    last = _lowest_of_top(values, count)
+    if int((values >= last).sum()) == count:  # no ties to break: nearly always
+        for name, mask in masks.items():
+            mask.logical_and_(scores[name].to(values.dtype) >= last)
+        return
+    missing, ties = count, []
     for name, mask in masks.items():
         score = scores[name].to(values.dtype)
         ties.append((score == last) & mask)
@@ -202,6 +208,44 @@ def shrink(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], count: int
         rank = tied.flatten().cumsum(0).view(tied.shape)
         mask |= tied & (rank <= missing)
         missing -= rank.max() if rank.numel() else 0
+
+
+def _candidates(
+    masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], count: int, left: int
+) -> Tensor:
+    """The scores inside the masks, in any order; of very many only the ``count`` highest and more.
+
+    On a CPU, gathering millions of scores for the sake of a few would be most of the work. A sample
+    says how high those few are; should it be wrong, or a score be NaN, all are gathered after all.
+    """
+    if count * 4 < left and left > 10_000 and next(iter(masks.values())).device.type == "cpu":
+        pairs = [_flat(scores[name], mask) for name, mask in masks.items()]
+        sample = torch.cat([score[::_STRIDE][mask[::_STRIDE]] for score, mask in pairs])
+        expected = len(sample) * count / left
+        rank = math.ceil(expected + 6 * math.sqrt(expected) + 2)  # six standard deviations
+        if rank < len(sample) and all(score.max() < torch.inf for score, _ in pairs):
+            bound = sample.topk(rank, sorted=False).values.min()
+            values = torch.cat([score[mask & (score >= bound)] for score, mask in pairs])
+            if len(values) >= count:
+                return values
+    return torch.cat([scores[name][mask] for name, mask in masks.items()])
+
+
+_STRIDE = 61  # a prime, so that it does not fall into step with rows, channels or kernels
+
+
+def _flat(score: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one dimension, in the same order: that of their memory, if it is the same."""
+    if score.stride() == mask.stride():
+        return in_memory_order(score), in_memory_order(mask)
+    return score.flatten(), mask.flatten()
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """All entries in one dimension, without a copy where the tensor is dense."""
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.flatten()
 
 
 def _lowest_of_top(values: Tensor, count: int) -> Tensor:

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from startsparse import checkpoint, parallel, schedules
+from startsparse import checkpoint, flops, parallel, schedules
 from startsparse.data import Batches, Data
 from startsparse.errors import UserError
 from startsparse.masks import density_table
@@ -46,6 +46,9 @@ class Phase:
     lr_policy: str
     lr_min: float = 0.0
     then: Callable[["Trainer"], None] = lambda _trainer: None  # done once, after the last epoch
+    each_step: Callable[["Trainer", int], None] | None = None  # after the backward pass; phase step
+    select_from: int = 0  # epochs before this one, of this phase, are no candidates for the best
+    dense_gradients: bool = False  # every step needs the gradients outside the masks too
 
 
 @dataclasses.dataclass
@@ -81,6 +84,8 @@ class Trainer:
         history: one dict per finished epoch, the rows of epochs.csv.
         tables: further tables that a script keeps, name -> rows of <name>.csv.
         best: place and validation accuracy of the best epoch of this phase.
+        forward_flops: `flops.forward_flops` of one example.
+        flops: spent in training on one example per step, and what dense training would have spent.
         seconds: time trained, over all resumptions.
     """
 
@@ -105,6 +110,11 @@ class Trainer:
         self.history: list[dict] = []
         self.tables: dict[str, list[dict]] = {}
         self.best: dict = {}
+        shape = data.shape
+        example = torch.zeros(1, shape.channels, shape.size, shape.size, device=self.device)
+        self.forward_flops = flops.forward_flops(model, example)
+        self.flops, self._counted = {"training": 0.0, "dense": 0.0}, 0
+        self._dense_gradients = False
         self.seconds = 0.0
         self._clock = time.monotonic()
         self._stop = 0
@@ -127,6 +137,8 @@ class Trainer:
                 "history": self.history,
                 "tables": self.tables,
                 "best": self.best,
+                "flops": self.flops,
+                "counted": self._counted,
                 "seconds": self.seconds,
             },
         )
@@ -141,7 +153,8 @@ class Trainer:
         self.place = Place(**state["place"])
         self.sums = state["sums"]
         self.history, self.tables = state["history"], state["tables"]
-        self.best, self.seconds = state["best"], state["seconds"]
+        self.best, self.flops, self.seconds = state["best"], state["flops"], state["seconds"]
+        self._counted = state["counted"]
         self.write_tables()
         log.info("resumed at epoch %d, step %d", len(self.history) + 1, self.place.step + 1)
 
@@ -207,16 +220,45 @@ class Trainer:
             return {"loss": math.nan, "accuracy": math.nan}
         return evaluate(self.model, self.forward, batches, self.autocast, self.device)
 
+    def count_flops(self, done: int) -> None:
+        """Count the steps up to the ``done``-th of this epoch at the densities of this moment.
+
+        To be called before masks change in the middle of an epoch.
+        """
+        steps, dense = done - self._counted, dict.fromkeys(self.forward_flops, 1.0)
+        self._counted = done
+        density = flops.densities(self.model)
+        per_step = flops.training(self.forward_flops, density)
+        if self._dense_gradients:
+            per_step += flops.dense_gradients(self.forward_flops, density)
+        self.flops["training"] += steps * per_step
+        self.flops["dense"] += steps * flops.training(self.forward_flops, dense)
+
+    def costs(self) -> dict[str, float]:
+        """FLOPs of the network as it is and of the training so far, and their share of dense.
+
+        inference_flops is for one example, training_flops for all of them.
+        """
+        density = flops.densities(self.model)
+        inference = flops.inference(self.forward_flops, density)
+        batch = self.data.train.examples / len(self.data.train)
+        return {
+            "inference_flops": inference,
+            "inference_flops_share": inference / sum(self.forward_flops.values()),
+            "training_flops": batch * self.flops["training"],
+            "training_flops_share": self.flops["training"] / max(self.flops["dense"], 1),
+        }
+
     def _start(self, index: int) -> None:
         """Begin phase ``index``: the schedule, the momentum and the search for the best anew."""
-        self.place = Place(phase=index)
+        self.place, self._counted = Place(phase=index), 0
         self.optimizer = make_optimizer(self.model, self.options)
         self.sums, self.best = new_sums(self.device), {}
         self.save()
 
     def _epoch(self, phase: Phase) -> None:
         options, place, steps = self.options, self.place, len(self.data.train)
-        first = place.epoch * steps
+        first, self._dense_gradients = place.epoch * steps, phase.dense_gradients
         rates = [
             schedules.learning_rate(
                 phase.lr_policy,
@@ -242,8 +284,10 @@ class Trainer:
             label_smoothing=options.label_smoothing,
             clip_norm=options.clip_norm,
             title=f"{phase.name} {place.epoch + 1}/{phase.epochs}",
+            after_backward=phase.each_step and (lambda step: phase.each_step(self, first + step)),
             after_step=self._after_step,
         )
+        self.count_flops(steps)
         trained, valid = means(self.sums), self.evaluate(self.data.valid)
         total = density_table(self.model).iloc[-1]
         row = {
@@ -259,10 +303,11 @@ class Trainer:
         }
         self.history.append(row)
         # Of equal epochs the later one: networks that are still getting sparser end sparser.
-        if valid["accuracy"] >= self.best.get("valid_accuracy", 0):
+        candidate = place.epoch >= phase.select_from
+        if candidate and valid["accuracy"] >= self.best.get("valid_accuracy", 0):
             self.best = {"epoch": row["epoch"], "valid_accuracy": valid["accuracy"]}
             checkpoint.save(self.run.folder / "best.pt", {"model": self.model.state_dict()})
-        self.place = Place(place.phase, place.epoch + 1, 0)
+        self.place, self._counted = Place(place.phase, place.epoch + 1, 0), 0
         self.sums = new_sums(self.device)
         self.save()
         self.write_tables()

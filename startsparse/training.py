@@ -46,6 +46,7 @@ def train_epoch(
     label_smoothing: float = 0.0,
     clip_norm: float = 0.0,
     title: str = "",
+    after_backward: Callable[[int], None] | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> None:
     """Train for one epoch, or for what is left of it.
@@ -57,6 +58,8 @@ def train_epoch(
         epoch: number of the epoch, from which the order of the data derives.
         start: first step; later than 0 when an interrupted epoch is resumed.
         sums: `new_sums`, added to in place.
+        after_backward: called in each step of the epoch, with its number from 0, when gradients
+            are there of all weights, inside and outside the masks; may change the masks.
         after_step: called with the number of steps done in this epoch.
 
     Raises:
@@ -64,7 +67,7 @@ def train_epoch(
             at once; on a GPU, where looking means waiting, within about a second.
     """
     model.train()
-    pairs = [(weight, mask) for _, weight, mask in masked_weights(model)]
+    pairs = [(weight, mask) for _, weight, mask in masked_weights(model) if weight.requires_grad]
     masks = [mask for _, mask in pairs]
     waits = sums.device.type != "cpu"
     bar = tqdm(total=len(batches), initial=start, desc=title, leave=False, disable=None)
@@ -82,6 +85,8 @@ def train_epoch(
                 _stop_if_bad(sums, model, images, autocast)
             optimizer.zero_grad()
             loss.backward()
+            if after_backward:
+                after_backward(step)
             mask_gradients([weight.grad for weight, _ in pairs], masks)
             if clip_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), clip_norm)

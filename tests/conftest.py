@@ -5,9 +5,11 @@ import os
 import pytest
 import torch
 from hypothesis import settings
-from str_runs import newest
+from script_runs import newest
 
-from STR import main as script
+from ER_DST import main as dst_main
+from startsparse import report
+from STR import main as str_main
 
 # Two test processes with two threads each would wait for one another on two cores.
 torch.set_num_threads(1)
@@ -21,10 +23,25 @@ settings.load_profile("startsparse")
 @pytest.fixture
 def run(tmp_path):
     """Run STR/main.py in this process; returns the run folder."""
+    return in_process(str_main.main, tmp_path)
 
+
+@pytest.fixture
+def run_dst(tmp_path):
+    """The same for ER_DST/main.py."""
+    return in_process(dst_main.main, tmp_path)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs leave no curves.png, which takes longer than the training of a small network."""
+    monkeypatch.setattr(report, "plot_run", lambda *_: None)
+
+
+def in_process(main, tmp_path):
     def run(*argv, where="a"):
         folders = ["--log-dir", f"{tmp_path / where}/runs", "--result-dir", f"{tmp_path / where}"]
-        script.main([*argv, *folders])
+        main([*argv, *folders])
         return newest(tmp_path / where)
 
     return run

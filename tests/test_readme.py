@@ -1,24 +1,42 @@
-"""The README: every option value of its table is taken, every command of it is understood."""
+"""The README: every option value of its tables is taken, every command of it is understood."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import dst_runs
 import pytest
+import slt_runs
+from script_runs import original_commands
 
-from startsparse.commandline import normal
-from STR import main as script
+import ER_DST.main
+import ER_SLT.main
+import STR.main
+from ER_DST.options import DSTOptions
+from ER_SLT.options import SLTOptions
+from startsparse.commandline import normal, parse
 from STR import run_imp
 from STR.options import STROptions
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+SCRIPTS = {
+    "STR": (STROptions, STR.main.CONFIGS),
+    "ER_DST": (DSTOptions, ER_DST.main.CONFIGS),
+    "ER_SLT": (SLTOptions, ER_SLT.main.CONFIGS),
+}
 
 
-def table():
-    """(option, value) of every row of the table."""
+def section(script):
+    """What the README says of a script package."""
+    return re.search(rf"^## {script}: .*?(?=^## )", README, re.MULTILINE | re.DOTALL)[0]
+
+
+def table(script):
+    """(option, value) of every row of the script's table."""
     pairs, option = [], None
-    for line in README.splitlines():
+    for line in section(script).splitlines():
         cells = [cell.strip() for cell in line.split("|")][1:-1]
         if cells and (cells[0].startswith("`--") or not cells[0]):
             option = cells[0].strip("`") or option
@@ -26,46 +44,63 @@ def table():
     return pairs
 
 
-NEEDS = {
-    "mask-ref": ["--target-expt-name", "some-run"],
-    "network": ["--er-sparsity-file", "layers.json"],
-    "str-induced-er": ["--er-sparsity-file", "layers.json"],
-}
-
-
-@pytest.mark.parametrize(("option", "value"), table())
-def test_every_value_of_the_table_is_taken(option, value):
-    for spelling in (value, value.upper(), value.replace("_", "-")):
-        options = script.parse(
-            STROptions, script.CONFIGS, [option, spelling, *NEEDS.get(value, [])]
-        )
-        taken = getattr(options, option.strip("-").replace("-", "_"))
-        first = script.parse(STROptions, script.CONFIGS, [option, value, *NEEDS.get(value, [])])
-        assert taken == getattr(first, option.strip("-").replace("-", "_"))
-
-
-def test_the_table_is_complete():
-    """Every option with a list of values is in the table, with every one of them."""
-    shown = {}
-    for option, value in table():
-        shown.setdefault(normal(option.strip("-")), set()).add(normal(value))
-    choices = {}
-    for name, hint in get_type_hints(STROptions, include_extras=True).items():
-        for extra in get_args(hint)[1:]:
+def shown_names(kind):
+    """Name on the command line -> field, and the values of a choice."""
+    names, choices = {}, {}
+    for field, hint in get_type_hints(kind, include_extras=True).items():
+        extras = get_args(hint)[1:]
+        name = next((e.name for e in extras if getattr(e, "name", None)), field)
+        names[normal(name)] = field
+        for extra in extras:
             if str(getattr(extra, "metavar", "")).startswith("{"):
                 choices[normal(name)] = {normal(v) for v in extra.metavar.strip("{}").split(",")}
-    assert set(choices) == set(shown)
-    for option, values in choices.items():
+    return names, choices
+
+
+def needs(script, value):
+    if value in ("network", "str-induced-er"):
+        return ["--er-sparsity-file" if script == "STR" else "--ratios-from", "layers.json"]
+    return ["--target-expt-name", "some-run"] if value == "mask-ref" else []
+
+
+ROWS = [(script, *row) for script in SCRIPTS for row in table(script)]
+
+
+@pytest.mark.parametrize(("script", "option", "value"), ROWS)
+def test_every_value_of_the_tables_is_taken(script, option, value):
+    kind, configs = SCRIPTS[script]
+    names, _ = shown_names(kind)
+    taken = {
+        getattr(
+            parse(kind, configs, [option, spelling, *needs(script, value)]),
+            names[normal(option.strip("-"))],
+        )
+        for spelling in (value, value.upper(), value.replace("_", "-"))
+    }
+    assert len(taken) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_table_is_complete(script):
+    """Every option with a list of values is in the tables, with every one of them."""
+    shown = {}
+    for option, value in table(script):
+        shown.setdefault(normal(option.strip("-")), set()).add(normal(value))
+    for option, values in shown_names(SCRIPTS[script][0])[1].items():
+        if script != "STR" and option not in shown:  # what all scripts share is said with STR
+            assert option in shown_names(STROptions)[1]
+            continue
         assert values <= shown[option] | ({"multistep"} if option == "prune-scheduler" else set())
 
 
-def test_every_command_is_understood(monkeypatch):
-    monkeypatch.chdir(ROOT / "STR")
-    commands = re.findall(r"^python main\.py(.*)$", README, re.MULTILINE)
-    assert len(commands) == 3
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_command_is_understood(script, monkeypatch):
+    monkeypatch.chdir(ROOT / script)
+    commands = re.findall(r"^python (?:cifar_)?main\.py(.*)$", section(script), re.MULTILINE)
+    assert len(commands) == {"STR": 3, "ER_DST": 2, "ER_SLT": 2}[script]
+    kind, configs = SCRIPTS[script]
     for command in commands:
-        options = script.parse(STROptions, script.CONFIGS, command.split())
-        assert options.set == "cifar10"
+        assert parse(kind, configs, command.split()).set == ("cifar10" if command else "digits")
 
 
 def test_every_sweep_is_understood(monkeypatch, capsys):
@@ -78,7 +113,6 @@ def test_every_sweep_is_understood(monkeypatch, capsys):
 
 
 def test_the_original_commands_are_in_it_word_by_word():
-    from str_runs import original_commands
-
-    for command in original_commands().values():
+    for command in [*original_commands().values(), dst_runs.PUBLISHED]:
         assert f"\npython main.py {command}\n" in README
+    assert f"\npython cifar_main.py {shlex.join(slt_runs.PUBLISHED)}\n" in README

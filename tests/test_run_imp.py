@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from startsparse.errors import OptionError
+from startsparse.schedules import geometric
 from STR import run_imp
 
 ROOT = Path(__file__).parents[1]
@@ -28,12 +29,12 @@ def argv(where, *options):
 
 
 def test_levels_are_geometric_and_end_on_the_target():
-    published = run_imp.levels(0.3, 0.8, 0.01)
+    published = geometric(0.3, 0.8, 0.01)
     assert published[:3] == pytest.approx([0.24, 0.192, 0.1536])
     assert published[-2:] == pytest.approx([0.3 * 0.8**15, 0.01], rel=1e-5)
     assert all(b == pytest.approx(0.8 * a, rel=1e-5) for a, b in itertools.pairwise(published[:-1]))
-    assert run_imp.levels(1.0, 0.5, 0.25) == [0.5, 0.25]  # no level twice
-    assert run_imp.levels(0.3, 0.8, 0.29) == [0.29]
+    assert geometric(1.0, 0.5, 0.25) == [0.5, 0.25]  # no level twice
+    assert geometric(0.3, 0.8, 0.29) == [0.29]
 
 
 def test_dry_run_of_the_published_sweep(capsys, monkeypatch):
@@ -91,16 +92,16 @@ def test_a_sweep_reports_and_is_not_run_again(tmp_path, monkeypatch, capsys):
     assert sorted(set(levels["requested"])) == [0.05, 0.2, 0.5]
     table = pd.read_csv(tmp_path / "table.csv")
     for row in table.itertuples():
-        own = levels[levels["requested"] == row.requested]["test_accuracy"]
+        own = levels[levels["requested"] == row.density]["test_accuracy"]
         assert row.test_accuracy == pytest.approx(own.mean())
         # Student's t for two runs: 12.7062 standard deviations / sqrt(2)
         assert row.test_accuracy_ci95 == pytest.approx(12.7062 * own.std() / 2**0.5, rel=1e-4)
     markdown = (tmp_path / "table.md").read_text()
     assert markdown in capsys.readouterr().out
-    assert markdown.splitlines()[0] == "| density | balanced 0.5 mag weights |"
-    assert [line.split(" | ")[0] for line in markdown.splitlines()[2:]] == [
-        "| 0.5", "| 0.2", "| 0.05"
-    ]  # fmt: skip
+    head, _, line = markdown.splitlines()
+    assert head == "| pruning | start | at density | 0.5 | 0.2 | 0.05 |"
+    assert line.startswith("| mag, rewind weights | balanced | 0.5 | ")
+    assert line.count(" ± ") == 3
     assert (tmp_path / "plot.png").stat().st_size > 5000
     assert "final" in (tmp_path / "runs/balanced-0.5-mag-weights-seed-1.log").read_text()
 

@@ -23,6 +23,14 @@ def test_multistep_divides_by_ten_at_a_half_and_three_quarters():
     assert rates("multistep", start=0.1, end=0.005)[6:] == pytest.approx([0.005] * 2)
 
 
+def test_every30_divides_by_ten_every_thirty_epochs_of_a_hundred():
+    for steps in (1, 7, 391):  # of an epoch: 0.3, 0.6 and 0.9 are met to the step
+        epochs = [rates("every30", 100 * steps, start=0.1)[i * steps] for i in range(100)]
+        expected = [0.1] * 30 + [0.01] * 30 + [0.001] * 30 + [0.0001] * 10
+        assert epochs == pytest.approx(expected)
+    assert rates("every30", 10, start=0.1, end=0.005)[6:] == pytest.approx([0.005] * 4)
+
+
 def test_constant():
     assert rates("constant", start=0.3, end=0.1) == [0.3] * 8
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from startsparse.masks import attach_masks, draw_masks, keep_inside, masked_weights
-from startsparse.scores import _by_topk, _lowest_of_top, keep_top, magnitude
+from startsparse.scores import _by_topk, _lowest_of_top, keep_top, magnitude, shrink
 
 
 def network(seed, values=None):
@@ -45,6 +45,48 @@ def test_keep_top_is_the_full_sort(seed, values, share):
     assert all((mask & ~old).sum() == 0 for mask, old in zip(masks, before))  # nothing comes back
     kept = {(i, p) for i, m in enumerate(masks) for p in m.flatten().nonzero().flatten().tolist()}
     assert kept == expected
+
+
+@pytest.mark.parametrize("kind", ["normal", "few values", "sorted", "infinite"])
+@pytest.mark.parametrize("layout", ["plain", "channels_last", "mixed"])
+def test_few_of_many_are_found_by_a_sample(kind, layout):
+    """Scores that fit the sample's guess, and such that mislead it."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"a": (64, 40, 3, 3), "b": (100, 80)}
+    scores, masks = {}, {}
+    for name, shape in shapes.items():
+        score = torch.randn(shape, generator=generator)
+        if kind == "few values":
+            score = score.round()
+        elif kind == "sorted":
+            score = score.flatten().sort().values.view(shape)
+        elif kind == "infinite":
+            score[0] = torch.inf
+        mask = torch.rand(shape, generator=generator) < 0.8
+        if len(shape) == 4 and layout != "plain":
+            score = score.contiguous(memory_format=torch.channels_last)
+            if layout != "mixed":
+                mask = mask.contiguous(memory_format=torch.channels_last)
+        scores[name], masks[name] = score, mask
+    for count in (0, 1, 300, 5000):
+        mine = {name: mask.clone() for name, mask in masks.items()}
+        shrink(mine, scores, count)
+        inside = torch.cat([mask.flatten() for mask in masks.values()])
+        values = torch.cat([score.flatten() for score in scores.values()]).where(inside, -torch.inf)
+        best = values.sort(descending=True, stable=True).indices[:count]
+        expected = torch.zeros_like(inside).index_fill(0, best, True)
+        assert torch.equal(torch.cat([mask.flatten() for mask in mine.values()]), expected)
+
+
+def test_a_nan_among_many_is_found():
+    mask = torch.ones(300, 300, dtype=torch.bool)
+    score = torch.rand(300, 300)
+    score[7, 9] = torch.nan
+    with pytest.raises(ValueError, match="a: a score is NaN"):
+        shrink({"a": mask}, {"a": score}, 10)
+    mask[7, 9] = False  # outside it does not matter
+    shrink({"a": mask}, {"a": score}, 10)
+    assert mask.sum() == 10
 
 
 def test_masks_are_changed_in_place():

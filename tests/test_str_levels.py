@@ -6,7 +6,7 @@ import json
 import pandas as pd
 import pytest
 import torch
-from str_runs import MLP, TINY, same, weights
+from script_runs import MLP, TINY, same, weights
 
 from startsparse.errors import OptionError
 from startsparse.trainer import Trainer

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from data_files import write_cifar10
-from str_runs import MLP, ROOT, SOFT, TINY, newest, original_commands, same, weights
+from script_runs import MLP, ROOT, SOFT, TINY, newest, original_commands, same, weights
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from startsparse import checkpoint, er, masks

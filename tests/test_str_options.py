@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from str_runs import MLP, ROOT, SOFT, TINY, weights
+from script_runs import MLP, ROOT, SOFT, TINY, weights
 
 from startsparse import masks
 from startsparse.errors import OptionError
@@ -149,7 +149,7 @@ BAD = {
     "--er-sparse-init: 1.5 should be above 0 and at most 1": ["--er-sparse-init", "1.5"],
     "--threshold-list: 0.3 should be above 0 and at most 0.2": ["--threshold-list", "0.3"],
     "--threshold-list: prunes masks": ["--threshold-list", "0.1", "--conv-type", "STRConv"],
-    "--er-sparsity-file: goes with": ["--er-sparse-method", "network"],
+    "--er-sparse-method: network needs an --er-sparsity-file": ["--er-sparse-method", "network"],
     "--er-sparsity-file: goes with --er": ["--er-sparsity-file", "x.json"],
     "--reset-weights: means weights, --rewind says bn": ["--reset-weights", "--rewind", "bn"],
     "--width: --resnet-type small-dense needs it": ["--resnet-type", "small-dense"],

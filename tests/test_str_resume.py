@@ -8,7 +8,7 @@ import time
 
 import pandas as pd
 import pytest
-from str_runs import MLP, ROOT, SOFT, TINY, newest, same
+from script_runs import MLP, ROOT, SOFT, TINY, newest, same
 
 from startsparse.errors import OptionError
 from startsparse.trainer import Trainer

@@ -1,4 +1,4 @@
-"""What the tests of STR share: small runs, and how to compare them."""
+"""What the tests of main.py share: small runs, how to compare them, the original commands."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,12 @@ from startsparse import checkpoint
 ROOT = Path(__file__).parents[1]
 
 
+# STR, with the options of its configs/digits.yaml
 TINY = ["--arch", "resnet20", "--width", "4", "--epochs", "2", "--batch-size", "256"]
-
-
 MLP = [
     *("--arch", "mlp", "--width", "16", "--epochs", "1", "--batch-size", "256"),
     *("--warmup-length", "0"),
 ]
-
 
 # s that gives a threshold among the weights, so that STR prunes from the first step on
 SOFT = ["--sInit-value", "-3"]
@@ -33,7 +31,7 @@ def weights(folder: Path, name="checkpoint.pt") -> dict[str, torch.Tensor]:
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether two runs are the same to the bit: weights, optimizer, history, best, result."""
+    """Whether two runs are the same to the bit: weights, optimizer, tables, best, result."""
     a, b = (checkpoint.load(folder / "checkpoint.pt") for folder in (one, other))
     flat = [
         torch.utils._pytree.tree_leaves((s["model"], s["optimizer"], s["best"])) for s in (a, b)
@@ -45,8 +43,9 @@ def same(one: Path, other: Path) -> bool:
     )
     best = [weights(folder, "best.pt") for folder in (one, other)]
     equal &= all(torch.equal(best[0][name], best[1][name]) for name in best[0])
-    if (one / "levels.csv").exists():
-        equal &= (one / "levels.csv").read_bytes() == (other / "levels.csv").read_bytes()
+    for name in ("levels.csv", "topology.csv"):
+        tables = [(f / name).read_bytes() if (f / name).exists() else None for f in (one, other)]
+        equal &= tables[0] == tables[1]
     epochs = [pd.read_csv(f / "epochs.csv").drop(columns="seconds") for f in (one, other)]
     results = [json.loads((f / "summary.json").read_text()) for f in (one, other)]
     for result in results:

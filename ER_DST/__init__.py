@@ -1,0 +1,1 @@
+"""ER_DST: dynamic sparse training that starts from random ER networks."""

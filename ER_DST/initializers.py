@@ -1,0 +1,167 @@
+"""Weights that know their mask: initialisations scaled by density, and orthogonal repair."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from startsparse import models
+from startsparse.errors import OptionError
+from startsparse.masks import keep_inside, kept, masked_weights, sparse_layers
+from startsparse.models.looks_linear import looks_linear
+from startsparse.seeding import generator
+
+
+class Place(NamedTuple):
+    """Where a weight is: all that a rule knows of its layer."""
+
+    shape: torch.Size
+    """[out, in, *kernel]"""
+
+    std: float
+    """1 / sqrt(fan_in * p), with fan_in = in * kernel and p the realised density of the mask."""
+
+    first: bool
+    last: bool
+
+
+Init = Callable[[Place, torch.Generator], Tensor]
+
+
+def _normal(place: Place, draw: torch.Generator) -> Tensor:
+    """Normal. Each output is a sum of fan_in * p terms, so it has the variance of the inputs."""
+    return place.std * torch.randn(place.shape, generator=draw, dtype=torch.float32, device="cpu")
+
+
+def _uniform(place: Place, draw: torch.Generator) -> Tensor:
+    """Uniform in +-sqrt(3) std, which has the same variance."""
+    bound = math.sqrt(3) * place.std
+    weight = torch.empty(place.shape, dtype=torch.float32, device="cpu")
+    return weight.uniform_(-bound, bound, generator=draw)
+
+
+def _bimodal(place: Place, draw: torch.Generator) -> Tensor:
+    """+std or -std with equal probability: only the mask and the signs are random."""
+    signs = torch.randint(2, place.shape, generator=draw, dtype=torch.float32, device="cpu")
+    return place.std * (2 * signs - 1)
+
+
+def _looks_linear(place: Place, draw: torch.Generator) -> Tensor:
+    """See `looks_linear`. It is not scaled by density, and a random mask cuts the mirror image."""
+    return looks_linear(place.shape, draw, first=place.first, last=place.last)
+
+
+# None: the weights stay as models.init_weights drew them
+INITS: dict[str, Init | None] = {
+    "default": None,
+    "normal": _normal,
+    "uniform": _uniform,
+    "bimodal": _bimodal,
+    "looks-linear": _looks_linear,
+}
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, how: str, seed: int) -> None:
+    """Start ``model`` anew, in place, by the rule ``how`` for weights; biases are 0.
+
+    ``default`` is Kaiming normal, for which the mask does not matter. As in `models.init_weights`,
+    each layer draws on the CPU from ``generator(seed, f"weights/{name}")``, BatchNorm is reset, and
+    the model must be the bare one. Afterwards the weights are zero outside their masks.
+
+    Raises:
+        OptionError: ``how`` is not in `INITS`, or does not suit the size of a layer.
+    """
+    if how not in INITS:
+        raise OptionError(
+            f"--init-method: no rule is called {how!r}; choose from {', '.join(INITS)}"
+        )
+    models.init_weights(model, "kaiming_normal", seed)
+    rule = INITS[how]
+    if rule is not None:
+        layers = sparse_layers(model)
+        for number, (name, layer) in enumerate(layers.items(), start=1):
+            # fan_in * p is the mean number of edges of an output; an empty layer has no scale
+            edges = max(int(kept(layer).sum()), 1) / len(layer.weight)
+            place = Place(
+                layer.weight.shape, 1 / math.sqrt(edges), number == 1, number == len(layers)
+            )
+            try:
+                layer.weight.copy_(rule(place, generator(seed, f"weights/{name}")))
+            except ValueError as error:
+                raise OptionError(f"--init-method: {how}: layer {name!r}: {error}") from None
+    keep_inside(model)
+
+
+@torch.no_grad()
+def ortho_repair(model: nn.Module, steps: int = 40) -> dict[str, tuple[float, float]]:
+    """Bring each masked layer as near to orthogonal as its mask allows, in place.
+
+    Gradient descent on ||W W^T - I||^2 (Frobenius) for W = (mask * weight).flatten(1), in float32
+    on the weight's device. Where W has more rows than columns it is W^T W, since W W^T cannot have
+    full rank. The step size is halved where the objective would rise, so it never rises, and grows
+    after a success. A layer is left early when a step gains less than 0.01 %.
+
+    Masks stay as they are, and weights outside them are zero afterwards.
+
+    Args:
+        steps: most steps that are tried in a layer; each costs about 4 * n * weights operations,
+            n being the smaller side of W.
+
+    Returns:
+        Layer name -> (objective before, after).
+    """
+    objectives = {}
+    for name, weight, mask in masked_weights(model):
+        inside = mask.flatten(1)
+        matrix = weight.flatten(1).float() * inside
+        if len(matrix) > matrix.shape[1]:
+            repaired, before, after = _descend(matrix.T, inside.T, steps)
+            repaired = repaired.T
+        else:
+            repaired, before, after = _descend(matrix, inside, steps)
+        weight.copy_(repaired.reshape(weight.shape))
+        objectives[name] = before, after
+    return objectives
+
+
+def _descend(matrix: Tensor, inside: Tensor, steps: int) -> tuple[Tensor, float, float]:
+    """The matrix after at most ``steps`` tried steps, and the objective before and after."""
+    gap = orthogonality_gap(matrix)
+    before = objective = float(gap.square().sum())
+    # A careful start: the curvature is about eight times the largest eigenvalue of W W^T, which is
+    # at most its largest row sum. It doubles up to the first failure; after that, slower growth
+    # wastes fewer of the tries.
+    size = 0.25 / max(1.0, float(gap.abs().sum(1).max()))
+    growth = 2.0
+    slope = orthogonality_gradient(matrix, gap, inside)
+    for _ in range(steps):
+        tried = matrix - size * slope
+        gap = orthogonality_gap(tried)
+        value = float(gap.square().sum())
+        if not value < objective:  # not a number, after an overflow, is a failure too
+            size, growth = size / 2, 1.2
+            if size * float(slope.square().sum()) < 1e-4 * objective:  # to first order
+                break
+            continue
+        gained = 1 - value / objective
+        matrix, objective = tried, value
+        if gained < 1e-4:
+            break
+        size *= growth
+        slope = orthogonality_gradient(matrix, gap, inside)
+    return matrix, before, objective
+
+
+def orthogonality_gap(matrix: Tensor) -> Tensor:
+    """W W^T - I, [n, n] for W of [n, m]; the objective is its squared Frobenius norm."""
+    gap = matrix @ matrix.T
+    gap.diagonal().sub_(1)
+    return gap
+
+
+def orthogonality_gradient(matrix: Tensor, gap: Tensor, inside: Tensor) -> Tensor:
+    """4 (W W^T - I) W inside the mask: the gradient of the objective, [n, m]."""
+    return (4 * gap @ matrix).mul_(inside)

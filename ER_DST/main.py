@@ -1,0 +1,143 @@
+"""Dynamic sparse training from a random Erdos-Renyi mask: GraNet, DST (RigL, SET) and GMP.
+
+cd ER_DST && python main.py [--config FILE.yaml] [options]; --help lists them.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ER_DST.initializers import init_weights, ortho_repair
+from ER_DST.options import DSTOptions
+from ER_DST.sparse_inits import find_snip, pruner_ratio
+from ER_DST.topology import remember
+from ER_DST.updates import phase, preserve_flow
+from startsparse import data, er, flops, flow, masks, models, parallel, recipe, runs
+from startsparse.commandline import own_names, parse
+from startsparse.errors import OptionError, run_script
+from startsparse.trainer import Trainer
+
+CONFIGS = Path(__file__).parent / "configs"
+log = logging.getLogger("startsparse")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """One run, from options to report."""
+    options = parse(DSTOptions, CONFIGS, argv)
+    with own_names(DSTOptions):
+        train(options)
+
+
+def train(options: DSTOptions) -> None:
+    """The run that ``options`` describe."""
+    folder = runs.find_run(options)
+    if recipe.already_done(options, folder):
+        return
+    with torch.device("meta"):  # bad options are named before data or a device is touched
+        check_flow(*plan(options, data.SHAPES[options.set]), options)
+
+    devices = parallel.choose_devices(options.multigpu)
+    images = recipe.load_data(options, devices[0])
+    model, requested = network(options, images, devices[0], folder)
+
+    run = runs.open_run(options, folder)
+    if options.searches:
+        run.write_json("ratios.json", requested)
+    trainer = Trainer(model, images, options, run, devices, lambda: flops.densities(model))
+    if options.evaluate:
+        recipe.say_accuracies(trainer)
+        return
+
+    trainer.load()
+    recipe.show_start(trainer, requested)
+    trainer.run_phases([phase(options, len(images.train))])
+    recipe.finish(trainer, options.requested, requested, trainer.test())
+
+
+def plan(options: DSTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, float]]:
+    """The network, not yet initialised, and the density asked of each layer ({}: not known yet)."""
+    model = models.build(
+        options.arch,
+        classes=shape.classes,
+        channels=shape.channels,
+        size=shape.size,
+        width=options.width,
+        imagenet=options.set == "imagenet",
+    )
+    if not options.sparse:
+        return model, {}
+    sizes = {name: layer.weight.numel() for name, layer in masks.sparse_layers(model).items()}
+    dense = sum(sizes[name] for name in er.dense_layers(model, options))
+    if options.requested * sum(sizes.values()) < dense:
+        name = "final-density" if options.prunes else "er-sparse-init"
+        raise OptionError(
+            f"--{name}: {options.requested:g} is below the share of the layers kept dense"
+        )
+    asks_pruner = options.er_sparse_method == "snip" or options.searches
+    return model, {} if asks_pruner else er.requested_densities(model, options)
+
+
+def check_flow(model: nn.Module, requested: dict[str, float], options: DSTOptions) -> None:
+    """Say where flow preservation needs more weights than are asked for."""
+    if not (options.sparse and options.flow_preservation):
+        return
+    layers = masks.sparse_layers(model)
+    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
+    needs = {name: flow.needed(layer.weight.shape) for name, layer in layers.items()}
+    asked = {name: density * sizes[name] for name, density in requested.items()}
+    short = [f"{n} {asked[n]:.0f} of {needs[n]}" for n in asked if asked[n] < needs[n]]
+    if short:
+        log.warning(
+            "warning: --flow-preservation: layers with fewer weights than units at the start, "
+            "which get more: %s",
+            ", ".join(short),
+        )
+    final, least = options.requested * sum(sizes.values()), sum(needs.values())
+    if final < least:
+        log.warning(
+            "warning: --flow-preservation: it needs %d weights, density %g has %.0f: it will not "
+            "be reached",
+            least,
+            options.requested,
+            final,
+        )
+
+
+def network(
+    options: DSTOptions, images: data.Data, device: torch.device, folder: Path | None = None
+) -> tuple[nn.Module, dict[str, float]]:
+    """The initialised network on ``device``, sparse as asked for; the density asked of each layer.
+
+    ``folder`` is that of a run which is continued: a ratio that it has found is read from there.
+    """
+    model, requested = plan(options, images.shape)
+    init_weights(model, options.init, options.seed)
+    model.to(device, memory_format=torch.channels_last)
+    if not options.sparse:
+        return model, {}
+    if options.er_sparse_method == "snip":
+        find_snip(model, options, images)
+        requested = flops.densities(model)
+    else:
+        if options.searches and folder and (folder / "ratios.json").exists():
+            requested = er.read_densities(folder / "ratios.json")
+        elif options.searches:
+            found = pruner_ratio(model, options, images)
+            requested = er.requested_densities(model, options, found)
+        er.attach_er_masks(model, requested, options)
+    if options.flow_preservation:
+        preserve_flow(model, options.seed, step=0)
+    init_weights(model, options.init, options.seed)  # scaled by the densities that came out
+    if options.ortho_repair:
+        for name, (before, after) in ortho_repair(model).items():
+            log.info("ortho-repair: %s %.4g -> %.4g", name, before, after)
+    if options.moves:
+        remember(model, momentum=options.grows and options.growth == "momentum")
+    return model, requested
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,154 @@
+"""The options of ER_DST/main.py."""
+
+import dataclasses
+from typing import Annotated, ClassVar
+
+from ER_DST.initializers import INITS
+from ER_DST.sparse_inits import PRUNER_RATIOS
+from ER_DST.topology import GROWTH, METHODS, PRUNE
+from startsparse import ratios, schedules
+from startsparse.commandline import Truth, called, choice, default_is
+from startsparse.data import SETS
+from startsparse.errors import OptionError
+from startsparse.models import MODELS
+from startsparse.options import Options, require_range
+
+SPARSE_INITS = (*ratios.METHODS, "snip", *PRUNER_RATIOS)
+
+
+@dataclasses.dataclass
+class DSTOptions(Options):
+    """Dynamic sparse training: the mask moves, and may get sparser, while the network trains."""
+
+    file_methods: ClassVar[tuple[str, ...]] = ("network", *PRUNER_RATIOS)
+
+    log_dir: Annotated[str, called("log-dir", "--save")] = "runs"
+    """Folder that holds the run folders: <log-dir>/<config>/<name>/seed-<seed>"""
+    set: Annotated[choice(SETS), called("data")] = "digits"
+    """Data set"""
+    data: Annotated[str, called("data-dir"), default_is("$STARTSPARSE_DATA, else ./data")] = ""
+    """Folder of the data sets"""
+    arch: Annotated[choice(MODELS), called("model")] = "resnet20"
+    """Network"""
+    init: Annotated[choice(INITS), called("init-method")] = "default"
+    """Initial weights: Kaiming normal; normal, uniform or bimodal, scaled by the density of the
+    layer; looks-linear: mirrored orthogonal blocks"""
+    er_sparse_method: Annotated[choice(SPARSE_INITS, ratios.ALIASES), called("sparse-init")] = "ERK"
+    """Initial mask: random with this layer-wise ratio; snip: the mask that SNIP finds; ER_snip,
+    ER_synflow, ER_imp: random with the layer-wise ratio that this pruner finds"""
+    er_sparse_init: Annotated[float, called("init-density")] = 0.5
+    """Density of the initial mask, in (0, 1]: kept weights of all weights"""
+    er_sparsity_file: Annotated[str, called("ratios-from"), default_is("none")] = ""
+    """Run folder, checkpoint or JSON of layer densities whose ratio is taken: by --sparse-init
+    network, and by ER_snip, ER_synflow and ER_imp instead of pruning here"""
+    weight_decay: Annotated[float, called("l2", "--wd", "--weight-decay")] = 5e-4
+    """Weight decay"""
+    batch_size: Annotated[int, called("batch-size", "-b")] = 100
+    """Images per step"""
+    lr_policy: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "multistep"
+    """Schedule of the learning rate; multistep divides by 10 at 1/2 and 3/4"""
+    nesterov: bool = True
+    """Nesterov momentum of SGD"""
+
+    sparse: bool = False
+    """Train a sparse network; without it, a dense one"""
+    method: choice(METHODS) = "GraNet"
+    """GraNet: prune from --init-density to --final-density, drop and grow each time; GMP: prune
+    only; DST: drop and grow at --init-density; _uniform: prune every layer to the same density"""
+    final_density: float = 0.05
+    """Density that GraNet and GMP prune to"""
+    prune: choice(PRUNE) = "magnitude"
+    """What decides which weights go"""
+    growth: choice(GROWTH) = "gradient"
+    """What decides which weights come: chance, the largest gradients, or the largest gradients
+    averaged as momentum does"""
+    prune_rate: float = 0.5
+    """Share of a layer's weights that is dropped and grown; falls to 0.005 as a cosine"""
+    update_frequency: int = 100
+    """Steps between changes of the mask"""
+    init_prune_epoch: int = 0
+    """Epoch in which pruning starts"""
+    final_prune_epoch: Annotated[int | None, default_is("110/160 of --epochs")] = None
+    """Epoch at whose beginning --final-density is reached"""
+    is_prune: Truth = True
+    """False: the mask stays as it was drawn"""
+    grow_within_init: bool = False
+    """Grow only weights of the initial mask"""
+    flow_preservation: Truth = False
+    """Give every unit without an incoming or outgoing edge a random one, at the same density"""
+    ortho_repair: Truth = False
+    """Bring the initial weights of each layer as near to orthogonal as its mask allows"""
+    imp_epochs: int = 2
+    """Epochs before each pruning by a fifth, from dense, that find the ratios of ER_imp here"""
+
+    @property
+    def masked(self) -> bool:
+        """Whether the network has masks."""
+        return self.sparse
+
+    @property
+    def searches(self) -> bool:
+        """Whether the layer-wise ratio is found by a pruner in this run."""
+        found = self.sparse and self.er_sparse_method in PRUNER_RATIOS
+        return found and not self.er_sparsity_file
+
+    @property
+    def moves(self) -> bool:
+        """Whether the masks change in training."""
+        return self.sparse and self.is_prune
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the density falls in training."""
+        return self.moves and METHODS[self.method].prune is not None
+
+    @property
+    def grows(self) -> bool:
+        """Whether weights are dropped and grown."""
+        return self.moves and METHODS[self.method].grow
+
+    @property
+    def prune_end(self) -> float:
+        """Epochs after which the final density is reached."""
+        last = self.final_prune_epoch
+        return self.epochs * 110 / 160 if last is None else last
+
+    @property
+    def requested(self) -> float:
+        """The density asked for at the end."""
+        if not self.sparse:
+            return 1.0
+        return self.final_density if self.prunes else self.er_sparse_init
+
+    def default_name(self) -> str:
+        """Network, method, initial mask and densities."""
+        if not self.sparse:
+            return f"{self.arch}-dense"
+        name = f"{self.arch}-{self.method if self.is_prune else 'static'}-{self.er_sparse_method}"
+        return f"{name}-{self.er_sparse_init:g}" + f"-{self.final_density:g}" * self.prunes
+
+    def check(self) -> None:
+        """Raise `OptionError` for values that cannot be meant; names the option."""
+        super().check()
+        require_range(self, "final_density", low=0, high=1, open_low=True)
+        require_range(self, "prune_rate", low=0, high=1)
+        for name in ("update_frequency", "imp_epochs"):
+            require_range(self, name, low=1)
+        require_range(self, "init_prune_epoch", low=0)
+        if not self.prunes:
+            return
+        if self.final_density > self.er_sparse_init:
+            raise OptionError(
+                f"--final-density: {self.final_density:g} should be at most the --er-sparse-init "
+                f"of {self.er_sparse_init:g}; --method {self.method} prunes"
+            )
+        if self.final_prune_epoch is not None and self.final_prune_epoch > self.epochs:
+            raise OptionError(
+                f"--final-prune-epoch: {self.final_prune_epoch} should be at most the --epochs, "
+                f"{self.epochs}"
+            )
+        if self.init_prune_epoch >= self.prune_end:
+            raise OptionError(
+                f"--init-prune-epoch: {self.init_prune_epoch} should be below the epoch in which "
+                f"pruning ends, {self.prune_end:g} (--final-prune-epoch)"
+            )

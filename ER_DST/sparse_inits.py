@@ -1,0 +1,106 @@
+"""Initial masks that need more than layer shapes: what a pruner finds in the dense network."""
+
+import copy
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from startsparse import er, flops, parallel, training
+from startsparse.data import Data
+from startsparse.masks import attach_masks, masked_weights, sparse_layers
+from startsparse.options import Options
+from startsparse.pruning import prune, weights_left
+from startsparse.schedules import geometric
+from startsparse.trainer import make_optimizer
+
+log = logging.getLogger("startsparse")
+
+KEEP = 0.8  # of the weights, at each pruning of ER_imp
+
+
+def find_snip(model: nn.Module, options: Options, data: Data) -> None:
+    """Put the mask of --init-density that SNIP finds beside the weights, and zero the others."""
+    full_masks(model, options)
+    _prune(model, "snip", options, data)
+
+
+def pruner_ratio(model: nn.Module, options: Options, data: Data) -> dict[str, float]:
+    """Layer -> density, in the mask of --init-density that the pruner of --sparse-init finds.
+
+    It works on a copy of ``model``, dense, on ``data``'s device.
+    """
+    network = copy.deepcopy(model)
+    full_masks(network, options)
+    PRUNER_RATIOS[options.er_sparse_method](network, options, data)
+    return flops.densities(network)
+
+
+def full_masks(model: nn.Module, options: Options) -> None:
+    """Masks of ones, but for the layers that are kept dense."""
+    dense = er.dense_layers(model, options)
+    ones = {
+        name: torch.ones_like(layer.weight, dtype=torch.bool)
+        for name, layer in sparse_layers(model).items()
+        if name not in dense
+    }
+    attach_masks(model, ones)
+
+
+def _prune(model: nn.Module, pruner: str, options: Options, data: Data) -> None:
+    shape = data.shape
+    prune(
+        model,
+        pruner,
+        weights_left(model, options.er_sparse_init),
+        seed=options.seed,
+        level=0,
+        batch=lambda: next(iter(data.train.epoch(0))),
+        shape=(shape.channels, shape.size, shape.size),
+    )
+
+
+def _snip(model: nn.Module, options: Options, data: Data) -> None:
+    _prune(model, "snip", options, data)
+
+
+def _synflow(model: nn.Module, options: Options, data: Data) -> None:
+    _prune(model, "synflow", options, data)
+
+
+def _imp(model: nn.Module, options: Options, data: Data) -> None:
+    """--imp-epochs of training at --lr, prune by a fifth, back to the start, and again."""
+    device = next(model.parameters()).device
+    first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    densities = geometric(1.0, KEEP, options.er_sparse_init)
+    for level, density in enumerate(densities):
+        optimizer = make_optimizer(model, options)
+        for epoch in range(level * options.imp_epochs, (level + 1) * options.imp_epochs):
+            sums = training.new_sums(device)
+            training.train_epoch(
+                model,
+                model,
+                data.train,
+                optimizer,
+                lambda _: options.lr,
+                epoch=epoch,
+                sums=sums,
+                autocast=parallel.autocast(device, options.amp),
+                label_smoothing=options.label_smoothing,
+                clip_norm=options.clip_norm,
+                title=f"ER_imp {level + 1}/{len(densities)}",
+            )
+        accuracy = 100 * training.means(sums)["accuracy"]
+        log.info("ER_imp: train %.2f %%, pruning to density %.4f", accuracy, density)
+        prune(model, "mag", weights_left(model, density), seed=options.seed, level=level)
+        masks = {name: mask.clone() for name, _, mask in masked_weights(model)}
+        model.load_state_dict(first)
+        attach_masks(model, masks)
+
+
+PRUNER_RATIOS: dict[str, Callable[[nn.Module, Options, Data], None]] = {
+    "ER_imp": _imp,
+    "ER_synflow": _synflow,
+    "ER_snip": _snip,
+}

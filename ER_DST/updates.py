@@ -1,0 +1,134 @@
+"""The training of ER_DST as one phase, whose updates move the masks and are written down."""
+
+import logging
+from functools import partial
+
+import torch
+from torch import nn
+
+from ER_DST.options import DSTOptions
+from ER_DST.topology import Schedule, add_to_momentum, update
+from startsparse import flops, flow
+from startsparse.errors import UserError
+from startsparse.masks import density_table, keep_inside, masked_weights, sparse_layers
+from startsparse.trainer import Phase, Trainer
+
+log = logging.getLogger("startsparse")
+
+
+def schedule(options: DSTOptions, steps_per_epoch: int) -> Schedule:
+    """When the masks move, in steps."""
+    steps = options.epochs * steps_per_epoch
+    return Schedule(
+        steps=steps,
+        every=options.update_frequency,
+        start=options.init_prune_epoch * steps_per_epoch,
+        # Pruning at the very end comes before the last step.
+        end=min(round(options.prune_end * steps_per_epoch), steps - 1),
+        initial=options.er_sparse_init,
+        final=options.final_density,
+        fraction=options.prune_rate,
+        prunes=options.prunes,
+    )
+
+
+def phase(options: DSTOptions, steps_per_epoch: int) -> Phase:
+    """The whole training; epochs before the final density are no candidates for the best."""
+    if not options.moves:
+        return Phase("train", options.epochs, options.lr_policy, options.lr_min)
+    plan = schedule(options, steps_per_epoch)
+    if plan.every >= plan.steps:
+        what = "once" if options.prunes else "never"
+        log.warning(
+            "warning: --update-frequency: %d steps, but the whole training has %d; the mask moves "
+            "%s",
+            plan.every,
+            plan.steps,
+            what,
+        )
+    return Phase(
+        "train",
+        options.epochs,
+        options.lr_policy,
+        options.lr_min,
+        each_step=partial(step_masks, plan=plan),
+        select_from=plan.end // steps_per_epoch if options.prunes else 0,
+        dense_gradients=options.grows and options.growth == "momentum",
+    )
+
+
+def step_masks(trainer: Trainer, step: int, *, plan: Schedule) -> None:
+    """Between the backward pass and the weights' step: an update, where one is due."""
+    options, model = trainer.options, trainer.model
+    if options.grows and options.growth == "momentum":
+        add_to_momentum(model, options.momentum)
+    if not plan.due(step):
+        return
+    steps = len(trainer.data.train)
+    trainer.count_flops(step % steps)
+    if options.grows and options.growth == "gradient":
+        density = flops.densities(model)
+        trainer.flops["training"] += flops.dense_gradients(trainer.forward_flops, density)
+    before = {name: mask.clone() for name, _, mask in masked_weights(model)}
+    fraction = plan.drop_fraction(step) if options.grows else 0.0
+    try:
+        update(
+            model,
+            options.method,
+            density=plan.density(step),
+            fraction=fraction,
+            prune=options.prune,
+            growth=options.growth,
+            within_initial=options.grow_within_init,
+            seed=options.seed,
+            step=step,
+        )
+    except ValueError as error:  # a score that is not a number
+        raise UserError(f"--growth: at step {step + 1}: {error}") from None
+    if options.flow_preservation:
+        preserve_flow(model, options.seed, step)
+    for name, _, mask in masked_weights(model):
+        model.get_submodule(name).ever_active |= mask
+    keep_inside(model, trainer.optimizer)
+    row = {"step": step, "epoch": step // steps + 1}
+    row |= {"drop_fraction": fraction} | describe(model, before)
+    trainer.tables.setdefault("topology", []).append(row)
+    trainer.run.show("topology", row, step)
+
+
+def preserve_flow(model: nn.Module, seed: int, step: int) -> None:
+    """`flow.repair`, which removes the smallest weights, and a line on what it could not do."""
+    more = flow.repair(model, seed, step, by_magnitude=step > 0)
+    if more:
+        where = ", ".join(f"{name} {count}" for name, count in more.items())
+        log.warning("warning: --flow-preservation: weights more than asked for: %s", where)
+
+
+def describe(model: nn.Module, before: dict[str, torch.Tensor]) -> dict[str, float]:
+    """What an update did, and where the masks stand: a row of topology.csv.
+
+    density: of all weights; dropped, grown: weights, in all and per layer; ever_active: share of
+    all weights that were in the mask at some time (in-time over-parametrization, Liu et al. 2021);
+    inside_initial: share of the mask that lies in the initial one; dead_units: without an incoming
+    or an outgoing edge.
+    """
+    layers, counts = sparse_layers(model), []
+    for name, _, mask in masked_weights(model):
+        old, layer = before[name], layers[name]
+        sets = (old & ~mask, mask & ~old, mask, mask & layer.initial_mask, layer.ever_active)
+        counts.append(torch.stack([torch.count_nonzero(s) for s in sets]))
+    counts = torch.stack(counts).tolist()  # one wait for the device
+    dropped, grown, kept, inside, active = (sum(column) for column in zip(*counts))
+    total = density_table(model).iloc[-1]
+    dense = int(total["kept"]) - kept  # layers without a mask
+    row = {
+        "density": float(total["density"]),
+        "dropped": dropped,
+        "grown": grown,
+        "ever_active": (active + dense) / int(total["weights"]),
+        "inside_initial": inside / max(kept, 1),
+        "dead_units": int(total["dead_outputs"] + total["dead_inputs"]),
+    }
+    for (name, _, _), (gone, new, *_) in zip(masked_weights(model), counts):
+        row |= {f"dropped/{name}": gone, f"grown/{name}": new}
+    return row

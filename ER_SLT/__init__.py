@@ -1,0 +1,1 @@
+"""Strong lottery tickets: edge-popup inside a random sparse network."""

@@ -1,0 +1,253 @@
+"""Edge-popup (Ramanujan et al. 2020, arXiv:1911.13299, section 3) inside a random mask.
+
+Weights and biases never change. Each has a score, and the layer computes with those whose scores
+are the largest in magnitude, weights and biases ranked together; everything else is exactly 0.
+Only entries inside the random mask are ranked, and every bias. Their scores learn by the
+straight-through estimator: where e = w * m(|s|) is the effective weight, m counts as the identity,
+
+    dL/ds = dL/de * w * sign(s),    with the sign of a zero taken from its sign bit, never 0,
+
+for entries that are kept and for those that are not. sign(s) is the derivative of |s|: as in the
+code published with the paper, the magnitude belongs to the function that is differentiated.
+
+Scores live inside the mask, as weights do: both are zero outside, so the gradient is too, and no
+weight decay or momentum changes that.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ER_SLT.selection import top_masks
+from startsparse.masks import sparse_layers
+from startsparse.seeding import generator
+
+SCORE_INITS = ("constant", "kaiming")
+RANKINGS = ("layer", "global")
+
+_TIE_BREAK = 1e-4  # spread of the constant scores, small beside what a few steps change
+
+
+class Kept(torch.autograd.Function):
+    """w * m, with the straight-through gradient to the scores s that m was chosen by."""
+
+    @staticmethod
+    def forward(ctx, frozen: Tensor, score: Tensor, mask: Tensor) -> Tensor:
+        """All of one shape; ``mask`` is 0 or 1 in their dtype."""
+        ctx.save_for_backward(frozen, score)
+        return frozen * mask
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor, None]:
+        """dL/ds = dL/de * w * sign(s)."""
+        frozen, score = ctx.saved_tensors
+        sign = torch.copysign(torch.ones((), dtype=score.dtype, device=score.device), score)
+        return None, (gradient * frozen).mul_(sign), None
+
+
+class Popup(nn.Module):
+    """What PopupConv2d and PopupLinear share: scores, how many entries to keep, and which.
+
+    ``weight_score`` and ``bias_score`` are parameters like ``weight`` and ``bias``. ``keep``, the
+    number of entries kept, is an int64 buffer, so that checkpoints hold it and changing it needs no
+    new compilation. ``ranking`` says who writes it: `set_density` alone, or `share_out` too.
+    """
+
+    def take(self, layer: nn.Module, ranking: str) -> None:
+        """Take over parameters and mask of a plain ``layer`` and freeze them; all scores are 0."""
+        self.weight = layer.weight.requires_grad_(False)
+        self.weight_score = nn.Parameter(torch.zeros_like(layer.weight))
+        self.bias = self.bias_score = None
+        if layer.bias is not None:
+            self.bias = layer.bias.requires_grad_(False)
+            self.bias_score = nn.Parameter(torch.zeros_like(layer.bias))
+        if getattr(layer, "weight_mask", None) is not None:
+            self.register_buffer("weight_mask", layer.weight_mask)
+        self.ranking = ranking
+        self.register_buffer("keep", torch.tensor(self.allowed(), device=layer.weight.device))
+
+    def size(self) -> int:
+        """Number of weights and biases, inside the mask or not."""
+        return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
+
+    def allowed(self) -> int:
+        """Number of weights inside the mask, and biases. Waits for the device."""
+        outside = 0 if self._inside() is None else int((~self._inside()).sum())
+        return self.size() - outside
+
+    def keep_inside(self) -> None:
+        """Zero the scores outside the mask."""
+        if self._inside() is not None:
+            self.weight_score.mul_(self._inside())
+
+    def ranked(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Magnitudes of the scores, and where entries are allowed: of weights, then of biases."""
+        if self.bias_score is None:
+            return [self.weight_score.detach().abs()], [self._inside()]
+        scores = self.weight_score.detach().abs(), self.bias_score.detach().abs()
+        return list(scores), [self._inside(), None]
+
+    def masks(self) -> tuple[Tensor, Tensor | None]:
+        """The masks of weight and bias, 1.0 and 0.0, with ``keep`` ones in total."""
+        weight, *bias = top_masks(*self.ranked(), self.keep)
+        return weight, bias[0] if bias else None
+
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias that the layer computes with, shapes as ``weight`` and ``bias``."""
+        weight_mask, bias_mask = self.masks()
+        weight = Kept.apply(self.weight, self.weight_score, weight_mask)
+        bias = None if bias_mask is None else Kept.apply(self.bias, self.bias_score, bias_mask)
+        return weight, bias
+
+    def effective_weight(self) -> Tensor:
+        """The weight that the layer computes with."""
+        return self.effective()[0]
+
+    def effective_bias(self) -> Tensor | None:
+        """The bias that the layer computes with; None where it has none."""
+        return self.effective()[1]
+
+    def _inside(self) -> Tensor | None:
+        return getattr(self, "weight_mask", None)
+
+
+class PopupConv2d(Popup, nn.Conv2d):
+    """Convolution with frozen weights, of which the best-scored are used."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H', W']."""
+        return self._conv_forward(images, *self.effective())
+
+
+class PopupLinear(Popup, nn.Linear):
+    """Linear layer with frozen weights, of which the best-scored are used."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[B, n_in] -> [B, n_out]."""
+        return F.linear(inputs, *self.effective())
+
+
+def popup(model: nn.Module, seed: int, score_init: str = "kaiming", ranking: str = "layer") -> None:
+    """Replace every convolution and linear layer by its edge-popup form, in place.
+
+    Weights, biases and masks stay the same tensors. BatchNorm loses its weight and bias and keeps
+    its running statistics, so that the scores are all that learns. Every layer keeps all that its
+    mask allows until `set_density` is called.
+
+    Args:
+        model: the bare network, with its masks.
+        seed: the run's. Scores of the layer ``name`` are drawn from (seed, "score/" + name).
+        score_init: ``kaiming``, uniform in +-1/sqrt(fan_in) as in the paper's code; or
+            ``constant``, all 1 but for a random excess below 1e-4: exactly equal scores would keep
+            the first outputs of each layer and leave the others dead.
+        ranking: ``layer`` keeps a number of entries per layer, ``global`` only one for the whole
+            network, ranked anew in every forward pass of ``model`` (not of a part of it).
+    """
+    for name, layer in sparse_layers(model).items():
+        with torch.device("meta"):  # its own weight is never used
+            if isinstance(layer, nn.Conv2d):
+                mine = PopupConv2d(
+                    layer.in_channels,
+                    layer.out_channels,
+                    layer.kernel_size,
+                    layer.stride,
+                    layer.padding,
+                    layer.dilation,
+                    layer.groups,
+                    padding_mode=layer.padding_mode,
+                )
+            else:
+                mine = PopupLinear(layer.in_features, layer.out_features)
+        mine.take(layer, ranking)
+        _draw_scores(mine, score_init, generator(seed, f"score/{name}"))
+        model.set_submodule(name, mine)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.affine, module.weight, module.bias = False, None, None
+    if ranking == "global":
+        model.register_forward_pre_hook(share_out)
+
+
+@torch.no_grad()
+def _draw_scores(layer: Popup, how: str, draw: torch.Generator) -> None:
+    """Weights first, then biases, drawn on the CPU in float32."""
+    bound = 1 / math.sqrt(layer.weight[0].numel())
+    for score in (layer.weight_score, layer.bias_score):
+        if score is not None:
+            drawn = torch.empty(score.shape, dtype=torch.float32, device="cpu")
+            if how == "constant":
+                drawn.uniform_(1, 1 + _TIE_BREAK, generator=draw)
+            else:
+                drawn.uniform_(-bound, bound, generator=draw)
+            score.copy_(drawn)
+    layer.keep_inside()
+
+
+def popup_layers(model: nn.Module) -> dict[str, Popup]:
+    """The edge-popup layers, name -> module, in forward order."""
+    return {n: layer for n, layer in sparse_layers(model).items() if isinstance(layer, Popup)}
+
+
+def count(density: float, size: int, allowed: int) -> int:
+    """How many of ``size`` entries a density keeps: the nearest whole number, ``allowed`` at most.
+
+    ``size`` counts all weights and biases, also those outside the random mask.
+    """
+    return min(round(density * size), allowed)
+
+
+@torch.no_grad()
+def set_density(model: nn.Module, density: float) -> None:
+    """Keep a share ``density`` of the entries: of each layer, or in global ranking of the network.
+
+    To be called at every change of density or masks; waits for the device.
+    """
+    layers = popup_layers(model).values()
+    for layer in layers:
+        layer.keep_inside()
+        layer.keep.fill_(count(density, layer.size(), layer.allowed()))
+    if any(layer.ranking == "global" for layer in layers):
+        total = count(density, sum(x.size() for x in layers), sum(x.allowed() for x in layers))
+        _share_out(list(layers), torch.tensor(total, device=next(iter(layers)).keep.device))
+
+
+@torch.no_grad()
+def share_out(model: nn.Module, _inputs: object = None) -> None:
+    """Global ranking: share the sum of all ``keep`` among the layers anew, by the scores as of now.
+
+    The network's best entries, cut down to one layer, are that layer's best, so a number per layer
+    says it all. Of equal scores those of earlier layers and positions are kept. No synchronisation.
+    """
+    layers = list(popup_layers(model).values())
+    _share_out(layers, torch.stack([layer.keep for layer in layers]).sum())
+
+
+def _share_out(layers: list[Popup], total: Tensor) -> None:
+    magnitudes, allowed, owners = [], [], []
+    for layer in layers:
+        scores, inside = layer.ranked()
+        magnitudes += scores
+        allowed += inside
+        owners += [layer] * len(scores)
+    masks = top_masks(magnitudes, allowed, total)
+    for layer in layers:
+        layer.keep.zero_()
+    for layer, mask in zip(owners, masks):
+        layer.keep.add_(mask.count_nonzero())
+
+
+@torch.no_grad()
+def found_masks(model: nn.Module) -> dict[str, Tensor]:
+    """What each layer uses: parameter name ("conv1.weight", "fc.bias") -> bool tensor like it."""
+    layers = popup_layers(model)
+    if any(layer.ranking == "global" for layer in layers.values()):
+        share_out(model)
+    found = {}
+    for name, layer in layers.items():
+        for kind, mask in zip(("weight", "bias"), layer.masks()):
+            if mask is not None:
+                found[f"{name}.{kind}" if name else kind] = mask.bool()
+    return found

@@ -1,0 +1,134 @@
+"""Strong lottery tickets: edge-popup inside a random Erdos-Renyi mask, at an annealed density.
+
+cd ER_SLT && python main.py [--config FILE.yaml] [options]; --help lists them.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ER_SLT.edge_popup import popup, set_density
+from ER_SLT.initializers import init_weights
+from ER_SLT.levels import TICKET, densities, phases, record_level, try_shuffles, warn_of_small_masks
+from ER_SLT.options import SLTOptions
+from ER_SLT.ticket import load_ticket, put_in_place
+from startsparse import data, er, flops, masks, models, parallel, recipe, runs, training
+from startsparse.commandline import from_flags, from_values, own_names, parse
+from startsparse.errors import OptionError, UserError, run_script
+from startsparse.trainer import Trainer
+
+CONFIGS = Path(__file__).parent / "configs"
+log = logging.getLogger("startsparse")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """One run, from options to report; or the accuracy of a ticket."""
+    options = parse(SLTOptions, CONFIGS, argv)
+    with own_names(SLTOptions):
+        if options.evaluate:
+            evaluate(Path(options.evaluate), list(sys.argv[1:] if argv is None else argv))
+        else:
+            train(options)
+
+
+def train(options: SLTOptions) -> None:
+    """The run that ``options`` describe."""
+    folder = runs.find_run(options)
+    if recipe.already_done(options, folder):
+        return
+    with torch.device("meta"):  # bad options are named before data or a device is touched
+        plan(options, data.SHAPES[options.set])
+
+    devices = parallel.choose_devices(options.multigpu)
+    images = recipe.load_data(options, devices[0])
+    model, requested = plan(options, images.shape)
+    er.attach_er_masks(model, requested, options)
+    random_mask = masks.density_table(model, requested)
+    pop_up(model, options)
+    set_density(model, densities(options)[0])
+    model.to(devices[0], memory_format=torch.channels_last)
+
+    run = runs.open_run(options, folder)
+    trainer = Trainer(model, images, options, run, devices, lambda: flops.densities(model))
+    trainer.load()
+    recipe.show_densities(run, random_mask, "random_mask.csv")
+    warn_of_small_masks(model, options)
+    trainer.run_phases(phases(options))
+
+    result = record_level(trainer, level=options.levels)
+    if options.shuffle:
+        result |= try_shuffles(trainer)
+    asked = dict.fromkeys(requested, options.sparsity)
+    recipe.finish(trainer, options.sparsity, asked, result)
+
+
+def plan(options: SLTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, float]]:
+    """The network, not yet initialised, and the density of each layer of its random mask."""
+    model = build(options, shape)
+    requested = er.requested_densities(model, options)
+    sizes = {name: layer.weight.numel() for name, layer in masks.sparse_layers(model).items()}
+    inside = sum(requested[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    if options.sparsity > inside * (1 + 1e-9):
+        raise OptionError(
+            f"--sparsity: {options.sparsity:g} should be at most {inside:.4g}, the density that "
+            f"--er-budget {options.er_budget} leaves the random mask"
+        )
+    return model, requested
+
+
+def build(options: SLTOptions, shape: data.Shape) -> nn.Module:
+    """The plain network."""
+    return models.build(
+        options.arch,
+        classes=shape.classes,
+        channels=shape.channels,
+        size=shape.size,
+        width=options.width,
+        imagenet=options.set == "imagenet",
+    )
+
+
+def pop_up(model: nn.Module, options: SLTOptions) -> None:
+    """Draw the weights of a network that has its masks, and freeze them; scores learn instead."""
+    init_weights(model, options.init, options.seed, options.bfac, options.scale_fan)
+    popup(model, options.seed, options.score_init, options.ranking)
+
+
+def evaluate(path: Path, argv: list[str]) -> None:
+    """--evaluate: test the ticket of a file or run folder; it says what network and data.
+
+    Args:
+        argv: the command line; what it says may be no other than what the ticket says, but for
+            options that do not change what is computed.
+    """
+    path = path / TICKET if path.is_dir() else path
+    try:
+        ticket = load_ticket(path)
+        stored, told = ticket.description["options"], ticket.description["test_accuracy"]
+    except UserError as error:
+        raise OptionError(f"--evaluate: {error}") from None
+    except KeyError as missing:
+        raise OptionError(f"--evaluate: {path}: the ticket does not tell its {missing}") from None
+    saved = from_values(SLTOptions, stored, path)
+    options = from_flags(SLTOptions, argv, saved)
+    runs.check_same(options, saved, f"the ticket {path} was found")
+
+    device = parallel.choose_devices(options.multigpu)[0]
+    images = recipe.load_data(options, device)
+    model = build(options, images.shape)
+    masks.attach_masks(model, ticket.er_masks)
+    pop_up(model, options)
+    put_in_place(model, ticket)
+    model.to(device, memory_format=torch.channels_last)
+    autocast = parallel.autocast(device, options.amp)
+    found = training.evaluate(model, model, images.test, autocast, device)["accuracy"]
+    agrees = "as" if found == told else f"but {told!r} is what"
+    log.info("test accuracy %.2f %% (%r, %s the ticket says)", 100 * found, found, agrees)
+
+
+if __name__ == "__main__":
+    run_script(main)

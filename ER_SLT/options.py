@@ -1,0 +1,110 @@
+"""The options of ER_SLT/main.py."""
+
+import dataclasses
+from typing import Annotated
+
+from ER_SLT.edge_popup import SCORE_INITS
+from ER_SLT.initializers import INITS
+from startsparse import ratios, schedules
+from startsparse.commandline import Truth, called, choice, default_is
+from startsparse.data import SETS
+from startsparse.errors import OptionError
+from startsparse.models import MODELS
+from startsparse.options import Options, require_range
+
+
+@dataclasses.dataclass
+class SLTOptions(Options):
+    """Strong lottery tickets: which weights are used is learned, the weights are not."""
+
+    name: Annotated[str, called("save-file", "--name"), default_is("the network and densities")] = (
+        ""
+    )
+    """Name of the run"""
+    evaluate: Annotated[str, default_is("train")] = ""
+    """Do not train: print the test accuracy of this ticket file, or that of this run folder; the
+    ticket says with which options"""
+
+    set: Annotated[choice(SETS), called("dataset")] = "cifar10"
+    """Data set"""
+    arch: Annotated[choice(MODELS), called("model")] = "resnet18"
+    """Network"""
+    init: Annotated[choice(INITS), called("initBias")] = "kn-zero-bias"
+    """How the frozen weights and biases are drawn. kn: normal, ortho: mirrored orthogonal blocks,
+    signed-const: + or - one value; without biases, with biases like the weights, or special:
+    biases that undo one another"""
+    bfac: float = 0.05
+    """Factor of the standard deviation of biases"""
+    scale_fan: bool = False
+    """Divide the weights of each layer by the square root of its density in the random mask"""
+
+    er_sparse_method: choice(ratios.METHODS, ratios.ALIASES) = "uniform"
+    """Layer-wise ratio of the random mask; network: the ratio of --er-sparsity-file"""
+    er_sparse_init: Annotated[float, called("er-init-density", "--er-sparse-init")] = 0.5
+    """Density of the random mask, in (0, 1]: kept weights of all weights"""
+    sparsity: float = 0.2
+    """Density of the ticket, in (0, 1]: weights and biases used, of all"""
+    anneal: Truth = True
+    """Go from --sparsity-start to --sparsity by the same factor each level; False: every level
+    has --sparsity"""
+    sparsity_start: float = 0.6
+    """Density that annealing starts from, above the first level's"""
+    levels: int = 5
+    """Number of levels"""
+    epochs: int = 100
+    """Epochs of each level"""
+    score_init: choice(SCORE_INITS) = "kaiming"
+    """Initial scores: all but equal, or uniform in +-1/sqrt(fan_in)"""
+    per_layer: Annotated[bool, default_is("yes, without --global")] = False
+    """Rank the scores of each layer by themselves: every layer has the same density"""
+    global_ranking: Annotated[bool, called("global")] = False
+    """Rank the scores of all layers together, so that layers differ in density"""
+
+    batch_size: Annotated[int, called("batch-size", "-b")] = 128
+    """Images per step"""
+    lr_policy: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "every30"
+    """Schedule of each level; every30 divides by 10 at 30, 60 and 90 %, multistep at 1/2 and 3/4"""
+    weight_decay: Annotated[float, called("wd", "--weight-decay")] = 5e-4
+    """Weight decay of the scores"""
+
+    shuffle: bool = False
+    """Afterwards test the ticket with shuffled masks, and with masks and weights shuffled"""
+    save_model: bool = False
+    """Also keep weights and scores of each level, in levels/; tickets are kept in any case"""
+
+    @property
+    def ranking(self) -> str:
+        """One of `edge_popup.RANKINGS`."""
+        return "global" if self.global_ranking else "layer"
+
+    def default_name(self) -> str:
+        """Network, ratio and densities."""
+        name = f"{self.arch}-{self.er_sparse_method}-{self.er_sparse_init:g}-{self.sparsity:g}"
+        return name + ("-anneal" if self.anneal else "")
+
+    def check(self) -> None:
+        """Raise `OptionError` for values that cannot be meant; names the option."""
+        super().check()
+        require_range(self, "sparsity", low=0, high=1, open_low=True)
+        require_range(self, "levels", low=1)
+        require_range(self, "bfac", low=0, open_low=True)
+        if self.per_layer and self.global_ranking:
+            raise OptionError("--global: not with --per-layer, which --no-per-layer takes back")
+        self.per_layer = not self.global_ranking
+        if self.sparsity > self.er_sparse_init:
+            raise OptionError(
+                f"--sparsity: {self.sparsity:g} should be at most the --er-sparse-init of "
+                f"{self.er_sparse_init:g}: the ticket is a part of the random mask"
+            )
+        if self.anneal:
+            require_range(self, "sparsity_start", low=0, high=1, open_low=True)
+            if self.sparsity_start < self.sparsity:
+                raise OptionError(
+                    f"--sparsity-start: {self.sparsity_start:g} should be at least the --sparsity "
+                    f"of {self.sparsity:g}: annealing goes down"
+                )
+
+    def check_evaluate(self) -> None:
+        """Raise `OptionError` where --evaluate comes with --resume."""
+        if self.evaluate and self.resume:
+            raise OptionError("--evaluate: names a ticket or run folder itself; omit --resume")

@@ -1,0 +1,228 @@
+"""Tickets: files that stand alone.
+
+A ticket holds the options of the run, from which the frozen weights are drawn again, both masks of
+every layer as bits, and the running statistics of BatchNorm. It is a safetensors file; reading one
+executes nothing. A digest in its header covers every byte of the file.
+
+A network is rebuilt like this: build it, `attach_masks` the ticket's random masks, draw the weights
+by `init_weights`, swap the layers by `popup`, and `put_in_place`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ER_SLT.edge_popup import found_masks, popup_layers
+from startsparse.atomic import replacing
+from startsparse.errors import UserError
+from startsparse.masks import masked_weights
+from startsparse.seeding import generator
+
+log = logging.getLogger("startsparse")
+
+SHUFFLES = ("mask", "mask+weights")
+
+_KIND = "startsparse ticket 1"
+_NO_DIGEST = "the digest of this file with this text in its place".center(64)
+
+
+@dataclasses.dataclass
+class Ticket:
+    """What a ticket file holds.
+
+    Attributes:
+        description: what the caller of `save_ticket` passed: options, accuracy.
+        er_masks: layer name -> bool mask; dense layers have none.
+        found: parameter name -> bool mask, as `edge_popup.found_masks` gives it.
+        statistics: buffer name -> running mean (float32), variance or count of a BatchNorm.
+        weights: digest of the frozen weights and biases, to know them by.
+    """
+
+    description: dict
+    er_masks: dict[str, Tensor]
+    found: dict[str, Tensor]
+    statistics: dict[str, Tensor]
+    weights: str
+
+
+def save_ticket(path: Path, model: nn.Module, description: Mapping[str, object]) -> None:
+    """Write what ``model``, in edge-popup form, uses now; whole or not at all.
+
+    Args:
+        description: all that is needed to build the network and draw its weights again, and
+            whatever else should be known of it; plain values, as in JSON.
+
+    Raises:
+        TypeError: JSON cannot express the description.
+        OSError: the file cannot be written.
+    """
+    masks = {f"er/{name}": mask for name, _, mask in masked_weights(model)}
+    masks |= {f"found/{name}": mask for name, mask in found_masks(model).items()}
+    tensors = {f"statistics/{n}": buffer.cpu() for n, buffer in _statistics(model).items()}
+    tensors |= {name: _bits(mask) for name, mask in masks.items()}
+    facts = {
+        "kind": _KIND,
+        "sha256": _NO_DIGEST,
+        "description": json.dumps(dict(description)),
+        "shapes": json.dumps({name: list(mask.shape) for name, mask in masks.items()}),
+        "weights": _weights_digest(model),
+    }
+    file = safetensors.torch.save(tensors, facts)
+    digest = hashlib.sha256(file).hexdigest()
+    with replacing(path) as temporary:
+        temporary.write_bytes(file.replace(_NO_DIGEST.encode(), digest.encode(), 1))
+
+
+def load_ticket(path: Path) -> Ticket:
+    """Read what `save_ticket` wrote, on the CPU.
+
+    Raises:
+        UserError: the file is missing, is no ticket, or has lost or changed as much as one bit.
+    """
+    try:
+        file = path.read_bytes()
+        with safetensors.safe_open(path, "pt") as content:
+            facts = content.metadata() or {}
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise UserError(f"{path}: no ticket can be read there ({error.strerror})") from None
+    except safetensors.SafetensorError:
+        facts = {}
+    if facts.get("kind") != _KIND:
+        raise UserError(f"{path}: not a ticket of this project, or a damaged one")
+    digest = facts.get("sha256", "")
+    blank = file.replace(digest.encode(), _NO_DIGEST.encode(), 1)
+    if hashlib.sha256(blank).hexdigest() != digest:
+        raise UserError(f"{path}: damaged, the checksum does not match")
+    return _unpack(tensors, facts)
+
+
+def put_in_place(model: nn.Module, ticket: Ticket) -> None:
+    """Make ``model`` compute with exactly the masks and statistics of ``ticket``, in place.
+
+    Scores become 1 where the mask is and 0 elsewhere. If the frozen weights are not those that the
+    ticket was found in, to the bit, one warning is logged: other versions of the libraries or
+    another processor can change the last digits of orthogonal ones.
+
+    Args:
+        model: edge-popup form of the network that ``ticket.description`` describes.
+
+    Raises:
+        UserError: layers, shapes or random masks are not those of the ticket; names the first.
+    """
+    own = {name: mask for name, _, mask in masked_weights(model)}
+    _compare("random mask", own, ticket.er_masks)
+    for name, mask in own.items():
+        if not torch.equal(mask.cpu(), ticket.er_masks[name]):
+            raise UserError(f"the ticket does not fit: its random mask of '{name}' is another")
+    _compare("mask", found_masks(model), ticket.found)
+    _compare("running statistic", _statistics(model), ticket.statistics)
+    _select(model, ticket.found)
+    for name, buffer in _statistics(model).items():
+        buffer.copy_(ticket.statistics[name])
+    if _weights_digest(model) != ticket.weights:
+        log.warning("warning: the frozen weights drawn here are not, to the bit, the ticket's")
+
+
+@contextmanager
+def shuffled(model: nn.Module, seed: int, what: str, number: int = 0) -> Iterator[None]:
+    """The ablation: inside the block the found masks of ``model`` are shuffled, then all is as was.
+
+    In each layer the entries of the random mask trade places, and so do the biases. Thus the
+    number of weights and of biases that a layer keeps, and the random mask, stay what they are.
+
+    Args:
+        seed: the run's; the permutation depends on (seed, "shuffle/" + parameter name, number).
+        what: ``mask`` shuffles the mask only, ``mask+weights`` also the frozen values, in the same
+            way, so that each kept value is still kept, in another place.
+        number: of the shuffle, to have several.
+    """
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = found_masks(model)
+    try:
+        with torch.no_grad():
+            for name, mask in found.items():
+                frozen = model.get_parameter(name)
+                inside = before.get(f"{name}_mask", torch.ones_like(mask))
+                places = inside.flatten().nonzero().squeeze(1)
+                draw = generator(seed, f"shuffle/{name}", number)
+                order = places[torch.randperm(len(places), generator=draw).to(places.device)]
+                for tensor in (mask, frozen) if what == "mask+weights" else (mask,):
+                    flat = tensor.flatten()
+                    flat = flat.index_copy(0, places, flat[order])
+                    tensor.copy_(flat.view(tensor.shape))
+            _select(model, found)
+        yield
+    finally:
+        model.load_state_dict(before)
+
+
+@torch.no_grad()
+def _select(model: nn.Module, found: Mapping[str, Tensor]) -> None:
+    """Set scores and counts such that exactly ``found`` is used."""
+    for name, layer in popup_layers(model).items():
+        layer.keep.zero_()
+        for kind, score in (("weight", layer.weight_score), ("bias", layer.bias_score)):
+            if score is not None:
+                mask = found[f"{name}.{kind}" if name else kind]
+                score.copy_(mask)
+                layer.keep.add_(int(mask.sum()))
+
+
+def _statistics(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{name}.{kind}" if name else kind: buffer
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        for kind, buffer in module.named_buffers(recurse=False)
+    }
+
+
+def _weights_digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for layer in popup_layers(model).values():
+        for frozen in (layer.weight, layer.bias):
+            if frozen is not None:
+                digest.update(frozen.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _compare(what: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    for name in sorted(own.keys() ^ given.keys()):
+        where = "the ticket" if name in own else "the network"
+        raise UserError(f"the ticket does not fit: {where} has no {what} of '{name}'")
+    for name, tensor in own.items():
+        if tensor.shape != given[name].shape:
+            shapes = f"{tuple(given[name].shape)} instead of {tuple(tensor.shape)}"
+            raise UserError(f"the ticket does not fit: the {what} of '{name}' is {shapes}")
+
+
+def _bits(mask: Tensor) -> Tensor:
+    """uint8 [ceil(n / 8)] of a bool tensor with n entries, the first one in the highest bit."""
+    return torch.from_numpy(np.packbits(mask.flatten().cpu().numpy()))
+
+
+def _unpack(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> Ticket:
+    """From a file whose digest is right."""
+    ticket = Ticket(json.loads(facts["description"]), {}, {}, {}, facts["weights"])
+    parts = {"er": ticket.er_masks, "found": ticket.found, "statistics": ticket.statistics}
+    shapes = json.loads(facts["shapes"])
+    for name, tensor in tensors.items():
+        if name in shapes:
+            bits = np.unpackbits(tensor.numpy(), count=math.prod(shapes[name]))
+            tensor = torch.from_numpy(bits).bool().view(shapes[name])
+        part, _, key = name.partition("/")
+        parts[part][key] = tensor
+    return ticket

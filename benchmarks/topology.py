@@ -1,0 +1,82 @@
+"""One update of the masks, and an ordinary masked step, divided by a training step.
+
+VGG16 for 32x32 images (14.7 million weights), batch 128. The update is GraNet's, from density
+0.0102 to 0.01: global pruning, then drop and grow of half of the weights in every layer. A round is
+a dense step, a masked step, and one update by each growth rule; medians over rounds. Goals: update
+at most 0.5 on the CPU and 2 on a GPU; masked step at most 1.02.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.steps import devices, make_step
+from ER_DST.topology import GROWTH, add_to_momentum, remember, update
+from ER_DST.updates import describe
+from startsparse import models
+from startsparse.masks import attach_masks, draw_masks, keep_inside, masked_weights, sparse_layers
+
+
+def make_update(growth: str, device: torch.device) -> Callable[[], float]:
+    """A function that makes one update, always from the same masks, and returns its seconds."""
+    model = models.build("vgg16", classes=10)
+    models.init_weights(model, "kaiming_normal", 1)
+    shapes = {name: layer.weight.shape for name, layer in sparse_layers(model).items()}
+    attach_masks(model, draw_masks(shapes, [0.0102] * len(shapes), 1, "exact"))
+    model.to(device, memory_format=torch.channels_last)
+    remember(model, momentum=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    add_to_momentum(model, 0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    optimizer.step()
+    first = [(w, w.detach().clone(), m, m.clone()) for _, w, m in masked_weights(model)]
+
+    def step() -> float:
+        with torch.no_grad():
+            for weight, weight_before, mask, mask_before in first:
+                weight.copy_(weight_before)
+                mask.copy_(mask_before)
+        _wait(device)
+        started = time.perf_counter()
+        before = {name: mask.clone() for name, _, mask in masked_weights(model)}
+        update(
+            model,
+            "GraNet",
+            density=0.01,
+            fraction=0.5,
+            prune="magnitude",
+            growth=growth,
+            within_initial=False,
+            seed=1,
+            step=1,
+        )
+        keep_inside(model, optimizer)
+        describe(model, before)
+        _wait(device)
+        return time.perf_counter() - started
+
+    return step
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    for device in devices():
+        rounds = 5 if device.type == "cpu" else 50
+        names = ["dense step", "masked step", *(f"update, {growth}" for growth in GROWTH)]
+        dense, masked = (make_step(c, device, arch="vgg16") for c in ("DenseConv", "ConvMask"))
+        programs = [dense, masked, *(make_update(growth, device) for growth in GROWTH)]
+        times = torch.tensor([[f() for f in programs] for _ in range(1 + rounds)])[1:]
+        print(f"{'VGG16, ' + device.type:<20} {'ms':>8} {'ratio':>6}")
+        for name, seconds in zip(names, times.T):
+            ratio = (seconds / times[:, 0]).median()
+            print(f"{name:<20} {1e3 * seconds.median():8.1f} {ratio:6.3f}")
+
+
+if __name__ == "__main__":
+    main()

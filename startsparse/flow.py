@@ -1,0 +1,114 @@
+"""Flow preservation: no unit of a masked layer is without an incoming or an outgoing edge.
+
+An edge is a kept weight. Units are neurons or channels; any kernel position joins two channels.
+A random mask of low density leaves units out, and so may pruning: what such a unit computes goes
+nowhere, or comes from nowhere. Here each gets one edge, at the price of edges that can be spared
+(Gadhikar et al. 2023, arXiv:2210.02412).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from startsparse.masks import masked_weights
+from startsparse.seeding import generator
+
+
+def needed(shape: Sequence[int]) -> int:
+    """The fewest edges with which a layer of this weight shape [out, in, ...] has no dead unit."""
+    return max(shape[0], shape[1])
+
+
+def preserve_flow(mask: Tensor, draw: torch.Generator, priority: Tensor | None = None) -> int:
+    """Give every dead unit an edge, in place, and remove as many others.
+
+    An output unit is dead without an incoming edge, an input unit without an outgoing one. Dead
+    outputs and dead inputs are joined in random pairs; each dead unit beyond those is joined to a
+    random unit of the other side. In a convolution the kernel position is random too. Then edges
+    are removed, one at a time, whose two units both keep another edge.
+
+    Such a removal ends at a *minimal* edge cover, in which no edge can be spared, and that is not
+    always a *minimum* one of `needed` edges. So a mask of few edges may grow, though the same
+    number placed otherwise would do; one of at least out + in - 1 edges never grows.
+
+    Args:
+        mask: bool [out, in, *kernel], on any device. Where nothing is dead it is only read.
+        draw: a CPU generator, so that the outcome does not depend on the device.
+        priority: like ``mask``; the lowest is removed first, of equals the first by position.
+            None: a random order.
+
+    Returns:
+        How many edges were added without another to remove; 0: the density is what it was.
+    """
+    joined = mask.reshape(*mask.shape[:2], -1).any(2)
+    dead_outputs, dead_inputs = ((~joined.any(side)).nonzero().flatten().cpu() for side in (1, 0))
+    count = max(len(dead_outputs), len(dead_inputs))
+    if count == 0:
+        return 0
+    edges = mask.nonzero().cpu()
+    outputs = _ends(dead_outputs, count, mask.shape[0], draw)
+    inputs = _ends(dead_inputs, count, mask.shape[1], draw)
+    kernel = [torch.randint(size, (count,), generator=draw) for size in mask.shape[2:]]
+    mask[(outputs, inputs, *kernel)] = True
+
+    # The new edges are no candidates: on the side with more dead units, each is its unit's only.
+    out_degree = torch.cat([edges[:, 0], outputs]).bincount(minlength=mask.shape[0])
+    in_degree = torch.cat([edges[:, 1], inputs]).bincount(minlength=mask.shape[1])
+    spare = edges[(out_degree[edges[:, 0]] > 1) & (in_degree[edges[:, 1]] > 1)]
+    if priority is None:
+        order = torch.randperm(len(spare), generator=draw)
+    else:
+        order = priority[spare.unbind(1)].cpu().argsort(stable=True)
+    # Three times as many are enough: a removal leaves at most two units with their last edge, so it
+    # makes at most two others impossible.
+    removed = _removable(spare[order[: 3 * count]], out_degree, in_degree, count)
+    mask[removed.unbind(1)] = False
+    return count - len(removed)
+
+
+def _ends(dead: Tensor, count: int, units: int, draw: torch.Generator) -> Tensor:
+    """[count] units: the dead ones in random order, and then any."""
+    shuffled = dead[torch.randperm(len(dead), generator=draw)]
+    return torch.cat([shuffled, torch.randint(units, (count - len(dead),), generator=draw)])
+
+
+def _removable(spare: Tensor, out_degree: Tensor, in_degree: Tensor, most: int) -> Tensor:
+    """The first ``most`` rows of ``spare`` [n, dims] that can go together, in that order.
+
+    Once through is enough: degrees only fall, so what cannot go now cannot go later.
+    """
+    out_degree, in_degree = out_degree.tolist(), in_degree.tolist()
+    rows = []
+    for row, (output, input_) in enumerate(zip(spare[:, 0].tolist(), spare[:, 1].tolist())):
+        if len(rows) == most:
+            break
+        if out_degree[output] > 1 and in_degree[input_] > 1:
+            out_degree[output] -= 1
+            in_degree[input_] -= 1
+            rows.append(row)
+    return spare[torch.tensor(rows, dtype=torch.int64)]
+
+
+@torch.no_grad()
+def repair(model: nn.Module, seed: int, step: int, by_magnitude: bool) -> dict[str, int]:
+    """`preserve_flow` in every layer that has a mask.
+
+    Only masks change: call `masks.keep_inside` afterwards. New edges start with the weight that
+    lies there, which is 0 in a network whose weights live inside their masks.
+
+    Args:
+        seed: the run's; a layer's draw depends on (seed, step, name) and on no other layer.
+        step: of training, so that repairs differ.
+        by_magnitude: remove the smallest weights, not random ones.
+
+    Returns:
+        Layer name -> edges that the layer has more than before; layers with none are left out.
+    """
+    grown = {}
+    for name, weight, mask in masked_weights(model):
+        draw = generator(seed, f"flow/{name}", 0, step)
+        more = preserve_flow(mask, draw, weight.abs() if by_magnitude else None)
+        if more:
+            grown[name] = more
+    return grown

@@ -1,0 +1,82 @@
+"""What the main.py of every script does alike, in the order in which it does it."""
+
+import logging
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from startsparse import data, flops, masks, report, runs
+from startsparse.options import Options
+from startsparse.trainer import Trainer
+
+log = logging.getLogger("startsparse")
+
+
+def already_done(options: Options, folder: Path | None) -> bool:
+    """Whether the run in ``folder`` has its result, which is then said again."""
+    done = None if folder is None or options.evaluate else runs.summary(folder)
+    if done:
+        log.info("%s", report.text(done, folder))
+    return bool(done)
+
+
+def load_data(options: Options, device: torch.device) -> data.Data:
+    """The data set of --set, on ``device``."""
+    return data.load(
+        options.set,
+        root=data.data_root(options.data),
+        mirror=options.mirror,
+        batch_size=options.batch_size,
+        valid_split=options.valid_split,
+        seed=options.seed,
+        device=device,
+        workers=options.workers,
+    )
+
+
+def say_accuracies(trainer: Trainer) -> None:
+    """--evaluate: the accuracies of the selected weights."""
+    trainer.load_selected()
+    for split in ("valid", "test"):
+        accuracy = trainer.evaluate(getattr(trainer.data, split))["accuracy"]
+        log.info("%s accuracy %.2f %%", split, 100 * accuracy)
+
+
+def show_start(trainer: Trainer, requested: dict[str, float]) -> None:
+    """The densities that training starts from: density.csv, and a warning for each dead end."""
+    show_densities(trainer.run, masks.density_table(trainer.model, requested), "density.csv")
+
+
+def show_densities(run: runs.Run, table: pd.DataFrame, name: str) -> None:
+    """A `masks.density_table` as file ``name`` of the run, and a warning for each dead end."""
+    run.write_table(name, table)
+    log.info("%s", table.to_string(index=False, float_format="%.4f"))
+    for line in masks.warnings(table):
+        log.warning("warning: %s", line)
+
+
+def finish(
+    trainer: Trainer,
+    asked: float,
+    requested: dict[str, float],
+    result: dict[str, float],
+    layers: dict[str, dict[str, float]] | None = None,
+) -> None:
+    """Tables, picture and summary of a run whose tested weights are in place.
+
+    Args:
+        asked: the density asked for.
+        requested: the density asked of each layer at the start.
+        result: of `Trainer.test`.
+        layers: layer -> density and more, for layers.json (default: the densities).
+    """
+    run, model = trainer.run, trainer.model
+    table = masks.density_table(model, requested)
+    run.write_table("density.csv", table)
+    own = {name: {"density": density} for name, density in flops.densities(model).items()}
+    run.write_json("layers.json", layers or own)
+    report.plot_run(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
+    summary = report.summary(asked, table, result | trainer.costs(), trainer.seconds)
+    run.finish(summary)
+    log.info("%s", report.text(summary, run.folder))

@@ -1,0 +1,101 @@
+"""What the tests of ER_DST share: a data set and a network of a moment, trained in this process."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ER_DST import main as script
+from ER_DST.options import DSTOptions
+from ER_DST.updates import phase
+from startsparse import flops
+from startsparse.data import Batches, Data, Shape
+from startsparse.masks import masked_weights
+from startsparse.trainer import Phase, Trainer
+
+CPU = torch.device("cpu")
+SHAPE = Shape(classes=4, channels=1, size=4)
+STEPS = 4  # of an epoch
+
+# 16 -> 8 -> 8 -> 8 -> 4: 128 + 64 + 64 + 32 weights
+SMALL = {"arch": "mlp", "width": 8, "epochs": 2, "update_frequency": 2, "sparse": True}
+WEIGHTS = 288
+
+
+# The command of the original README, word by word.
+PUBLISHED = (
+    "--sparse --method GraNet --prune-rate 0.5 --optimizer sgd --sparse-init "
+    "ER_same_params_per_layer --init-density 0.01 --final-density 0.001 --update-frequency 1000 "
+    "--l2 0.0005 --lr 0.1 --epochs 160 --model vgg16 --data cifar10 --prune magnitude "
+    "--init-method default --is-prune True --flow-preservation True --ortho-repair False --seed 1"
+)
+
+
+class NoRun:
+    """A run folder of which only the checkpoints are written."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.record = self.show = self.write_table = lambda *_: None
+
+
+def some_data() -> Data:
+    """Random images of a few grey pixels, but not random labels."""
+    images = torch.randint(
+        256, (84, 4, 4, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
+    )
+    labels = images[:, :2, :2].float().mean((1, 2, 3)).sub(75).div(26).long().clamp(0, 3)
+    split = partial(Batches, images, labels, mean=(0.5,), std=(0.3,), batch_size=16, device=CPU)
+    rows = torch.arange(84).split([16 * STEPS, 10, 10])
+    return Data(split(seed=1, rows=rows[0]), split(rows=rows[1]), split(rows=rows[2]), SHAPE)
+
+
+def options(**values) -> DSTOptions:
+    """Checked options of a small run."""
+    made = DSTOptions(**SMALL | values)
+    made.check()
+    return made
+
+
+def begin(folder: Path, options: DSTOptions) -> tuple[Trainer, Phase]:
+    """A trainer as main.py makes it, and its one phase."""
+    images = some_data()
+    model, _ = script.network(options, images, CPU, folder)
+    trainer = Trainer(model, images, options, NoRun(folder), [CPU], lambda: flops.densities(model))
+    return trainer, phase(options, STEPS)
+
+
+def train(folder: Path, options: DSTOptions, look=None) -> Trainer:
+    """The trainer after a whole run; ``look(trainer, step, masks before)`` after each update."""
+    trainer, whole = begin(folder, options)
+
+    def watched(trainer: Trainer, step: int) -> None:
+        rows, before = len(trainer.tables.get("topology", [])), masks(trainer.model)
+        whole.each_step(trainer, step)
+        if len(trainer.tables.get("topology", [])) > rows:
+            look(trainer, step, before)
+
+    watch = look is not None and whole.each_step is not None
+    trainer.run_phases([dataclasses.replace(whole, each_step=watched) if watch else whole])
+    return trainer
+
+
+def masks(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the masks."""
+    return {name: mask.clone() for name, _, mask in masked_weights(model)}
+
+
+def counts(model: torch.nn.Module) -> dict[str, int]:
+    """Weights of each masked layer."""
+    return {name: int(mask.sum()) for name, _, mask in masked_weights(model)}
+
+
+def dead_units(model: torch.nn.Module) -> int:
+    """Units without an edge on a side of their layer that has a mask, by looking at each."""
+    dead = 0
+    for _, _, mask in masked_weights(model):
+        edges = {tuple(place[:2]) for place in mask.nonzero().tolist()}
+        for side in (0, 1):
+            dead += len(set(range(mask.shape[side])) - {edge[side] for edge in edges})
+    return dead

@@ -1,0 +1,334 @@
+"""Training whose masks move: optimizer state, counts, densities, flow, and what is written down."""
+
+import dataclasses
+
+import pytest
+import torch
+from dst_runs import CPU, STEPS, WEIGHTS, begin, counts, dead_units, masks, options, train
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ER_DST.topology import GROWTH, METHODS
+from ER_DST.updates import phase
+from startsparse import checkpoint, flow
+from startsparse.errors import UserError
+from startsparse.masks import masked_weights, sparse_layers
+from startsparse.trainer import Trainer
+
+PRUNE = [method for method in METHODS if METHODS[method].prune]
+
+
+def states(optimizer, weight):
+    """Momentum or moments of a weight."""
+    found = optimizer.state[weight]
+    names = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+    return [found[name] for name in names if found.get(name) is not None]
+
+
+# --- weights and optimizer state ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("growth", GROWTH)
+@pytest.mark.parametrize("method", ["DST", "GraNet"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_dropped_and_grown_weights_have_neither_value_nor_momentum(
+    tmp_path, optimizer, method, growth
+):
+    seen = {"dropped": 0, "grown": 0, "moved": 0, "kept": 0}
+    new, trainers = {}, []
+
+    def look(trainer, step, before):
+        trainers[:] = [trainer]
+        for name, weight, mask in masked_weights(trainer.model):
+            held = states(trainer.optimizer, weight)
+            assert len(held) == (1 if optimizer == "sgd" else 2)
+            grown, gone = mask & ~before[name], before[name] & ~mask
+            for values in (weight, *held):
+                assert (values[~mask] == 0).all()
+                assert (values[grown] == 0).all()
+            seen["kept"] += int((held[-1][mask & before[name]] != 0).sum())
+            seen["dropped"] += int(gone.sum())
+            seen["grown"] += int(grown.sum())
+            new[name] = grown
+
+    def after_step(_, *__):
+        for trainer in trainers:
+            for name, weight, mask in masked_weights(trainer.model):
+                for values in (weight, *states(trainer.optimizer, weight)):
+                    assert (values[~mask] == 0).all()
+                seen["moved"] += int((weight[new.pop(name, ~mask)] != 0).sum())
+
+    hook = register_optimizer_step_post_hook(after_step)
+    try:
+        asked = options(optimizer=optimizer, method=method, growth=growth, final_density=0.2)
+        train(tmp_path, asked, look)
+    finally:
+        hook.remove()
+    assert min(seen.values()) > 0
+    if growth == "gradient":  # of this very step, which the new weights take at once
+        assert seen["moved"] > 0.9 * seen["grown"]
+
+
+def test_momentum_for_growth_sums_the_dense_gradients_of_every_step(tmp_path):
+    asked = options(method="DST", growth="momentum", momentum=0.7, optimizer="adam")
+    trainer, whole = begin(tmp_path, asked)
+    sums, outside = {}, 0
+
+    def watched(trainer, step):
+        nonlocal outside
+        for name, weight, mask in masked_weights(trainer.model):
+            sums[name] = 0.7 * sums.get(name, 0.0) + weight.grad
+            outside += int((weight.grad[~mask] != 0).sum())
+        whole.each_step(trainer, step)
+
+    trainer.run_phases([dataclasses.replace(whole, each_step=watched)])
+    assert outside > 0
+    for name, layer in sparse_layers(trainer.model).items():
+        torch.testing.assert_close(layer.weight_momentum, sums[name])
+
+
+def test_a_gradient_that_is_no_number_is_one_line(tmp_path):
+    trainer, whole = begin(tmp_path, options(method="DST"))
+
+    def poisoned(trainer, step):
+        _, weight, mask = next(masked_weights(trainer.model))
+        if step == 2:
+            weight.grad[tuple((~mask).nonzero()[0])] = torch.nan
+        whole.each_step(trainer, step)
+
+    message = r"^--growth: at step 3: hidden\.0: growth: a score is NaN$"
+    with pytest.raises(UserError, match=message):
+        trainer.run_phases([dataclasses.replace(whole, each_step=poisoned)])
+
+
+# --- how many -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("growth", GROWTH)
+def test_the_number_of_weights_per_layer_never_changes_in_dst(tmp_path, growth):
+    seen, moved = [], []
+
+    def look(trainer, step, before):
+        seen.append(counts(trainer.model))
+        moved.append(any((mask != before[n]).any() for n, mask in masks(trainer.model).items()))
+        row = trainer.tables["topology"][-1]
+        assert all(row[f"dropped/{name}"] == row[f"grown/{name}"] for name in before)
+        assert row["dropped"] == row["grown"] == sum(row[f"grown/{name}"] for name in before)
+
+    asked = options(method="DST", growth=growth, epochs=3, update_frequency=1)
+    first = counts(begin(tmp_path, asked)[0].model)
+    trainer = train(tmp_path, asked, look)
+    assert seen == [first] * (3 * STEPS - 1)
+    assert sum(moved) > STEPS
+    assert counts(trainer.model) == first
+    assert {row["density"] for row in trainer.tables["topology"]} == {sum(first.values()) / WEIGHTS}
+
+
+# 24 steps, an update every 5. Pruning starts with epoch 1, at step 4, and ends after 110/160 of 6
+# epochs, at step 16.5, which is rounded to 16.
+CUBIC = {
+    5: 0.1 + 0.4 * (11 / 12) ** 3,
+    10: 0.1 + 0.4 * (6 / 12) ** 3,
+    15: 0.1 + 0.4 * (1 / 12) ** 3,
+    16: 0.1,
+    20: 0.1,
+}
+
+
+@pytest.mark.parametrize("method", PRUNE)
+@pytest.mark.parametrize("sampling", ["exact", "bernoulli"])
+def test_densities_follow_the_cubic_schedule_exactly(tmp_path, method, sampling):
+    asked = options(
+        method=method,
+        final_density=0.1,
+        epochs=6,
+        update_frequency=5,
+        init_prune_epoch=1,
+        er_sampling=sampling,
+    )
+    kept = []
+    trainer = train(tmp_path, asked, lambda t, *_: kept.append(sum(counts(t.model).values())))
+    rows = trainer.tables["topology"]
+    first = rows[0]["dropped"] - rows[0]["grown"] + kept[0]
+    assert [row["step"] for row in rows] == list(CUBIC)
+    assert kept == [min(first, round(density * WEIGHTS)) for density in CUBIC.values()]
+    assert [row["density"] for row in rows] == [count / WEIGHTS for count in kept]
+    assert [row["epoch"] for row in rows] == [2, 3, 4, 5, 6]
+    if sampling == "exact":
+        assert first == WEIGHTS // 2
+
+
+@pytest.mark.parametrize("method", PRUNE)
+@pytest.mark.parametrize(
+    ("short", "steps"),
+    [
+        ({"epochs": 1, "update_frequency": 1000}, [3]),  # 110/160 of an epoch of 4 steps
+        ({"epochs": 1, "update_frequency": 2, "final_prune_epoch": 1}, [2, 3]),
+        ({"epochs": 3, "update_frequency": 7, "init_prune_epoch": 2}, [7, 8]),
+        ({"epochs": 3, "update_frequency": 100, "final_prune_epoch": 3}, [11]),
+    ],
+)
+def test_short_runs_end_at_exactly_the_final_density(tmp_path, method, short, steps):
+    for seed in (1, 2):
+        trainer = train(tmp_path, options(method=method, final_density=0.07, seed=seed, **short))
+        assert sum(counts(trainer.model).values()) == round(0.07 * WEIGHTS)
+        assert [row["step"] for row in trainer.tables["topology"]] == steps
+
+
+def test_a_training_of_one_step_ends_at_the_final_density(tmp_path):
+    trainer, _ = begin(tmp_path, options(final_density=0.1, epochs=1))
+    batches = trainer.data.train
+    batches.batch_size = batches.examples
+    assert len(batches) == 1
+    trainer.run_phases([phase(trainer.options, 1)])
+    assert sum(counts(trainer.model).values()) == round(0.1 * WEIGHTS)
+
+
+def test_a_dense_layer_stays_dense_and_counts(tmp_path):
+    asked = options(
+        first_layer_dense=True, er_sparse_init=0.8, final_density=0.5, update_frequency=1
+    )
+    kept = []
+
+    def look(trainer, step, before):
+        assert "hidden.0" not in before
+        kept.append(128 + sum(counts(trainer.model).values()))
+
+    trainer = train(tmp_path, asked, look)
+    assert not hasattr(trainer.model.hidden[0], "weight_mask")
+    assert kept[-1] == WEIGHTS // 2
+    assert [row["density"] for row in trainer.tables["topology"]] == [k / WEIGHTS for k in kept]
+    assert (trainer.model.hidden[0].weight != 0).all()
+
+
+# --- flow -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("growth", GROWTH)
+@pytest.mark.parametrize("method", METHODS)
+def test_flow_preservation_leaves_no_dead_unit(tmp_path, monkeypatch, method, growth):
+    """Units need 16 + 8 + 8 + 8 = 40 weights; 0.16 has 46, which a pruning puts where it will."""
+    repairs, repair = [], flow.repair
+
+    def watched(model, *args, **kwargs):
+        before, dead = counts(model), dead_units(model)
+        more = repair(model, *args, **kwargs)
+        repairs.append((dead, before, more))
+        return more
+
+    monkeypatch.setattr(flow, "repair", watched)
+
+    def look(trainer, step, before):
+        now, (_, unrepaired, more) = counts(trainer.model), repairs[-1]
+        assert dead_units(trainer.model) == 0
+        assert trainer.tables["topology"][-1]["dead_units"] == 0
+        assert now == {name: count + more.get(name, 0) for name, count in unrepaired.items()}
+        for name, _, mask in masked_weights(trainer.model):
+            if unrepaired[name] >= sum(mask.shape) - 1:  # enough to place one for each unit
+                assert name not in more
+        scheduled = trainer.tables["topology"][-1]["density"] * WEIGHTS - sum(more.values())
+        if method != "DST" and step >= 6:
+            assert scheduled == pytest.approx(round(0.16 * WEIGHTS))
+
+    asked = options(
+        method=method,
+        growth=growth,
+        er_sparse_init=0.16 if method == "DST" else 0.3,
+        final_density=0.16,
+        flow_preservation=True,
+        update_frequency=1,
+        seed=2,
+        lr=1.0,
+    )
+    trainer = train(tmp_path, asked, look)
+    assert len(repairs) == 2 * STEPS  # at the start and before every step but the first
+    assert sum(dead > 0 for dead, *_ in repairs) > 1
+    assert trainer.tables["topology"][-1]["density"] == pytest.approx(0.16, abs=0.05)
+
+
+def test_without_it_units_die(tmp_path):
+    trainer = train(tmp_path, options(final_density=0.1, update_frequency=1))
+    assert trainer.tables["topology"][-1]["dead_units"] == dead_units(trainer.model) > 0
+
+
+# --- topology.csv ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preserved", [False, True])
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("method", ["DST", "GraNet", "GMP"])
+def test_a_row_says_where_the_masks_are_and_have_been(tmp_path, method, within, preserved):
+    asked = options(
+        method=method,
+        growth="random",
+        final_density=0.2,
+        update_frequency=1,
+        flow_preservation=preserved,
+        grow_within_init=within,
+    )
+
+    def places(found):
+        return {(n, *place) for n, mask in found.items() for place in mask.nonzero().tolist()}
+
+    initial = places(masks(begin(tmp_path, asked)[0].model))
+    ever, last = set(initial), 0.0
+
+    def look(trainer, step, before):
+        nonlocal ever, last
+        old, new, row = places(before), places(masks(trainer.model)), trainer.tables["topology"][-1]
+        ever |= new
+        assert row["ever_active"] == len(ever) / WEIGHTS
+        assert row["inside_initial"] == len(new & initial) / len(new)
+        assert (row["dropped"], row["grown"]) == (len(old - new), len(new - old))
+        for name in before:
+            part = [{place for place in s if place[0] == name} for s in (old - new, new - old)]
+            assert [row[f"{what}/{name}"] for what in ("dropped", "grown")] == list(map(len, part))
+        assert row["ever_active"] >= last
+        last = row["ever_active"]
+        assert row["step"] == step
+        if not preserved and (within or method == "GMP"):
+            assert new <= initial
+
+    trainer = train(tmp_path, asked, look)
+    rows = trainer.tables["topology"]
+    assert len(rows) == 2 * STEPS - 1
+    if method != "GMP" and not within:
+        assert rows[-1]["ever_active"] > len(initial) / WEIGHTS
+        assert rows[-1]["inside_initial"] < 1
+
+
+def test_the_drop_fraction_is_written_down(tmp_path):
+    asked = options(method="DST", prune_rate=0.3, update_frequency=4)
+    rows = train(tmp_path, asked).tables["topology"]
+    assert [row["drop_fraction"] for row in rows] == [pytest.approx((0.3 + 0.005) / 2)]
+    rows = train(tmp_path, options(method="GMP")).tables["topology"]
+    assert {row["drop_fraction"] for row in rows} == {0.0}
+
+
+# --- the best epoch -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "best"),
+    [
+        ({"epochs": 8}, 6),  # 110/160 of 8 epochs is 5.5: step 22 is in epoch 6
+        ({"epochs": 8, "final_prune_epoch": 3}, 4),  # reached by the first step of epoch 4
+        ({"epochs": 8, "final_prune_epoch": 8, "update_frequency": 100}, 8),
+        ({"epochs": 1}, 1),
+        ({"epochs": 3, "method": "DST"}, 1),
+        ({"epochs": 3, "is_prune": False}, 1),
+    ],
+)
+def test_no_epoch_before_the_final_density_is_the_best(tmp_path, monkeypatch, asked, best):
+    accuracies = [1 - epoch / 100 for epoch in range(8)]  # the denser, the better
+    monkeypatch.setattr(
+        Trainer,
+        "evaluate",
+        lambda self, _: {"loss": 1.0, "accuracy": accuracies[len(self.history)]},
+    )
+    trainer = train(tmp_path, options(final_density=0.1, **asked))
+    assert trainer.best["epoch"] == best
+    state = checkpoint.load(tmp_path / "best.pt", CPU)["model"]
+    kept = sum(int(mask.sum()) for name, mask in state.items() if name.endswith("weight_mask"))
+    assert kept == sum(counts(trainer.model).values())
+    if trainer.options.prunes:
+        assert kept == round(0.1 * WEIGHTS)
