@@ -15,7 +15,7 @@ from ER_DST.options import DSTOptions
 from ER_DST.sparse_inits import find_snip, pruner_ratio
 from ER_DST.topology import remember
 from ER_DST.updates import phase, preserve_flow
-from startsparse import data, er, flops, flow, masks, models, parallel, recipe, runs
+from startsparse import data, er, flops, flow, masks, parallel, recipe, runs
 from startsparse.commandline import own_names, parse
 from startsparse.errors import OptionError, run_script
 from startsparse.trainer import Trainer
@@ -59,14 +59,7 @@ def train(options: DSTOptions) -> None:
 
 def plan(options: DSTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, float]]:
     """The network, not yet initialised, and the density asked of each layer ({}: not known yet)."""
-    model = models.build(
-        options.arch,
-        classes=shape.classes,
-        channels=shape.channels,
-        size=shape.size,
-        width=options.width,
-        imagenet=options.set == "imagenet",
-    )
+    model = recipe.build(options, shape)
     if not options.sparse:
         return model, {}
     sizes = {name: layer.weight.numel() for name, layer in masks.sparse_layers(model).items()}

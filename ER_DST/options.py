@@ -73,7 +73,7 @@ class DSTOptions(Options):
     is_prune: Truth = True
     """False: the mask stays as it was drawn"""
     grow_within_init: bool = False
-    """Grow only weights of the initial mask"""
+    """Grow only weights of the initial mask; --flow-preservation may still add others"""
     flow_preservation: Truth = False
     """Give every unit without an incoming or outgoing edge a random one, at the same density"""
     ortho_repair: Truth = False

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ER_SLT.selection import top_masks
 from startsparse.masks import sparse_layers
+from startsparse.models.swap import hollow
 from startsparse.seeding import generator
 
 SCORE_INITS = ("constant", "kaiming")
@@ -147,20 +148,7 @@ def popup(model: nn.Module, seed: int, score_init: str = "kaiming", ranking: str
             network, ranked anew in every forward pass of ``model`` (not of a part of it).
     """
     for name, layer in sparse_layers(model).items():
-        with torch.device("meta"):  # its own weight is never used
-            if isinstance(layer, nn.Conv2d):
-                mine = PopupConv2d(
-                    layer.in_channels,
-                    layer.out_channels,
-                    layer.kernel_size,
-                    layer.stride,
-                    layer.padding,
-                    layer.dilation,
-                    layer.groups,
-                    padding_mode=layer.padding_mode,
-                )
-            else:
-                mine = PopupLinear(layer.in_features, layer.out_features)
+        mine = hollow(layer, PopupConv2d, PopupLinear)
         mine.take(layer, ranking)
         _draw_scores(mine, score_init, generator(seed, f"score/{name}"))
         model.set_submodule(name, mine)

@@ -16,7 +16,7 @@ from ER_SLT.initializers import init_weights
 from ER_SLT.levels import TICKET, densities, phases, record_level, try_shuffles, warn_of_small_masks
 from ER_SLT.options import SLTOptions
 from ER_SLT.ticket import load_ticket, put_in_place
-from startsparse import data, er, flops, masks, models, parallel, recipe, runs, training
+from startsparse import data, er, flops, masks, parallel, recipe, runs, training
 from startsparse.commandline import from_flags, from_values, own_names, parse
 from startsparse.errors import OptionError, UserError, run_script
 from startsparse.trainer import Trainer
@@ -68,7 +68,7 @@ def train(options: SLTOptions) -> None:
 
 def plan(options: SLTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, float]]:
     """The network, not yet initialised, and the density of each layer of its random mask."""
-    model = build(options, shape)
+    model = recipe.build(options, shape)
     requested = er.requested_densities(model, options)
     sizes = {name: layer.weight.numel() for name, layer in masks.sparse_layers(model).items()}
     inside = sum(requested[name] * size for name, size in sizes.items()) / sum(sizes.values())
@@ -78,18 +78,6 @@ def plan(options: SLTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, f
             f"--er-budget {options.er_budget} leaves the random mask"
         )
     return model, requested
-
-
-def build(options: SLTOptions, shape: data.Shape) -> nn.Module:
-    """The plain network."""
-    return models.build(
-        options.arch,
-        classes=shape.classes,
-        channels=shape.channels,
-        size=shape.size,
-        width=options.width,
-        imagenet=options.set == "imagenet",
-    )
 
 
 def pop_up(model: nn.Module, options: SLTOptions) -> None:
@@ -119,7 +107,7 @@ def evaluate(path: Path, argv: list[str]) -> None:
 
     device = parallel.choose_devices(options.multigpu)[0]
     images = recipe.load_data(options, device)
-    model = build(options, images.shape)
+    model = recipe.build(options, images.shape)
     masks.attach_masks(model, ticket.er_masks)
     pop_up(model, options)
     put_in_place(model, ticket)

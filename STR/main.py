@@ -56,15 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def plan(options: STROptions, shape: data.Shape) -> tuple[torch.nn.Module, dict[str, float]]:
     """The network, not yet initialised, and the density asked of each layer ({}: no mask)."""
-    model = models.build(
-        options.arch,
-        classes=shape.classes,
-        channels=shape.channels,
-        size=shape.size,
-        width=options.width,
-        resnet_type=options.resnet_type,
-        imagenet=options.set == "imagenet",
-    )
+    model = recipe.build(options, shape, options.resnet_type)
     return model, er.requested_densities(model, options) if options.masked else {}
 
 

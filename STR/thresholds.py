@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from startsparse.masks import kept, sparse_layers
+from startsparse.models.swap import hollow
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "exp": torch.exp}
 
@@ -76,21 +77,7 @@ def soften(model: nn.Module, s_init: float, function: str, dense: Container[str]
     for name, layer in sparse_layers(model).items():
         if name in dense:
             continue
-        with torch.device("meta"):  # its own weight is never used
-            if isinstance(layer, nn.Conv2d):
-                soft = STRConv2d(
-                    layer.in_channels,
-                    layer.out_channels,
-                    layer.kernel_size,
-                    layer.stride,
-                    layer.padding,
-                    layer.dilation,
-                    layer.groups,
-                    layer.bias is not None,
-                    layer.padding_mode,
-                )
-            else:
-                soft = STRLinear(layer.in_features, layer.out_features, layer.bias is not None)
+        soft = hollow(layer, STRConv2d, STRLinear)
         soft.take(layer, s_init, function)
         model.set_submodule(name, soft)
 

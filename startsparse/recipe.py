@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from startsparse import data, flops, masks, report, runs
+from startsparse import data, flops, masks, models, report, runs
 from startsparse.options import Options
 from startsparse.trainer import Trainer
 
@@ -19,6 +19,19 @@ def already_done(options: Options, folder: Path | None) -> bool:
     if done:
         log.info("%s", report.text(done, folder))
     return bool(done)
+
+
+def build(options: Options, shape: data.Shape, resnet_type: str = "") -> torch.nn.Module:
+    """The network of --arch for these images, not yet initialised."""
+    return models.build(
+        options.arch,
+        classes=shape.classes,
+        channels=shape.channels,
+        size=shape.size,
+        width=options.width,
+        resnet_type=resnet_type,
+        imagenet=options.set == "imagenet",
+    )
 
 
 def load_data(options: Options, device: torch.device) -> data.Data:

@@ -7,9 +7,7 @@ import pytest
 import torch
 import yaml
 from data_files import write_tiny_imagenet
-from dst_runs import (
-    PUBLISHED,
-)
+from dst_runs import PUBLISHED
 from script_runs import ROOT, same, weights
 
 from ER_DST import main as script
