@@ -160,7 +160,8 @@ def plot(means: pd.DataFrame, by: Sequence[str], of: str, path: Path) -> None:
                 lw=1.2,
                 capsize=2,
             )
-        axis.set(title=str(title), xlabel=x.replace("_", " "))
+        what = f"{panel.replace('_', ' ')}: " if panel != "_" else ""
+        axis.set(title=f"{what}{title}", xlabel=x.replace("_", " "))
         axis.grid(alpha=0.3)
         if numbers:
             axis.set_xscale("log")
