@@ -2,6 +2,7 @@
 
 from benchmarks import input_pipeline, layout, peak_memory, prune_step, step_time, topology
 
-for benchmark in (input_pipeline, layout, step_time, prune_step, topology, peak_memory):
+# Memory first: a new process begins with the peak of the one that started it.
+for benchmark in (peak_memory, topology, input_pipeline, layout, step_time, prune_step):
     print(f"\n## {benchmark.__name__}: {benchmark.__doc__.splitlines()[0]}\n", flush=True)
     benchmark.main()

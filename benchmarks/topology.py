@@ -2,19 +2,23 @@
 
 VGG16 for 32x32 images (14.7 million weights), batch 128. The update is GraNet's, from density
 0.0102 to 0.01: global pruning, then drop and grow of half of the weights in every layer. A round is
-a dense step, a masked step, and one update by each growth rule; medians over rounds. Goals: update
-at most 0.5 on the CPU and 2 on a GPU; masked step at most 1.02.
+a dense step, a masked step, and one update by each growth rule; medians over rounds. The peak
+memory is that of training steps with an update in each, over that of dense ones. Goals: update at
+most 0.5 on the CPU and 2 on a GPU; masked step at most 1.02; memory at most 1.15.
 """
 
+import multiprocessing
+import resource
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from benchmarks.steps import devices, make_step
+from benchmarks.steps import OneBatch, devices, make_step
 from ER_DST.topology import GROWTH, add_to_momentum, remember, update
 from ER_DST.updates import describe
-from startsparse import models
+from startsparse import models, parallel, training
 from startsparse.masks import attach_masks, draw_masks, keep_inside, masked_weights, sparse_layers
 
 
@@ -60,6 +64,55 @@ def make_update(growth: str, device: torch.device) -> Callable[[], float]:
     return step
 
 
+def peak(growth: str, device: torch.device) -> float:
+    """MiB that three training steps need; "" is dense, a growth rule updates masks in each."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = models.build("vgg16", classes=10)
+    if growth:
+        shapes = {name: layer.weight.shape for name, layer in sparse_layers(model).items()}
+        attach_masks(model, draw_masks(shapes, [0.01] * len(shapes), 1, "exact"))
+    model.to(device, memory_format=torch.channels_last)
+    if growth:
+        remember(model, momentum=growth == "momentum")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
+
+    def change(step: int) -> None:
+        before = {name: mask.clone() for name, _, mask in masked_weights(model)}
+        if growth == "momentum":
+            add_to_momentum(model, 0.9)
+        update(
+            model,
+            "GraNet",
+            density=0.01,
+            fraction=0.5,
+            prune="magnitude",
+            growth=growth,
+            within_initial=False,
+            seed=1,
+            step=step,
+        )
+        keep_inside(model, optimizer)
+        describe(model, before)
+
+    for _ in range(3):
+        training.train_epoch(
+            model,
+            model,
+            OneBatch(128, device, torch.channels_last),
+            optimizer,
+            lambda _: 0.01,
+            epoch=0,
+            sums=training.new_sums(device),
+            autocast=parallel.autocast(device, "auto"),
+            after_backward=change if growth else None,
+        )
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 2**10
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -67,12 +120,22 @@ def _wait(device: torch.device) -> None:
 
 def main() -> None:
     for device in devices():
+        # Memory first: a new process begins with the peak of the one that started it.
+        print(f"{'VGG16, ' + device.type:<20} {'MiB':>8} {'ratio':>6}")
+        dense_peak = None
+        for growth in ("", *GROWTH):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own_process:
+                mine = own_process.submit(peak, growth, device).result()
+            dense_peak = dense_peak or mine
+            name = f"memory, {growth or 'dense'}"
+            print(f"{name:<20} {mine:8.0f} {mine / dense_peak:6.3f}", flush=True)
+
         rounds = 5 if device.type == "cpu" else 50
         names = ["dense step", "masked step", *(f"update, {growth}" for growth in GROWTH)]
         dense, masked = (make_step(c, device, arch="vgg16") for c in ("DenseConv", "ConvMask"))
         programs = [dense, masked, *(make_update(growth, device) for growth in GROWTH)]
         times = torch.tensor([[f() for f in programs] for _ in range(1 + rounds)])[1:]
-        print(f"{'VGG16, ' + device.type:<20} {'ms':>8} {'ratio':>6}")
+        print(f"{'':<20} {'ms':>8} {'ratio':>6}")
         for name, seconds in zip(names, times.T):
             ratio = (seconds / times[:, 0]).median()
             print(f"{name:<20} {1e3 * seconds.median():8.1f} {ratio:6.3f}")
