@@ -150,11 +150,12 @@ def test_killed_at_random_moments_it_ends_with_the_same_levels(tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_children_cleanly(tmp_path, signum):
-    sweep = argv(tmp_path, *TWO, "--seeds", "1", "2", "3", "4")
+    # Long enough that the signal comes while the first run trains.
+    sweep = [*argv(tmp_path, *TWO), "--final_prune_epoch", "10000"]
     process = begun(tmp_path, sweep)
     process.send_signal(signum)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
     assert "the same command continues" in errors
     said = (tmp_path / "runs/balanced-0.5-mag-weights-seed-1.log").read_text()
-    assert "stopped by SIGTERM" in said or "test accuracy" in said
+    assert "stopped by SIGTERM" in said
