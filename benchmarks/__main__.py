@@ -1,8 +1,16 @@
 """All benchmarks, one after the other: python -m benchmarks (or make bench)."""
 
-from benchmarks import input_pipeline, layout, peak_memory, prune_step, step_time, topology
+from benchmarks import (
+    edge_popup,
+    input_pipeline,
+    layout,
+    peak_memory,
+    prune_step,
+    step_time,
+    topology,
+)
 
 # Memory first: a new process begins with the peak of the one that started it.
-for benchmark in (peak_memory, topology, input_pipeline, layout, step_time, prune_step):
+for benchmark in (peak_memory, topology, input_pipeline, layout, step_time, prune_step, edge_popup):
     print(f"\n## {benchmark.__name__}: {benchmark.__doc__.splitlines()[0]}\n", flush=True)
     benchmark.main()

@@ -4,15 +4,16 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from startsparse import parallel, training
 from startsparse.data import Shape
+from startsparse.options import Options
 from startsparse.trainer import make_optimizer
 from STR.main import network
 from STR.options import CONV_TYPES, STROptions
 
-__all__ = ["CONV_TYPES", "devices", "interleaved", "make_step"]
+__all__ = ["CONV_TYPES", "devices", "interleaved", "make_step", "timed_step"]
 
 
 class OneBatch:
@@ -50,19 +51,34 @@ def make_step(
         arch=arch, conv_type=conv_type, er_sparse_method="uniform", sInit_value=-5.0
     )
     model, _ = network(options, Shape(classes=10, channels=3, size=32))
+    return timed_step(model, options, device, batch=batch, memory_format=memory_format)
+
+
+def timed_step(
+    model: nn.Module,
+    options: Options,
+    device: torch.device,
+    *,
+    batch: int = 128,
+    memory_format: torch.memory_format = torch.channels_last,
+    lr: float = 1e-3,
+    compiled: bool = False,
+) -> Callable[[], float]:
+    """A function that does one training step of ``model``, and returns its seconds."""
     model.to(device, memory_format=memory_format)
     batches, optimizer = OneBatch(batch, device, memory_format), make_optimizer(model, options)
     autocast = parallel.autocast(device, "auto")
+    forward = torch.compile(model) if compiled else model
 
     def step() -> float:
         sums = training.new_sums(device)
         started = time.perf_counter()
         training.train_epoch(
             model,
-            model,
+            forward,
             batches,
             optimizer,
-            lambda _: 1e-3,
+            lambda _: lr,
             epoch=0,
             sums=sums,
             autocast=autocast,
