@@ -37,7 +37,7 @@ def train(options: DSTOptions) -> None:
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
-        check_flow(*plan(options, data.SHAPES[options.set]), options)
+        check_flow(*plan(options, recipe.expected_shape(options)), options)
 
     devices = parallel.choose_devices(options.multigpu)
     images = recipe.load_data(options, devices[0])

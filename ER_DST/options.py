@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Annotated, ClassVar
 
+import torch
+
 from ER_DST.initializers import INITS
 from ER_DST.sparse_inits import PRUNER_RATIOS
 from ER_DST.topology import GROWTH, METHODS, PRUNE
@@ -44,7 +46,7 @@ class DSTOptions(Options):
     weight_decay: Annotated[float, called("l2", "--wd", "--weight-decay")] = 5e-4
     """Weight decay"""
     batch_size: Annotated[int, called("batch-size", "-b")] = 100
-    """Images per step"""
+    """Images, or other examples, per step; a graph is always one batch"""
     lr_policy: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "multistep"
     """Schedule of the learning rate; multistep divides by 10 at 1/2 and 3/4"""
     nesterov: bool = True
@@ -119,6 +121,12 @@ class DSTOptions(Options):
         if not self.sparse:
             return 1.0
         return self.final_density if self.prunes else self.er_sparse_init
+
+    def no_sparse_compute(self, device: torch.device) -> str:
+        """Why --sparse-compute is out of the question, if it is."""
+        if self.grows and self.growth == "momentum":
+            return "--growth momentum needs the gradients outside the masks in every step"
+        return super().no_sparse_compute(device)
 
     def default_name(self) -> str:
         """Network, method, initial mask and densities."""

@@ -49,7 +49,6 @@ def full_masks(model: nn.Module, options: Options) -> None:
 
 
 def _prune(model: nn.Module, pruner: str, options: Options, data: Data) -> None:
-    shape = data.shape
     prune(
         model,
         pruner,
@@ -57,7 +56,7 @@ def _prune(model: nn.Module, pruner: str, options: Options, data: Data) -> None:
         seed=options.seed,
         level=0,
         batch=lambda: next(iter(data.train.epoch(0))),
-        shape=(shape.channels, shape.size, shape.size),
+        shape=data.shape.input,
     )
 
 

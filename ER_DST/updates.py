@@ -54,6 +54,7 @@ def phase(options: DSTOptions, steps_per_epoch: int) -> Phase:
         each_step=partial(step_masks, plan=plan),
         select_from=plan.end // steps_per_epoch if options.prunes else 0,
         dense_gradients=options.grows and options.growth == "momentum",
+        moves=plan.due,
     )
 
 

@@ -109,7 +109,6 @@ def prune_to(trainer: Trainer, *, level: int, density: float) -> None:
             mask.copy_(masks[f"{name}.weight_mask"])
         keep_inside(model)
         return
-    shape = trainer.data.shape
     try:
         prune(
             model,
@@ -118,7 +117,7 @@ def prune_to(trainer: Trainer, *, level: int, density: float) -> None:
             seed=options.seed,
             level=level,
             batch=lambda: next(trainer.data.train.epoch(len(trainer.history))),
-            shape=(shape.channels, shape.size, shape.size),
+            shape=trainer.data.shape.input,
         )
     except ValueError as error:  # scores that are not numbers, say
         raise UserError(f"--pruner: {options.pruner} at density {density:g}: {error}") from None

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
-        plan(options, data.SHAPES[options.set])
+        plan(options, recipe.expected_shape(options))
 
     devices = parallel.choose_devices(options.multigpu)
     images = recipe.load_data(options, devices[0])

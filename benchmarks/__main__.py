@@ -1,16 +1,28 @@
 """All benchmarks, one after the other: python -m benchmarks (or make bench)."""
 
 from benchmarks import (
+    batched,
     edge_popup,
     input_pipeline,
     layout,
     peak_memory,
     prune_step,
+    sparse_compute,
     step_time,
     topology,
 )
 
 # Memory first: a new process begins with the peak of the one that started it.
-for benchmark in (peak_memory, topology, input_pipeline, layout, step_time, prune_step, edge_popup):
+for benchmark in (
+    peak_memory,
+    topology,
+    input_pipeline,
+    layout,
+    step_time,
+    prune_step,
+    edge_popup,
+    batched,
+    sparse_compute,
+):
     print(f"\n## {benchmark.__name__}: {benchmark.__doc__.splitlines()[0]}\n", flush=True)
     benchmark.main()

@@ -49,7 +49,7 @@ def make_prune(pruner: str, device: torch.device) -> Callable[[], float]:
                 seed=1,
                 level=1,
                 batch=lambda: (batches.images, batches.labels),
-                shape=(3, 32, 32),
+                shape=(1, 3, 32, 32),
             )
         wait()
         return time.perf_counter() - started

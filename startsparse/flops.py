@@ -1,7 +1,8 @@
 """What a network would cost if zeros were free: FLOPs at the densities of its layers.
 
 The dense cost of each layer is what `torch.utils.flop_counter` counts; a layer of density d costs
-the d-th part of it. Convolutions and linear layers only: everything else is a percent or so.
+the d-th part of it. Convolutions and linear layers only: everything else is a percent or so, but
+for a small graph, where the products with its adjacency matrix can be a tenth.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from startsparse.masks import kept, sparse_layers
 @torch.no_grad()
 def forward_flops(model: nn.Module, example: Tensor) -> dict[str, float]:
     """FLOPs of each sparse layer, were it dense, in one forward pass of ``example`` [1, ...].
+
+    A graph is one example, [nodes, ...]; its layers work on every node.
 
     A multiply-add is two.
     """

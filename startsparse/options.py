@@ -4,11 +4,13 @@ import dataclasses
 import re
 from typing import Annotated, ClassVar
 
+import torch
 from torch import nn
 
 from startsparse import masks, ratios, schedules
 from startsparse.commandline import also, choice, default_is, flag
-from startsparse.data import SETS
+from startsparse.data import OWN_PARTS, SETS, SHAPES, modular
+from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
 from startsparse.models import MODELS
 from startsparse.models.init import INITS
@@ -45,14 +47,22 @@ class Options:
     mirror: Annotated[str, default_is("none")] = ""
     """URL of a folder to download from instead of the data set's own site"""
     valid_split: float = 0.1
-    """Share of the training set held out for validation"""
+    """Share of the training set held out for validation; graphs and modular-addition have a
+    validation part of their own, and ignore it"""
     workers: int = 4
     """Processes that decode images (imagenet only; small sets are held on the device)"""
+
+    modulus: int = 59
+    """p of a + b mod p; modular-addition only"""
+    train_fraction: float = 0.7
+    """Share of all pairs to train on, in (0, 1); the rest is half validation, half test;
+    modular-addition only"""
 
     arch: choice(MODELS) = "resnet20"
     """Network"""
     width: int = 0
-    """Channels of the first stage, or units of an mlp's hidden layers (0: the network's own)"""
+    """Channels of the first stage, units of the hidden layers of an mlp or gcn, or dimensions of
+    the embedding of an algorithmic network (0: the network's own)"""
     init: choice(INITS) = "kaiming_normal"
     """Initialisation of the weights"""
 
@@ -73,8 +83,11 @@ class Options:
 
     epochs: int = 160
     """Epochs of the final training"""
+    passes: int = 1
+    """Passes over the training set that are one epoch; for sets so small that what follows every
+    epoch, validation and a checkpoint, takes longer than the epoch"""
     batch_size: Annotated[int, also("-b")] = 256
-    """Images per step"""
+    """Images, or other examples, per step; a graph is always one batch"""
     optimizer: choice(("sgd", "adam")) = "sgd"
     """Optimizer"""
     lr: float = 0.1
@@ -107,6 +120,9 @@ class Options:
     """bf16 autocast; auto: on GPUs that have it"""
     compile: bool = False
     """torch.compile the network"""
+    sparse_compute: choice(MODES) = "auto"
+    """Compute and store only what is inside the masks, on CPUs; auto: the layers that are faster
+    so, found by trying"""
 
     def default_name(self) -> str:
         """Name of a run that was given none."""
@@ -117,6 +133,14 @@ class Options:
         bare = self.no_bn_decay and isinstance(module, nn.modules.batchnorm._BatchNorm)
         return 0.0 if bare else self.weight_decay
 
+    def no_sparse_compute(self, device: torch.device) -> str:
+        """Why --sparse-compute is out of the question, if it is."""
+        if device.type != "cpu":
+            return "it is for CPUs"
+        if self.amp == "bf16":
+            return "--amp bf16 computes in a format that it does not have"
+        return "--compile has a form of its own" if self.compile else ""
+
     def check(self) -> None:
         """Raise `OptionError` for values that cannot be meant; names the option."""
         require_range(self, "er_sparse_init", low=0, high=1, open_low=True)
@@ -124,7 +148,7 @@ class Options:
         require_range(self, "label_smoothing", low=0, high=1, open_high=True)
         require_range(self, "momentum", low=0, high=1, open_high=True)
         require_range(self, "lr", low=0, open_low=True)
-        for name in ("batch_size", "epochs"):
+        for name in ("batch_size", "epochs", "passes"):
             require_range(self, name, low=1)
         for name in (
             "lr_min",
@@ -138,12 +162,15 @@ class Options:
             require_range(self, name, low=0)
         if self.nesterov and self.momentum == 0:
             raise OptionError("--nesterov: needs a --momentum above 0")
-        if self.valid_split == 0 and self.select == "best":
+        modular.check(self.modulus, self.train_fraction)
+        if self.valid_split == 0 and self.select == "best" and self.set not in OWN_PARTS:
             raise OptionError("--valid-split: 0 leaves nothing to choose by; add --select last")
         if not re.fullmatch(r"(\d+(,\d+)*)?", self.multigpu):
             raise OptionError(f"--multigpu: '{self.multigpu}' is no list of GPUs such as 0 or 0,1")
         if self.compile and "," in self.multigpu:
             raise OptionError("--compile: works on one device; name one GPU in --multigpu")
+        if "," in self.multigpu and SHAPES[self.set].nodes:
+            raise OptionError(f"--multigpu: {self.set} is one batch; name one GPU")
         self.check_evaluate()
         takes = " or ".join(self.file_methods)
         if self.er_sparsity_file and self.er_sparse_method not in self.file_methods:

@@ -50,7 +50,7 @@ def prune(
         seed: the run's.
         level: number of the pruning in the run; random pruners draw anew at each.
         batch: gives (images, labels) for snip and grasp, on the model's device. Called once.
-        shape: of one input, (C, H, W) or (features,), for synflow.
+        shape: of an input, see `scores.synflow`.
 
     Raises:
         ValueError: an unknown pruner, more weights than are left, a missing ``batch`` or

@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from startsparse import data, flops, masks, models, report, runs
+from startsparse.errors import OptionError
 from startsparse.options import Options
 from startsparse.trainer import Trainer
 
@@ -21,8 +22,26 @@ def already_done(options: Options, folder: Path | None) -> bool:
     return bool(done)
 
 
+def expected_shape(options: Options) -> data.Shape:
+    """What is known of --set before it is read."""
+    if options.set == "modular-addition":
+        return data.Shape(options.modulus, options.modulus, 1)
+    return data.SHAPES[options.set]
+
+
 def build(options: Options, shape: data.Shape, resnet_type: str = "") -> torch.nn.Module:
-    """The network of --arch for these images, not yet initialised."""
+    """The network of --arch for these examples, not yet initialised.
+
+    Raises:
+        OptionError: it takes something else, or what `models.build` says.
+    """
+    fits = models.fitting(shape.kind)
+    option, name = ("--resnet-type", resnet_type) if resnet_type else ("--arch", options.arch)
+    if shape.kind != "images" if resnet_type else name not in fits:
+        raise OptionError(
+            f"{option}: {name} is not for {options.set}, a set of {shape.kind}; "
+            f"--arch {' or '.join(fits)} is"
+        )
     return models.build(
         options.arch,
         classes=shape.classes,
@@ -31,6 +50,7 @@ def build(options: Options, shape: data.Shape, resnet_type: str = "") -> torch.n
         width=options.width,
         resnet_type=resnet_type,
         imagenet=options.set == "imagenet",
+        adjacency=shape.adjacency,
     )
 
 
@@ -45,6 +65,9 @@ def load_data(options: Options, device: torch.device) -> data.Data:
         seed=options.seed,
         device=device,
         workers=options.workers,
+        passes=options.passes,
+        modulus=options.modulus,
+        train_fraction=options.train_fraction,
     )
 
 
@@ -58,7 +81,9 @@ def say_accuracies(trainer: Trainer) -> None:
 
 def show_start(trainer: Trainer, requested: dict[str, float]) -> None:
     """The densities that training starts from: density.csv, and a warning for each dead end."""
-    show_densities(trainer.run, masks.density_table(trainer.model, requested), "density.csv")
+    trainer.decide()
+    table = trainer.compute.columns(masks.density_table(trainer.model, requested))
+    show_densities(trainer.run, table, "density.csv")
 
 
 def show_densities(run: runs.Run, table: pd.DataFrame, name: str) -> None:
@@ -86,7 +111,7 @@ def finish(
     """
     run, model = trainer.run, trainer.model
     table = masks.density_table(model, requested)
-    run.write_table("density.csv", table)
+    run.write_table("density.csv", trainer.compute.columns(table))
     own = {name: {"density": density} for name, density in flops.densities(model).items()}
     run.write_json("layers.json", layers or own)
     report.plot_run(pd.DataFrame(trainer.history), table, run.folder / "curves.png")

@@ -15,8 +15,8 @@ import pandas as pd
 import tyro
 from scipy.special import stdtrit
 
-from startsparse.atomic import replacing
-from startsparse.errors import OptionError, run_script
+from startsparse.atomic import replacing, write_text
+from startsparse.errors import OptionError, UserError, run_script
 
 
 def plot_run(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
@@ -180,6 +180,49 @@ def plot(means: pd.DataFrame, by: Sequence[str], of: str, path: Path) -> None:
         figure.savefig(temporary, dpi=120, format="png")
 
 
+def curves(results: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Training and validation accuracy against the epoch: means over the runs of each setting.
+
+    Args:
+        results: rows of results.csv; their ``run`` is a folder with epochs.csv.
+        by: the columns that make a setting.
+
+    Returns:
+        One row per setting and epoch: ``by``, epoch, runs, and mean and 95 % half-width of
+        train_accuracy and valid_accuracy.
+    """
+    tables = []
+    for row in results.to_dict("records"):
+        path = Path(row["run"]) / "epochs.csv"
+        if not path.exists():
+            raise UserError(f"--curves: {path} does not exist; call it where the runs were started")
+        epochs = pd.read_csv(path)[["epoch", "train_accuracy", "valid_accuracy"]]
+        tables.append(epochs.assign(**{name: row[name] for name in by}))
+    means = summarise(pd.concat(tables), [*by, "epoch"], ["train_accuracy", "valid_accuracy"])
+    return means.sort_values([*by, "epoch"], ignore_index=True)
+
+
+def plot_curves(means: pd.DataFrame, by: Sequence[str], path: Path) -> None:
+    """A PNG of `curves`: training dashed, validation solid, with a band of 95 %; epochs as log."""
+    from matplotlib.figure import Figure  # slow to import, and needed at the end
+
+    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for i, (setting, rows) in enumerate(means.groupby(list(by), dropna=False, sort=False)):
+        name = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in setting)
+        for what, style in (("train", "--"), ("valid", "-")):
+            mean, half = (100 * rows[f"{what}_accuracy{end}"] for end in ("", "_ci95"))
+            label = f"{name}, {'training' if what == 'train' else 'validation'}"
+            axis.plot(rows["epoch"], mean, style, color=f"C{i}", lw=1.3, label=label)
+            low, high = (mean - half).clip(0), (mean + half).clip(upper=100)
+            axis.fill_between(rows["epoch"], low, high, color=f"C{i}", alpha=0.15, lw=0)
+    axis.set(xscale="log", xlabel="epoch", ylabel="accuracy (%)", ylim=(-2, 102))
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", title=", ".join(by).replace("_", " "), fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
 @dataclasses.dataclass
 class ReportOptions:
     """Mean and 95 % confidence interval over the seeds of each setting."""
@@ -194,6 +237,9 @@ class ReportOptions:
     """Digits after the point"""
     plot: Path | None = None
     """PNG of the last column --of; --by gives axis, colours, panels, line styles, in this order"""
+    curves: Path | None = None
+    """PNG of training and validation accuracy against the epoch, means of each setting; their
+    numbers are written beside it as CSV"""
 
 
 def main() -> None:
@@ -209,6 +255,11 @@ def main() -> None:
     print(markdown(means, options.of, options.digits))
     if options.plot:
         plot(means, options.by, options.of[-1], options.plot)
+    if options.curves:
+        table = curves(results, options.by)
+        numbers = table.to_csv(index=False, float_format="%.4f")
+        write_text(options.curves.with_suffix(".csv"), numbers)
+        plot_curves(table, options.by, options.curves)
 
 
 if __name__ == "__main__":

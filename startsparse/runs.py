@@ -44,7 +44,7 @@ log = logging.getLogger("startsparse")
 
 # Options that a resumed run may be given anew: they do not change what is computed.
 FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
-FREE |= {"workers", "multigpu", "compile"}
+FREE |= {"workers", "multigpu", "compile", "sparse_compute"}
 
 
 class Run:

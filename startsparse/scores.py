@@ -87,7 +87,8 @@ def synflow(model: nn.Module, shape: Sequence[int]) -> dict[str, Tensor]:
     their weights.
 
     Args:
-        shape: of one input, (C, H, W) or (features,).
+        shape: of an input as the network takes it: (1, C, H, W), (1, features), or for a graph
+            (nodes, features).
 
     Raises:
         ValueError: R is too large even for float64.
@@ -110,7 +111,7 @@ def synflow(model: nn.Module, shape: Sequence[int]) -> dict[str, Tensor]:
             tensors[name] = value.clone()
     weights = {n: tensors[_key(n)].requires_grad_() for n, _, _ in masked_weights(model)}
     leaves = list(weights.values())
-    ones = torch.ones(1, *shape, dtype=torch.float64, device=leaves[0].device)
+    ones = torch.ones(*shape, dtype=torch.float64, device=leaves[0].device)
     with (
         _as_it_was(model, batch_statistics=False),
         torch.enable_grad(),

@@ -19,12 +19,13 @@ import torch
 from torch import nn
 
 from startsparse import checkpoint, flops, parallel, schedules
-from startsparse.data import Batches, Data
+from startsparse.data import AnyBatches, Data
+from startsparse.engine.compute import Compute
 from startsparse.errors import UserError
 from startsparse.masks import density_table
 from startsparse.options import Options
 from startsparse.runs import Run
-from startsparse.training import evaluate, means, new_sums, train_epoch
+from startsparse.training import evaluate, first_bad_layer, means, new_sums, train_epoch
 
 log = logging.getLogger("startsparse")
 
@@ -49,6 +50,7 @@ class Phase:
     each_step: Callable[["Trainer", int], None] | None = None  # after the backward pass; phase step
     select_from: int = 0  # epochs before this one, of this phase, are no candidates for the best
     dense_gradients: bool = False  # every step needs the gradients outside the masks too
+    moves: Callable[[int], bool] = lambda _step: False  # whether each_step may move masks, by step
 
 
 @dataclasses.dataclass
@@ -84,8 +86,9 @@ class Trainer:
         history: one dict per finished epoch, the rows of epochs.csv.
         tables: further tables that a script keeps, name -> rows of <name>.csv.
         best: place and validation accuracy of the best epoch of this phase.
-        forward_flops: `flops.forward_flops` of one example.
-        flops: spent in training on one example per step, and what dense training would have spent.
+        forward_flops: `flops.forward_flops` of one example, or of the whole graph.
+        flops: spent in training on one such input per step, and what dense training would have
+            spent.
         seconds: time trained, over all resumptions.
     """
 
@@ -100,9 +103,14 @@ class Trainer:
     ):
         self.model, self.data, self.options, self.run = model, data, options, run
         self.device = devices[0]
-        self.forward = parallel.parallel(model, devices)
-        if options.compile:
-            self.forward = torch.compile(self.forward)
+        forward = parallel.parallel(model, devices)
+        self.compute = Compute(
+            model,
+            torch.compile(forward) if options.compile else forward,
+            mode=options.sparse_compute,
+            shape=data.shape.input[1:],
+            obstacle=options.no_sparse_compute(self.device),
+        )
         self.autocast = parallel.autocast(self.device, options.amp)
         self.optimizer = make_optimizer(model, options)
         self.watch = watch
@@ -110,8 +118,7 @@ class Trainer:
         self.history: list[dict] = []
         self.tables: dict[str, list[dict]] = {}
         self.best: dict = {}
-        shape = data.shape
-        example = torch.zeros(1, shape.channels, shape.size, shape.size, device=self.device)
+        example = torch.zeros(data.shape.input, device=self.device)
         self.forward_flops = flops.forward_flops(model, example)
         self.flops, self._counted = {"training": 0.0, "dense": 0.0}, 0
         self._dense_gradients = False
@@ -139,6 +146,7 @@ class Trainer:
                 "best": self.best,
                 "flops": self.flops,
                 "counted": self._counted,
+                "compute": self.compute.state(),
                 "seconds": self.seconds,
             },
         )
@@ -155,6 +163,7 @@ class Trainer:
         self.history, self.tables = state["history"], state["tables"]
         self.best, self.flops, self.seconds = state["best"], state["flops"], state["seconds"]
         self._counted = state["counted"]
+        self.compute.restore(state["compute"])
         self.write_tables()
         log.info("resumed at epoch %d, step %d", len(self.history) + 1, self.place.step + 1)
 
@@ -214,11 +223,22 @@ class Trainer:
             "test_loss": test["loss"],
         }
 
-    def evaluate(self, batches: Batches) -> dict[str, float]:
+    def evaluate(self, batches: AnyBatches) -> dict[str, float]:
         """Loss and accuracy of the network as it is; NaN where there are no examples."""
         if not batches.examples:
             return {"loss": math.nan, "accuracy": math.nan}
-        return evaluate(self.model, self.forward, batches, self.autocast, self.device)
+        with self.compute.sparse():
+            return evaluate(self.model, self.compute, batches, self.autocast, self.device)
+
+    def decide(self) -> None:
+        """Choose which layers compute sparsely, unless that was done at about this density."""
+        if self.place.step:  # a resumed epoch goes on as it began
+            return
+        batch = self.data.train.examples / len(self.data.train)
+        dense = flops.training(self.forward_flops, dict.fromkeys(self.forward_flops, 1.0))
+        self.compute.decide(
+            lambda: next(self.data.train.epoch(0))[0], self.data.shape.classes, batch * dense
+        )
 
     def count_flops(self, done: int) -> None:
         """Count the steps up to the ``done``-th of this epoch at the densities of this moment.
@@ -237,11 +257,12 @@ class Trainer:
     def costs(self) -> dict[str, float]:
         """FLOPs of the network as it is and of the training so far, and their share of dense.
 
-        inference_flops is for one example, training_flops for all of them.
+        inference_flops is for one example, or for all nodes of a graph; training_flops for all.
         """
         density = flops.densities(self.model)
         inference = flops.inference(self.forward_flops, density)
-        batch = self.data.train.examples / len(self.data.train)
+        examples = self.data.train.examples / len(self.data.train)
+        batch = 1 if self.data.shape.nodes else examples
         return {
             "inference_flops": inference,
             "inference_flops_share": inference / sum(self.forward_flops.values()),
@@ -270,23 +291,31 @@ class Trainer:
             )
             for step in range(steps)
         ]
-        train_epoch(
-            self.model,
-            self.forward,
-            self.data.train,
-            self.optimizer,
-            rates.__getitem__,
-            # Numbered through the run, so that no phase repeats the order of another.
-            epoch=len(self.history),
-            start=place.step,
-            sums=self.sums,
-            autocast=self.autocast,
-            label_smoothing=options.label_smoothing,
-            clip_norm=options.clip_norm,
-            title=f"{phase.name} {place.epoch + 1}/{phase.epochs}",
-            after_backward=phase.each_step and (lambda step: phase.each_step(self, first + step)),
-            after_step=self._after_step,
-        )
+        self.decide()
+        with self.compute.sparse(self.optimizer):
+            train_epoch(
+                self.model,
+                self.compute,
+                self.data.train,
+                self.optimizer,
+                rates.__getitem__,
+                # Numbered through the run, so that no phase repeats the order of another.
+                epoch=len(self.history),
+                start=place.step,
+                seed=options.seed,
+                sums=self.sums,
+                autocast=self.autocast,
+                label_smoothing=options.label_smoothing,
+                clip_norm=options.clip_norm,
+                title=f"{phase.name} {place.epoch + 1}/{phase.epochs}",
+                before_step=lambda step: self.compute.switch(
+                    not phase.moves(first + step), self.optimizer
+                ),
+                after_backward=phase.each_step
+                and (lambda step: phase.each_step(self, first + step)),
+                after_step=self._after_step,
+                blame=self._first_bad_layer,
+            )
         self.count_flops(steps)
         trained, valid = means(self.sums), self.evaluate(self.data.valid)
         total = density_table(self.model).iloc[-1]
@@ -319,9 +348,14 @@ class Trainer:
         every = self.options.save_every
         if done < len(self.data.train) and (self._stop or (every and done % every == 0)):
             self.place.step = done
+            self.compute.switch(False, self.optimizer)
             self.save()
             if self._stop:
                 self._interrupt()
+
+    def _first_bad_layer(self, images: torch.Tensor) -> str:
+        self.compute.switch(False, self.optimizer)
+        return first_bad_layer(self.model, images, self.autocast)
 
     def _on_signal(self, signum: int, _frame: object) -> None:
         self._stop = signum

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from startsparse.data import Batches
+from startsparse import seeding
+from startsparse.data import AnyBatches
 from startsparse.errors import UserError
 from startsparse.masks import mask_gradients, masked_weights
 
@@ -35,19 +36,22 @@ def means(sums: Tensor) -> dict[str, float]:
 def train_epoch(
     model: nn.Module,
     forward: Callable[[Tensor], Tensor],
-    batches: Batches,
+    batches: AnyBatches,
     optimizer: torch.optim.Optimizer,
     learning_rate: Callable[[int], float],
     *,
     epoch: int,
     start: int = 0,
+    seed: int | None = None,
     sums: Tensor,
     autocast: torch.autocast,
     label_smoothing: float = 0.0,
     clip_norm: float = 0.0,
     title: str = "",
+    before_step: Callable[[int], None] | None = None,
     after_backward: Callable[[int], None] | None = None,
     after_step: Callable[[int], None] | None = None,
+    blame: Callable[[Tensor], str] | None = None,
 ) -> None:
     """Train for one epoch, or for what is left of it.
 
@@ -57,10 +61,14 @@ def train_epoch(
         learning_rate: step of the epoch -> learning rate.
         epoch: number of the epoch, from which the order of the data derives.
         start: first step; later than 0 when an interrupted epoch is resumed.
+        seed: of the run. PyTorch's global generators, from which dropout draws, are seeded before
+            each step by (seed, epoch, step); None: they are left alone.
         sums: `new_sums`, added to in place.
+        before_step: called with the step's number in the epoch, from 0.
         after_backward: called in each step of the epoch, with its number from 0, when gradients
             are there of all weights, inside and outside the masks; may change the masks.
         after_step: called with the number of steps done in this epoch.
+        blame: images -> what went first when the loss is not finite (default: `first_bad_layer`).
 
     Raises:
         NonFiniteLoss: names the step, and the layer that went first if it can be told. On the CPU
@@ -68,7 +76,7 @@ def train_epoch(
     """
     model.train()
     pairs = [(weight, mask) for _, weight, mask in masked_weights(model) if weight.requires_grad]
-    masks = [mask for _, mask in pairs]
+    blame = blame or (lambda images: first_bad_layer(model, images, autocast))
     waits = sums.device.type != "cpu"
     bar = tqdm(total=len(batches), initial=start, desc=title, leave=False, disable=None)
     shown = time.monotonic()
@@ -76,20 +84,27 @@ def train_epoch(
         for step, (images, labels) in enumerate(batches.epoch(epoch, start), start):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step)
+            if before_step:
+                before_step(step)
+            if seed is not None:
+                torch.manual_seed(seeding.derive(seed, "step", epoch, step))
             with autocast:
                 logits = forward(images)
                 loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
             _add(sums, loss.detach(), logits.detach(), labels, step)
             now = time.monotonic()
             if not waits or now - shown > 1:
-                _stop_if_bad(sums, model, images, autocast)
+                _stop_if_bad(sums, images, blame)
             optimizer.zero_grad()
             loss.backward()
             if after_backward:
                 after_backward(step)
-            mask_gradients([weight.grad for weight, _ in pairs], masks)
+            # Layers that compute only inside their mask have no gradient outside it, or here.
+            whole = [(w.grad, mask) for w, mask in pairs if w.grad is not None]
+            mask_gradients([gradient for gradient, _ in whole], [mask for _, mask in whole])
             if clip_norm:
-                nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+                stepped = [p for group in optimizer.param_groups for p in group["params"]]
+                nn.utils.clip_grad_norm_(stepped, clip_norm)
             optimizer.step()
             bar.update()
             if now - shown > 1:
@@ -97,18 +112,18 @@ def train_epoch(
                 shown = now
             if after_step:
                 after_step(step + 1)
-        _stop_if_bad(sums, model, images, autocast)
+        _stop_if_bad(sums, images, blame)
 
 
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
     forward: Callable[[Tensor], Tensor],
-    batches: Batches,
+    batches: AnyBatches,
     autocast: torch.autocast,
     device: torch.device,
 ) -> dict[str, float]:
-    """Mean cross-entropy and accuracy (in [0, 1]) over ``batches``."""
+    """Mean cross-entropy and accuracy (in [0, 1]) over the examples of ``batches``."""
     model.eval()
     sums = new_sums(device)
     for images, labels in batches.epoch(0):
@@ -122,15 +137,15 @@ def evaluate(
 def _add(sums: Tensor, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
     hits = (logits.argmax(1) == labels).sum()
     first_bad = torch.where(loss.isfinite(), torch.inf, float(step)).double()
-    count = torch.full_like(first_bad, len(labels))
+    count = (labels >= 0).sum().double()  # below 0: a node of a graph that is not of this part
     sums[:3] += torch.stack([loss * count, hits, count])
     sums[3] = torch.minimum(sums[3], first_bad)
 
 
-def _stop_if_bad(sums: Tensor, model: nn.Module, images: Tensor, autocast: torch.autocast) -> None:
+def _stop_if_bad(sums: Tensor, images: Tensor, blame: Callable[[Tensor], str]) -> None:
     first_bad = sums[3].item()
     if first_bad != torch.inf:
-        layer = first_bad_layer(model, images, autocast)
+        layer = blame(images)
         where = f"; {layer}" if layer else "; too late to tell which layer went first"
         raise NonFiniteLoss(f"the loss is not finite at step {int(first_bad) + 1}{where}")
 

@@ -71,8 +71,9 @@ def python2_pickle(value: Any) -> bytes:
                 return b"T" + struct.pack("<i", len(value)) + value
             case np.ndarray():
                 shape = b"(" + b"".join(map(dump, value.shape)) + b"t"
-                dtype = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNN" + dump(-1) * 2
-                dtype += b"K\x00tb"
+                kind, order = value.dtype.str[1:].encode(), b"|<"[value.itemsize > 1 :][:1]
+                dtype = b"cnumpy\ndtype\n(U\x02" + kind + b"K\x00K\x01tR(K\x03U\x01" + order
+                dtype += b"NNN" + dump(-1) * 2 + b"K\x00tb"
                 empty = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
                 return empty + b"(K\x01" + shape + dtype + b"\x89" + dump(value.tobytes()) + b"tb"
         raise TypeError(type(value))

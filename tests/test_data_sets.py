@@ -206,7 +206,8 @@ def test_an_unknown_set():
 
 def test_the_sets_have_their_names():
     names = ["digits", "mnist", "cifar10", "cifar100", "tiny-imagenet", "imagenet"]
-    assert list(SETS) == names
+    names += ["karate", "cora", "citeseer", "pubmed", "modular-addition"]
+    assert list(SETS) == list(SHAPES) == names
 
 
 def test_data_root(monkeypatch):

@@ -71,9 +71,12 @@ def test_without_arguments_the_demo_is_run():
 @pytest.mark.parametrize("spell", [str.lower, str.upper, str.capitalize])
 @pytest.mark.parametrize("arch", models.MODELS)
 def test_every_network_in_any_capitalisation(arch, spell):
-    options, model, requested = planned("--model", spell(arch))
+    other = {"gcn": "karate", "algorithmic": "modular-addition"}  # than images
+    options, model, requested = planned(
+        "--model", spell(arch), "--dataset", other.get(arch, "mnist")
+    )
     assert options.arch == arch
-    assert len(requested) == len(sparse_layers(model)) > 2
+    assert len(requested) == len(sparse_layers(model)) > 1
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from startsparse.errors import OptionError
-from startsparse.models import INITS, MODELS, RESNET_TYPES, build, init_weights
+from startsparse.models import INITS, MODELS, RESNET_TYPES, build, fitting, init_weights
 
-EVERY = [*MODELS, *RESNET_TYPES]
+EVERY = [*fitting("images"), *RESNET_TYPES]  # those for other data have tests of their own
 DISTINCT = [name for name in EVERY if name not in ("large", "res50")]  # two are aliases
 SMALL = ["resnet20", "resnet18", "resnet50", "vgg11", "mlp", "small-dense", "small-dense-inc"]
 IMAGENET = ["resnet18", "resnet50"]

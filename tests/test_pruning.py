@@ -17,7 +17,7 @@ from startsparse.masks import attach_masks, draw_masks, keep_inside, masked_weig
 from startsparse.models import build
 from startsparse.pruning import PRUNERS, layer_counts, prune
 
-SHAPE = (3, 6, 6)
+SHAPE = (1, 3, 6, 6)
 WITH_RATIO = {"random-uniform": "uniform", "random-balanced": "balanced", "random-erk": "ERK"}
 
 
@@ -48,7 +48,7 @@ def network(seed=0, density=0.6, width=5, dtype=torch.float64, dense=()):
 
 
 def batch(seed=0, dtype=torch.float64):
-    return draw(8, *SHAPE, seed=seed, dtype=dtype), torch.arange(8) % 3
+    return draw(8, *SHAPE[1:], seed=seed, dtype=dtype), torch.arange(8) % 3
 
 
 def inputs(seed=0, dtype=torch.float64):
@@ -173,7 +173,7 @@ def with_masks(model, density, seed=0):
 def test_synflow_is_the_sum_over_paths():
     """For a multilayer perceptron: the product of absolute matrices, one entry at a time."""
     model = with_masks(mlp([4, 5, 3, 2]), 0.7)
-    found = scores.synflow(model, (4,))
+    found = scores.synflow(model, (1, 4))
     weights = [w.detach().double().abs().numpy() for _, w, _ in masked_weights(model)]
     for layer, name in enumerate(found):
         below = np.ones(4)
@@ -189,7 +189,7 @@ def test_synflow_is_the_sum_over_paths():
 def test_synflow_of_a_fresh_network_is_the_published_code():
     """All of the state absolute, in float64 and evaluation mode; gradients by backward()."""
     model = with_masks(build("resnet20", classes=4, channels=3, size=8, width=4), 0.5)
-    found = scores.synflow(model, (3, 8, 8))
+    found = scores.synflow(model, (1, 3, 8, 8))
     other = copy.deepcopy(model).double().eval()
     nn.init.zeros_(other.fc.bias)
     for value in other.state_dict().values():
@@ -219,22 +219,22 @@ def test_synflow_is_conserved(seed, density):
 
 def test_synflow_does_not_favour_units_that_never_fire():
     model = with_masks(build("mlp", classes=3, channels=2, size=2, width=6), 1.0)
-    before = scores.synflow(model, (2, 2, 2))
+    before = scores.synflow(model, (1, 2, 2, 2))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):
             module.running_var[0], module.running_mean[1], module.bias.data[2] = 0, -3, 3
-    for name, score in scores.synflow(model, (2, 2, 2)).items():
+    for name, score in scores.synflow(model, (1, 2, 2, 2)).items():
         assert torch.equal(score, before[name])
 
 
 def test_synflow_where_float32_would_overflow():
     model = with_masks(mlp([32] * 30, scale=50.0), 0.9)
-    found = scores.synflow(model, (32,))
+    found = scores.synflow(model, (1, 32))
     totals = [float(score.sum()) for score in found.values()]
     assert totals[0] > torch.finfo(torch.float32).max
     assert totals == pytest.approx([totals[0]] * 29, rel=1e-9)
     with pytest.raises(ValueError, match="float64"):
-        scores.synflow(with_masks(mlp([32] * 30, scale=1e15), 0.9), (32,))
+        scores.synflow(with_masks(mlp([32] * 30, scale=1e15), 0.9), (1, 32))
 
 
 @pytest.mark.parametrize("paths", [1, 3])
@@ -245,8 +245,8 @@ def test_synflow_empties_no_layer(monkeypatch, paths):
         model = with_masks(mlp([40, 100, 20, 100, 5], seed=3), 0.9)
         with torch.no_grad():
             model[2].weight *= 0.3
-        prune(model, pruner, 4 * paths, seed=1, level=1, shape=(40,))
-        flow = sum(float(s.sum()) for s in scores.synflow(model, (40,)).values())
+        prune(model, pruner, 4 * paths, seed=1, level=1, shape=(1, 40))
+        flow = sum(float(s.sum()) for s in scores.synflow(model, (1, 40)).values())
         return min(int(mask.sum()) for _, _, mask in masked_weights(model)), flow
 
     layer, flow = fewest("synflow")
@@ -261,7 +261,7 @@ def test_synflow_rounds_fall_exponentially(monkeypatch):
     model, targets = with_masks(mlp([20, 30, 10]), 1.0), []
     shrink = scores.keep_top
     monkeypatch.setattr(scores, "keep_top", lambda m, s, n: (targets.append(n), shrink(m, s, n)))
-    prune(model, "synflow", 9, seed=0, level=0, shape=(20,))
+    prune(model, "synflow", 9, seed=0, level=0, shape=(1, 20))
     expected = [round(900 * 100 ** (-k / 100)) for k in range(1, 101)]
     assert targets == sorted(set(expected), reverse=True)
     assert targets[-1] == 9
@@ -494,5 +494,5 @@ def test_a_model_that_is_one_layer():
     keep_inside(model)
     images, labels = draw(4, 5, dtype=torch.float32), torch.arange(4) % 3
     for pruner, count in (("snip", 12), ("grasp", 9), ("synflow", 6), ("random-erk", 4)):
-        prune(model, pruner, count, seed=0, level=0, batch=lambda: (images, labels), shape=(5,))
+        prune(model, pruner, count, seed=0, level=0, batch=lambda: (images, labels), shape=(1, 5))
         assert left(model) == count

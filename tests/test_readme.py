@@ -103,6 +103,13 @@ def test_every_command_is_understood(script, monkeypatch):
         assert parse(kind, configs, command.split()).set == ("cifar10" if command else "digits")
 
 
+def test_the_commands_for_graphs_and_algorithms_are_understood(monkeypatch):
+    monkeypatch.chdir(ROOT / "STR")
+    commands = re.findall(r"^python main\.py (--set .*)$", README, re.MULTILINE)
+    sets = [parse(*SCRIPTS["STR"], command.split()).set for command in commands]
+    assert sets == ["cifar10", "karate", "modular-addition"]
+
+
 def test_every_sweep_is_understood(monkeypatch, capsys):
     monkeypatch.chdir(ROOT / "STR")
     commands = re.findall(r"^python run_imp\.py(.*)$", README, re.MULTILINE)

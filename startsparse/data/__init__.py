@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -10,25 +10,45 @@ import torch
 from torch import Tensor
 
 from startsparse import seeding
-from startsparse.data import cifar, digits, imagenet, mnist, tiny_imagenet
+from startsparse.data import (
+    cifar,
+    digits,
+    graphs,
+    imagenet,
+    mnist,
+    modular,
+    planetoid,
+    tiny_imagenet,
+)
 from startsparse.data.batches import Arrays, Batches
+from startsparse.data.graphs import Graph, GraphBatches
 from startsparse.data.imagenet import FolderBatches, Folders
+from startsparse.data.modular import Pairs
+from startsparse.data.rows import Repeated, Rows
 from startsparse.errors import OptionError, UserError
 
 __all__ = [
+    "OWN_PARTS",
     "SETS",
     "SHAPES",
+    "AnyBatches",
     "Arrays",
     "Batches",
     "Data",
     "FolderBatches",
+    "Graph",
+    "GraphBatches",
     "Loader",
+    "Repeated",
+    "Rows",
     "Shape",
     "data_root",
     "load",
 ]
 
-Loader = Callable[[Path, str], Arrays | Folders]
+AnyBatches = Batches | FolderBatches | GraphBatches | Rows | Repeated
+
+Loader = Callable[..., Arrays | Folders | Graph | Pairs]
 """Reads a set from (the data root, the mirror to fetch from or ""); raises `UserError`."""
 
 SETS: dict[str, Loader] = {
@@ -38,16 +58,46 @@ SETS: dict[str, Loader] = {
     "cifar100": partial(cifar.load, cifar.CIFAR100),
     "tiny-imagenet": partial(tiny_imagenet.load, tiny_imagenet.TINY_IMAGENET),
     "imagenet": imagenet.load,
+    "karate": graphs.karate,
+    "cora": partial(planetoid.load, planetoid.CORA),
+    "citeseer": partial(planetoid.load, planetoid.CITESEER),
+    "pubmed": partial(planetoid.load, planetoid.PUBMED),
+    "modular-addition": modular.load,
 }
+
+OWN_PARTS = ("karate", "cora", "citeseer", "pubmed", "modular-addition")
+"""Sets that come with a validation part, so that none is held out of their training part."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a network has to know of a set: classes, channels, and height = width of an image."""
+    """What a network has to know of a set.
+
+    Attributes:
+        classes: number of classes.
+        channels: of an image, or features of whatever else an example is.
+        size: height and width of an image, or 1.
+        nodes: of the graph that is one input with all its examples; 0: examples are independent.
+        adjacency: float32 sparse [nodes, nodes], see `Graph.adjacency`; None before it is read.
+    """
 
     classes: int
     channels: int
     size: int
+    nodes: int = 0
+    adjacency: Tensor | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def input(self) -> tuple[int, int, int, int]:
+        """Shape of the smallest input that a network takes: one example, or the whole graph."""
+        return (self.nodes or 1, self.channels, self.size, self.size)
+
+    @property
+    def kind(self) -> str:
+        """What the examples are: "images", "rows" (of numbers) or "graph nodes"."""
+        if self.nodes:
+            return "graph nodes"
+        return "images" if self.size > 1 else "rows"
 
 
 SHAPES = {
@@ -57,6 +107,11 @@ SHAPES = {
     "cifar100": Shape(100, 3, 32),
     "tiny-imagenet": Shape(200, 3, 64),
     "imagenet": Shape(1000, 3, 224),
+    "karate": Shape(2, 34, 1, nodes=34),
+    "cora": Shape(7, 1433, 1, nodes=2708),
+    "citeseer": Shape(6, 3703, 1, nodes=3327),
+    "pubmed": Shape(3, 500, 1, nodes=19717),
+    "modular-addition": Shape(59, 59, 1),  # with the default --modulus
 }
 """The published sets, known before they are read; `Data.shape` is what was found."""
 
@@ -69,12 +124,12 @@ class Data:
         train: augmented, reshuffled in every epoch.
         valid: held out of the training set; plain order, no augmentation. May be empty.
         test: plain order, no augmentation.
-        shape: classes, channels, and height and width of what the model sees.
+        shape: of what the model sees.
     """
 
-    train: Batches | FolderBatches
-    valid: Batches | FolderBatches
-    test: Batches | FolderBatches
+    train: AnyBatches
+    valid: AnyBatches
+    test: AnyBatches
     shape: Shape
 
 
@@ -94,6 +149,9 @@ def load(
     device: torch.device,
     workers: int = 4,
     augment: bool = True,
+    passes: int = 1,
+    modulus: int = 59,
+    train_fraction: float = 0.7,
 ) -> Data:
     """Load the set ``name`` of `SETS`, fetching it where it is missing and published.
 
@@ -101,13 +159,15 @@ def load(
         name: a key of `SETS`.
         root: folder of all sets (see `data_root`).
         mirror: URL of a folder that holds the set's archive or files; "": where it is published.
-        batch_size: images per step.
+        batch_size: images per step; a graph is one batch whatever it is.
         valid_split: fraction of the training set to hold out, in [0, 1). Which examples are held
-            out depends on ``seed`` alone.
+            out depends on ``seed`` alone. Of no effect on `OWN_PARTS`.
         seed: of the run.
         device: where the batches are made.
         workers: processes that decode images; only ImageNet needs any.
         augment: crop and flip training images at random.
+        passes: over the training set, that are one epoch.
+        modulus, train_fraction: of modular-addition, see `modular.load`.
 
     Raises:
         OptionError: an option is out of range; found before any file is read.
@@ -121,11 +181,13 @@ def load(
         raise OptionError(f"--valid-split: {valid_split} is not in [0, 1)")
     if workers < 0:
         raise OptionError(f"--workers: {workers} is negative")
-    source = SETS[name](root, mirror)
-    train_rows, valid_rows = _split(source.examples, valid_split, seed)
+    if passes < 1:
+        raise OptionError(f"--passes: {passes} is not at least 1")
+    own = {"modulus": modulus, "train_fraction": train_fraction}
+    source = SETS[name](root, mirror, **own if name == "modular-addition" else {})
+    rows = () if name in OWN_PARTS else _split(source.examples, valid_split, seed)
     train, valid, test = source.batches(
-        train_rows,
-        valid_rows,
+        *rows,
         batch_size=batch_size,
         seed=seed,
         device=device,
@@ -137,7 +199,10 @@ def load(
             f"--batch-size: {batch_size} leaves no training step: the training split has "
             f"{train.examples} example, and a batch of one is not used"
         )
-    return Data(train, valid, test, Shape(source.classes, source.channels, source.size))
+    shape = Shape(source.classes, source.channels, source.size)
+    if isinstance(source, Graph):
+        shape = replace(shape, nodes=source.nodes, adjacency=source.adjacency)
+    return Data(Repeated(train, passes) if passes > 1 else train, valid, test, shape)
 
 
 def _split(examples: int, valid_split: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """CIFAR-10 and CIFAR-100 from their python pickles."""
 
 import pickle
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +83,7 @@ def _read(folder: Path, batches: Sequence[File], key: str) -> tuple[Tensor, Tens
     images, labels = [], []
     for file in batches:
         data = files.read(folder / file.name, file.md5)
-        with warnings.catch_warnings():
-            # NumPy 2.4.0 to 2.4.4 complain about how these old pickles spell a dtype.
-            warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
+        with files.old_dtypes():
             content = pickle.loads(data, encoding="latin1")  # safe: the MD5 is the published one
         images.append(content["data"])
         labels += content[key]

@@ -1,11 +1,13 @@
-"""Files of a data set: fetched where missing, checked by MD5, never half-written."""
+"""Files of a data set: fetched where missing, checked by MD5 if known, never half-written."""
 
 import hashlib
 import tarfile
 import tempfile
 import urllib.request
+import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -23,10 +25,10 @@ TIMEOUT = 30  # seconds without an answer
 
 @dataclass(frozen=True)
 class File:
-    """A published file: its name and the MD5 of its bytes, as 32 hex digits."""
+    """A published file: its name and the MD5 of its bytes as 32 hex digits, "" if unpublished."""
 
     name: str
-    md5: str
+    md5: str = ""
 
 
 def reason(error: Exception) -> str:
@@ -70,9 +72,11 @@ def _compare(path: Path, found: str, expected: str) -> None:
 def fetch(url: str, path: Path, md5: str) -> None:
     """Download ``url`` to ``path``, which appears only complete and with the right MD5.
 
+    Without an MD5 ("") it has the length that the server announces, and the caller checks the rest.
+
     Raises `UserError` (one line) where there is no network, no such file, or another MD5.
     """
-    digest = hashlib.md5()
+    digest, size = hashlib.md5(), 0
     try:
         with (
             urllib.request.urlopen(url, timeout=TIMEOUT) as answer,
@@ -89,12 +93,16 @@ def fetch(url: str, path: Path, md5: str) -> None:
             while chunk := answer.read(CHUNK):
                 file.write(chunk)
                 digest.update(chunk)
+                size += len(chunk)
                 bar.update(len(chunk))
-            if digest.hexdigest() != md5:
+            length = answer.headers.get("Content-Length") or str(size)
+            what, expected, found = "MD5", md5, digest.hexdigest()
+            if not md5:
+                what, expected, found = "length", length, str(size)
+            if found != expected:
                 raise UserError(
-                    f"{url}: truncated or another file: expected MD5 {md5}, found "
-                    f"{digest.hexdigest()}; nothing was kept: run again, or fetch it from another "
-                    "place with --mirror"
+                    f"{url}: truncated or another file: expected {what} {expected}, found {found}; "
+                    "nothing was kept: run again, or fetch it from another place with --mirror"
                 )
     except (OSError, HTTPException, ValueError) as error:  # ValueError: not a URL
         raise UserError(
@@ -153,6 +161,14 @@ def _move(source: Path, target: Path) -> None:
         # A folder cannot replace a folder: another process was faster, with the same content.
         if not target.is_dir():
             raise
+
+
+@contextmanager
+def old_dtypes() -> Iterator[None]:
+    """Unpickle without what NumPy 2.4.0 to 2.4.4 say of how old pickles spell a dtype."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
+        yield
 
 
 def open_rgb(path: str | Path) -> Image.Image:

@@ -6,21 +6,23 @@ forward pass runs them, the classifier last, so that layer-wise ratios can numbe
 only ever called as modules, so that a swapped layer or a hook is never bypassed.
 
 A new network is a function of keyword arguments (classes, channels, size, width) and one line in
-`MODELS`.
+`MODELS`; one that does not take images has a line in `TAKES` too.
 """
 
 from collections.abc import Callable
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from startsparse.errors import OptionError
 from startsparse.models import resnet
+from startsparse.models.algorithmic import algorithmic
+from startsparse.models.gcn import gcn
 from startsparse.models.init import INITS, init_weights
 from startsparse.models.mlp import mlp
 from startsparse.models.vgg import vgg
 
-__all__ = ["INITS", "MODELS", "RESNET_TYPES", "build", "init_weights"]
+__all__ = ["INITS", "MODELS", "RESNET_TYPES", "TAKES", "build", "fitting", "init_weights"]
 
 Builder = Callable[..., nn.Module]
 
@@ -36,7 +38,16 @@ MODELS: dict[str, Builder] = {
     "vgg16": partial(vgg, 16),
     "vgg19": partial(vgg, 19),
     "mlp": mlp,
+    "gcn": gcn,
+    "algorithmic": algorithmic,
 }
+
+TAKES: dict[str, tuple[str, ...]] = {
+    "mlp": ("images", "rows", "graph nodes"),
+    "gcn": ("graph nodes",),
+    "algorithmic": ("rows",),
+}
+"""What a network takes, kinds of `data.Shape.kind`; those that are not here take images."""
 
 RESNET_TYPES: dict[str, Builder] = {
     "large": MODELS["resnet18"],
@@ -65,8 +76,12 @@ def build(
     width: int = 0,
     resnet_type: str = "",
     imagenet: bool = False,
+    adjacency: Tensor | None = None,
 ) -> nn.Module:
     """The network ``arch`` for images (N, channels, size, size), giving (N, classes) logits.
+
+    A row of numbers, or a node of a graph, is an image of size 1. ``adjacency`` is that of the
+    graph, for gcn; see `GCN`.
 
     ``width`` is the channels of the first stage (further stages keep their ratio to it), or the
     units of every hidden layer of the MLP; 0 is the architecture's own. A ``resnet_type`` replaces
@@ -86,7 +101,13 @@ def build(
     else:
         table = _IMAGENET_MODELS if imagenet else MODELS
         builder = _choose("--arch", arch, table, imagenet)
-    return builder(classes=classes, channels=channels, size=size, width=width)
+    graph = {"adjacency": adjacency} if builder is gcn else {}
+    return builder(classes=classes, channels=channels, size=size, width=width, **graph)
+
+
+def fitting(kind: str) -> list[str]:
+    """The networks of `MODELS` that take examples of this `data.Shape.kind`."""
+    return [name for name in MODELS if kind in TAKES.get(name, ("images",))]
 
 
 def _choose(option: str, name: str, table: dict[str, Builder], imagenet: bool) -> Builder:

@@ -1,0 +1,184 @@
+"""Many small networks of one shape, trained at once as one batched model.
+
+Parameters and buffers of the networks are stacked, and `torch.func.vmap` runs all forward passes as
+one. Every network has its own weights, masks, data and order. Optimizers work on each number by
+itself, so one of them on the stacked tensors does what one for each network would do.
+`train_loop` does the same with one network after the other, in the project's own training loop.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+
+from startsparse import parallel, training
+from startsparse.data.rows import Rows
+from startsparse.masks import keep_inside, mask_gradients, masked_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How the networks are trained. The learning rate is constant, as in the published runs."""
+
+    optimizer: str = "adam"  # or sgd
+    lr: float = 0.01
+    weight_decay: float = 0.0
+    momentum: float = 0.9  # of sgd
+    nesterov: bool = False  # of sgd
+
+
+def make_optimizer(parameters: Sequence[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
+    """Adam or SGD of ``recipe``."""
+    common = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": True}
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(parameters, **common)
+    if recipe.optimizer == "sgd":
+        momentum = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
+        return torch.optim.SGD(parameters, **common, **momentum)
+    raise ValueError(f"no optimizer is called {recipe.optimizer!r}; choose from adam, sgd")
+
+
+def train_loop(
+    models: Sequence[nn.Module],
+    parts: Sequence[Rows],
+    recipe: Recipe,
+    epochs: int,
+    first_epoch: int = 0,
+) -> Tensor:
+    """Train each network, in place, on its own part of the data; the optimizer starts anew.
+
+    Args:
+        models: networks of any shape, on the CPU.
+        parts: training data of each.
+        epochs: how many.
+        first_epoch: number of the first, from which the order of the data derives.
+
+    Returns:
+        float64 [epochs, networks]: mean training loss.
+
+    Raises:
+        NonFiniteLoss: a loss became NaN or infinite.
+    """
+    device = torch.device("cpu")
+    losses = torch.empty(epochs, len(models), dtype=torch.float64)
+    for number, (model, rows) in enumerate(zip(models, parts)):
+        keep_inside(model)
+        optimizer = make_optimizer(list(model.parameters()), recipe)
+        for epoch in range(epochs):
+            sums = training.new_sums(device)
+            training.train_epoch(
+                model,
+                model,
+                rows,
+                optimizer,
+                lambda _: recipe.lr,
+                epoch=first_epoch + epoch,
+                sums=sums,
+                autocast=parallel.autocast(device, "off"),
+            )
+            losses[epoch, number] = training.means(sums)["loss"]
+    return losses
+
+
+def train_batched(
+    models: Sequence[nn.Module],
+    parts: Sequence[Rows],
+    recipe: Recipe,
+    epochs: int,
+    first_epoch: int = 0,
+) -> Tensor:
+    """`train_loop` for networks of one shape at once, equal within rounding.
+
+    The networks must have the same parameters and masked layers, and parts the same number of rows
+    and the same batch size; seeds, weights, masks and data are each network's own.
+
+    Raises:
+        ValueError: networks or parts differ in what they must share.
+        NonFiniteLoss: as `train_loop`, at the end of the epoch.
+    """
+    _check(models, parts)
+    for model in models:
+        keep_inside(model)
+        model.train()
+    parameters, buffers = stack_module_state(list(models))
+    skeleton = _skeleton(models[0])
+    weights = [f"{name}.weight" if name else "weight" for name, _, _ in masked_weights(models[0])]
+    masks = [buffers[f"{name}_mask"] for name in weights]
+    optimizer = make_optimizer(list(parameters.values()), recipe)
+
+    def loss_of(own: dict, state: dict, features: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(skeleton, (own, state), (features,)), labels)
+
+    losses = torch.zeros(epochs, len(models), dtype=torch.float64)
+    for epoch in range(epochs):
+        for batches in zip(*(rows.epoch(first_epoch + epoch) for rows in parts)):
+            features, labels = (torch.stack(each) for each in zip(*batches))
+            each = vmap(loss_of)(parameters, buffers, features, labels)
+            losses[epoch] += each.detach() * labels.shape[1]
+            optimizer.zero_grad()
+            each.sum().backward()  # the gradient of a sum is each network's own
+            mask_gradients([parameters[name].grad for name in weights], masks)
+            optimizer.step()
+        if not losses[epoch].isfinite().all():
+            bad = int((~losses[epoch].isfinite()).int().argmax())
+            raise training.NonFiniteLoss(
+                f"the loss of network {bad + 1} of {len(models)} is not finite in epoch {epoch + 1}"
+            )
+    _write_back(models, parameters, buffers)
+    examples = sum(len(labels) for _, labels in parts[0].epoch(first_epoch))
+    return losses / examples
+
+
+FORMS = {"batched": train_batched, "loop": train_loop}
+
+
+class _BatchNorm(nn.BatchNorm1d):
+    """BatchNorm of [B, F] in training, in plain operations.
+
+    Inside vmap PyTorch's own kernel sees the channels of all networks side by side, and its
+    backward pass is a third of the whole step.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, F) -> (B, F)."""
+        mean = x.mean(0)
+        centred = x - mean
+        variance = centred.square().mean(0)
+        with torch.no_grad():
+            unbiased = len(x) / (len(x) - 1)
+            self.running_mean.mul_(1 - self.momentum).add_(mean * self.momentum)
+            self.running_var.mul_(1 - self.momentum).add_(variance * (self.momentum * unbiased))
+            self.num_batches_tracked.add_(1)
+        return centred * (torch.rsqrt(variance + self.eps) * self.weight) + self.bias
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """The network without numbers, which `functional_call` fills in."""
+    skeleton = copy.deepcopy(model).to("meta")
+    for name, module in list(skeleton.named_modules()):
+        if type(module) is nn.BatchNorm1d:
+            parent, _, child = name.rpartition(".")
+            plain = _BatchNorm(module.num_features, module.eps, module.momentum, device="meta")
+            setattr(skeleton.get_submodule(parent), child, plain)
+    return skeleton.train()
+
+
+def _check(models: Sequence[nn.Module], parts: Sequence[Rows]) -> None:
+    if not models or len(models) != len(parts):
+        raise ValueError(f"{len(models)} networks and {len(parts)} parts: should be as many, not 0")
+    shapes = [{k: (v.shape, v.dtype) for k, v in model.state_dict().items()} for model in models]
+    if any(other != shapes[0] for other in shapes):
+        raise ValueError("the networks differ in their parameters or masked layers")
+    if len({(part.features.shape, part.batch_size) for part in parts}) > 1:
+        raise ValueError("the parts differ in their number of rows, features or batch size")
+
+
+@torch.no_grad()
+def _write_back(models: Sequence[nn.Module], parameters: dict, buffers: dict) -> None:
+    for number, model in enumerate(models):
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            tensor.copy_((parameters if name in parameters else buffers)[name][number])

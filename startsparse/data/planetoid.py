@@ -1,0 +1,215 @@
+"""Cora, Citeseer and Pubmed: citation networks, from the files of Yang et al. (2016).
+
+Revisiting Semi-Supervised Learning with Graph Embeddings (arXiv:1603.08861). A node is a paper, its
+features are the words in it, its class is its topic, and an edge is a citation.
+"""
+
+import io
+import pickle
+from collections import defaultdict
+from copyreg import _reconstructor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from startsparse.data import files
+from startsparse.data.files import File
+from startsparse.data.graphs import NO_LABEL, Graph
+from startsparse.errors import UserError
+
+URL = "https://github.com/kimiyoung/planetoid/raw/master/data"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is published of a set: no checksums, so its files must give these numbers.
+
+    ``edges`` counts each pair of joined nodes once, and none joined with itself; ``train``,
+    ``valid`` and ``test`` are the nodes of the public split.
+    """
+
+    name: str
+    nodes: int
+    features: int
+    classes: int
+    edges: int
+    train: int
+    valid: int = 500
+    test: int = 1000
+    url: str = URL
+
+
+CORA = Spec("cora", nodes=2708, features=1433, classes=7, edges=5278, train=140)
+CITESEER = Spec("citeseer", nodes=3327, features=3703, classes=6, edges=4552, train=120)
+PUBMED = Spec("pubmed", nodes=19717, features=500, classes=3, edges=44324, train=60)
+
+
+def load(spec: Spec, root: Path, mirror: str = "") -> Graph:
+    """The graph of ``root/planetoid/<name>/ind.<name>.*``, with its public split.
+
+    Missing files are fetched from ``mirror`` or ``spec.url``. Training nodes are the first ones,
+    validation nodes the 500 after them, test nodes those of test.index, in whose order the rows of
+    tx are. A node in that range without a row, as Citeseer has, has no feature, no label and no
+    part. Features are divided by their sum over a node (Kipf and Welling 2017, section 5.2).
+
+    Raises:
+        UserError: names the file that is missing, damaged, or does not fit ``spec``.
+    """
+    folder = root / "planetoid" / spec.name
+    names = ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index")
+    paths = {
+        name: files.present(folder, File(f"ind.{spec.name}.{name}"), spec.url, mirror)
+        for name in names
+    }
+    x, tx, allx = (_features(paths[name], spec.features) for name in ("x", "tx", "allx"))
+    y, ty, ally = (_classes(paths[name], spec.classes) for name in ("y", "ty", "ally"))
+    for name, labels, rows in (("y", y, x), ("ty", ty, tx), ("ally", ally, allx)):
+        _expect(paths[name], "rows", len(labels), len(rows))
+    _expect(paths["x"], "training nodes", len(x), spec.train)
+    index = _test_index(paths["test.index"], spec, first=len(allx))
+    _expect(paths["tx"], "rows", len(tx), len(index))
+    if len(allx) < spec.train + spec.valid:
+        raise _other(paths["allx"], f"{len(allx)} rows, {spec.train + spec.valid} are needed")
+    if (y == NO_LABEL).any():
+        raise _other(paths["y"], "a training node without a label")
+
+    features = torch.zeros(spec.nodes, spec.features)
+    labels = torch.full((spec.nodes,), NO_LABEL)
+    features[: len(allx)], features[index] = allx, tx
+    labels[: len(allx)], labels[index] = ally, ty
+    valid = torch.arange(spec.train, spec.train + spec.valid)
+    graph = Graph(
+        features=features / features.sum(1, keepdim=True).clamp(min=1e-12),
+        labels=labels,
+        edges=_edges(paths["graph"], spec.nodes),
+        classes=spec.classes,
+        train=torch.arange(spec.train),
+        held_out=lambda _seed: (valid, index.sort().values),
+    )
+    _expect(paths["graph"], "edges", graph.adjacency.values().numel() // 2, spec.edges)
+    return graph
+
+
+def _other(path: Path, found: str) -> UserError:
+    return UserError(f"{path}: damaged or another file: {found}; delete it and run again")
+
+
+def _expect(path: Path, what: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise _other(path, f"{found} {what}, not {expected}")
+
+
+class _Csr:
+    """Stands for scipy.sparse.csr_matrix: what its pickle sets, and none of its code."""
+
+
+_reconstruct = np.empty(0).__reduce__()[0]  # which lies elsewhere in every NumPy
+# Names of Python 2 and 3, of old and new NumPy and SciPy.
+_ALLOWED = {
+    ("scipy.sparse.csr", "csr_matrix"): _Csr,
+    ("scipy.sparse._csr", "csr_matrix"): _Csr,
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("collections", "defaultdict"): defaultdict,
+    ("__builtin__", "list"): list,
+    ("builtins", "list"): list,
+    ("__builtin__", "object"): object,
+    ("builtins", "object"): object,
+    ("copy_reg", "_reconstructor"): _reconstructor,
+    ("copyreg", "_reconstructor"): _reconstructor,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes arrays, matrices, lists and dicts; a pickle that asks for anything else is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return _ALLOWED[module, name]
+
+
+def _unpickled(path: Path) -> Any:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({files.reason(error)})") from error
+    try:
+        with files.old_dtypes():
+            return _Unpickler(io.BytesIO(data), encoding="latin1").load()
+    except Exception as error:  # a damaged pickle raises anything
+        raise _other(path, f"no pickle of a graph ({files.reason(error)})") from error
+
+
+def _array(path: Path, value: Any, what: str, dimensions: int) -> np.ndarray:
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
+        raise _other(path, f"{what} are no numbers")
+    if value.ndim != dimensions:
+        raise _other(path, f"{what} have {value.ndim} dimensions, not {dimensions}")
+    return value
+
+
+def _features(path: Path, columns: int) -> Tensor:
+    """float32 [N, columns] of a pickled csr_matrix."""
+    from scipy.sparse import csr_matrix  # slow to import, and seldom needed
+
+    value = _unpickled(path)
+    if not isinstance(value, _Csr):
+        raise _other(path, f"a {type(value).__name__}, no csr_matrix")
+    parts = vars(value)
+    arrays = [_array(path, parts.get(k), k, dimensions=1) for k in ("data", "indices", "indptr")]
+    try:
+        matrix = csr_matrix(tuple(arrays), shape=parts.get("_shape"))
+        matrix.check_format()
+    except (ValueError, TypeError) as error:
+        raise _other(path, f"no csr_matrix ({files.reason(error)})") from error
+    _expect(path, "features", matrix.shape[1], columns)
+    features = torch.from_numpy(matrix.toarray().astype(np.float32))
+    if not (features.isfinite() & (features >= 0)).all():
+        raise _other(path, "a feature that is negative or not finite")
+    return features
+
+
+def _classes(path: Path, columns: int) -> Tensor:
+    """int64 [N] of a pickled array of one-hot rows; `NO_LABEL` for a row of zeros."""
+    onehot = torch.from_numpy(_array(path, _unpickled(path), "labels", dimensions=2).astype(float))
+    _expect(path, "classes", onehot.shape[1], columns)
+    if not (((onehot == 0) | (onehot == 1)).all() and (onehot.sum(1) <= 1).all()):
+        raise _other(path, "a row of labels that is not one-hot")
+    return torch.where(onehot.any(1), onehot.argmax(1), NO_LABEL)
+
+
+def _test_index(path: Path, spec: Spec, first: int) -> Tensor:
+    """int64 [spec.test] nodes, from ``first`` to the last one."""
+    try:
+        index = torch.tensor([int(line) for line in path.read_text().split()])
+    except (OSError, ValueError) as error:
+        raise _other(path, files.reason(error)) from error
+    _expect(path, "test nodes", len(index.unique()), spec.test)
+    _expect(path, "lines", len(index), spec.test)
+    if index.min() < first or index.max() != spec.nodes - 1:
+        found = f"test nodes {int(index.min())} to {int(index.max())}"
+        raise _other(path, f"{found}, not {first} or more to {spec.nodes - 1}")
+    return index
+
+
+def _edges(path: Path, nodes: int) -> Tensor:
+    """int64 [2, E] of a pickled dict, node -> list of nodes."""
+    graph = _unpickled(path)
+    pairs = []
+    if not isinstance(graph, dict):
+        raise _other(path, f"a {type(graph).__name__}, no dict")
+    for node, others in graph.items():
+        if not isinstance(others, list):
+            raise _other(path, f"node {node!r} has no list of nodes")
+        pairs += [(node, other) for other in others]
+    for node in {node for pair in pairs for node in pair}:
+        if not (isinstance(node, int) and 0 <= node < nodes):
+            raise _other(path, f"{node!r} is no node from 0 to {nodes - 1}")
+    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T

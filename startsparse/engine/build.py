@@ -1,0 +1,77 @@
+"""The compiled kernels: built once on first use, kept for the next, one library per dtype."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from startsparse.atomic import replacing
+from startsparse.errors import UserError
+
+_FOLDER = Path(__file__).parent
+_SOURCES = ("products.cpp", "layers.cpp")
+_SCALARS = {torch.float32: "float", torch.float64: "double"}
+# What PyTorch calls the instructions of this CPU -> how its vector types and g++ are told.
+_FLAGS = {
+    "AVX2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"],
+    "AVX512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+        "-DCPU_CAPABILITY_AVX512",
+    ],
+}
+
+
+class NoCompilerError(UserError):
+    """The kernels are not there and cannot be built."""
+
+
+@functools.cache
+def library(dtype: torch.dtype) -> ctypes.CDLL:
+    """The kernels for float32 or float64.
+
+    Raises:
+        NoCompilerError: no C++ compiler, or it fails; says in one line why.
+    """
+    command = _command(dtype)
+    sources = [_FOLDER / name for name in (*_SOURCES, "maps.h")]
+    key = repr((command, torch.__version__, [path.read_bytes() for path in sources]))
+    digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
+    path = _cache() / f"{_SCALARS[dtype]}-{digest}.so"
+    if not path.exists():
+        _build(command, path)
+    return ctypes.CDLL(str(path))
+
+
+def _command(dtype: torch.dtype) -> list[str]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    torch_folder = Path(torch.__file__).parent
+    return [
+        *(os.environ.get("CXX", "g++"), "-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp"),
+        *_FLAGS.get(capability, []),
+        *(f"-DCPU_CAPABILITY={capability}", f"-DSCALAR={_SCALARS[dtype]}"),
+        *(f"-I{torch_folder / 'include'}", *(str(_FOLDER / name) for name in _SOURCES)),
+        *(f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"),
+    ]
+
+
+def _build(command: list[str], path: Path) -> None:
+    """Compile to ``path``; two processes that do so at the same time do not disturb each other."""
+    if not shutil.which(command[0]):
+        raise NoCompilerError(f"there is no C++ compiler {command[0]} (set CXX, or install g++)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        done = subprocess.run([*command, "-o", str(temporary)], capture_output=True, text=True)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line]
+            reason = lines[0].strip() if lines else f"exit code {done.returncode}"
+            raise NoCompilerError(f"{command[0]} cannot build the sparse kernels: {reason}")
+
+
+def _cache() -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return Path(os.environ.get("STARTSPARSE_CACHE") or home / "startsparse")

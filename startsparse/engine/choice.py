@@ -1,0 +1,122 @@
+"""Which layers compute sparsely, found by trying: ``--sparse-compute auto``."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from startsparse.engine.layers import Product
+from startsparse.engine.maps import LANES, to_map
+from startsparse.engine.network import SparseForm
+from startsparse.engine.program import DenseProduct
+from startsparse.seeding import generator
+
+_TRIES = 3  # at most; the fastest counts, since other work on the machine only adds
+_ENOUGH = 0.2  # seconds that one thing is tried
+_PIXELS = 1024  # positions of a map that a layer is tried on, if one block of images has as many
+_GAIN = 0.95  # a step of the sparse form must take at most this share of a dense one
+_HOPELESS = 0.6  # share of multiplications inside the masks from which nothing is tried
+
+
+@dataclass
+class Choice:
+    """What was found.
+
+    Attributes:
+        layers: name -> how many times faster the layer is in the sparse form, tried layers only.
+        computes: the layers that should compute sparsely; empty if the network is faster dense.
+        share: seconds of a step of the sparse form over those of the masked model.
+    """
+
+    layers: dict[str, float]
+    computes: frozenset[str]
+    share: float
+
+
+def choose(form: SparseForm, images: Tensor, classes: int) -> Choice:
+    """Time each layer, then the whole network, forward and backward, in both forms.
+
+    Leaves ``form`` computing what was chosen, and model and running statistics as they were.
+
+    Args:
+        form: not entered.
+        images: [B, C, H, W], a batch of the size to be trained on; its values do not matter.
+    """
+    times = {}
+    layers = form.layers if _work(form) <= _HOPELESS else {}
+    for name, product in layers.items():
+        form.compute_sparsely([name])
+        with form.within():
+            most = max(1, _PIXELS // (product.made.height * product.made.width))
+            blocks = min(-(-len(images) // LANES), most)
+            needs_input = product.given is not form.program.spaces[form.program.start]
+            times[name] = _ratio(product, form.program.products[name][1], blocks, needs_input)
+    chosen = frozenset(name for name, ratio in times.items() if ratio > 1)
+    form.compute_sparsely(chosen)
+    share = _share(form, images, classes) if chosen else float("inf")
+    if share > _GAIN:
+        form.compute_sparsely([])
+    return Choice(times, form.computes, share)
+
+
+def _work(form: SparseForm) -> float:
+    """Share of the multiplications of the masked layers that are inside the masks."""
+    pixels = {n: layer.made.height * layer.made.width for n, layer in form.layers.items()}
+    masks = {n: form.model.get_submodule(n).weight_mask for n in pixels}
+    inside = sum(pixels[n] * int(mask.count_nonzero()) for n, mask in masks.items())
+    return inside / sum(pixels[n] * mask.numel() for n, mask in masks.items())
+
+
+def _ratio(product: Product, dense: DenseProduct, blocks: int, needs_input: bool) -> float:
+    """Seconds of the dense product over those of the sparse one."""
+    given, made = product.given, product.made
+    draw = generator(0, "timing")
+    x, d_y = (
+        to_map(torch.randn(LANES * blocks, s.channels, s.height, s.width, generator=draw), s)
+        for s in (given, made)
+    )
+    x.requires_grad_(needs_input)
+    weight = torch.zeros(product.values.dense[0])
+    stand_in = nn.Module()
+    stand_in.weight = nn.Parameter(weight)
+    other = DenseProduct(stand_in, dense.window, given, made)
+
+    def run(layer: Callable[[Tensor], Tensor], parameter: Tensor) -> Callable[[], object]:
+        inputs = [parameter, x] if needs_input else [parameter]
+        return lambda: torch.autograd.grad(layer(x), inputs, d_y)
+
+    return _fastest(run(other, stand_in.weight)) / _fastest(run(product, product.values))
+
+
+def _share(form: SparseForm, images: Tensor, classes: int) -> float:
+    model = form.model
+    training, labels = model.training, torch.arange(len(images)) % classes
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.train()
+
+    def step(forward: Callable[[Tensor], Tensor], inside: list[nn.Parameter]) -> object:
+        return torch.autograd.grad(F.cross_entropy(forward(images), labels), inside)
+
+    masked = _fastest(lambda: step(model, list(model.parameters())))
+    with form.within():
+        own = [p.values for n, p in form.layers.items() if n in form.computes]
+        own += [p for p in model.parameters() if p.numel()]
+        sparse = _fastest(lambda: step(form, own))
+    model.train(training)
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    return sparse / masked
+
+
+def _fastest(run: Callable[[], object]) -> float:
+    run()
+    seconds = []
+    while len(seconds) < _TRIES and sum(seconds) < _ENOUGH:
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)

@@ -1,0 +1,145 @@
+"""How a trainer's network is computed: masked, or sparsely where that is faster.
+
+A run decides when it starts, when a new phase begins, and when its density has changed much; the
+decision is part of its checkpoint, since the two forms sum in different orders and a resumed run
+has to be the run that was not stopped.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from startsparse.engine.build import NoCompilerError
+from startsparse.engine.choice import Choice, choose
+from startsparse.engine.network import SparseForm
+from startsparse.engine.program import UnsupportedError
+from startsparse.masks import masked_weights
+
+log = logging.getLogger("startsparse")
+
+MODES = ("auto", "on", "off")
+
+# FLOPs of a training step below which auto does not try: milliseconds, however computed.
+_SMALL = 1.3e9
+_CHANGE = 1.2  # factor between densities that makes the decision old
+
+
+class Compute:
+    """The forward function of a run, ``masked`` or the sparse form of ``model``.
+
+    Attributes:
+        form: None where there is no sparse form, which was said.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        masked: Callable[[Tensor], Tensor],
+        *,
+        mode: str,
+        shape: tuple[int, int, int],
+        obstacle: str = "",
+    ):
+        """Prepare both forms.
+
+        Args:
+            mode: one of `MODES`.
+            shape: [C, H, W] of an image.
+            obstacle: why the sparse form is out of the question, if it is.
+        """
+        self.model, self.masked, self.mode = model, masked, mode
+        self.form: SparseForm | None = None
+        self.found = Choice({}, frozenset(), 1.0)
+        self._density = 0.0  # that the decision was made at
+        if mode == "off" or not any(True for _ in masked_weights(model)):
+            return
+        if not obstacle:
+            try:
+                self.form = SparseForm(model, shape)
+            except (UnsupportedError, NoCompilerError) as error:
+                obstacle = str(error)
+        if obstacle and (mode == "on" or _on_cpu(model)):
+            log.info("sparse compute: off, %s", obstacle)
+        if self.form and mode == "on":
+            self.form.compute_sparsely(self.form.layers)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> logits."""
+        entered = self.form is not None and self.form.entered
+        return self.form(images) if entered else self.masked(images)
+
+    def decide(self, images: Callable[[], Tensor], classes: int, step_flops: float) -> None:
+        """Under auto, choose the layers that compute sparsely, if the last choice is old.
+
+        Args:
+            images: makes a batch of training images.
+            step_flops: of a dense training step.
+        """
+        if self.form is None or self.mode == "on" or step_flops < _SMALL or not self._is_old():
+            return
+        self._density = self._density_now()
+        self.found = choose(self.form, images(), classes)
+        self._say()
+
+    def state(self) -> dict:
+        """What a checkpoint keeps of the decision."""
+        computes = sorted(self.form.computes) if self.form else []
+        return {"computes": computes, "density": self._density}
+
+    def restore(self, state: dict) -> None:
+        """Under auto, decide as the run did that wrote ``state``."""
+        if self.form is not None and self.mode == "auto":
+            self.form.compute_sparsely(state["computes"])
+            self._density = state["density"]
+
+    def columns(self, table: pd.DataFrame) -> pd.DataFrame:
+        """A density table with how each layer computes, and how many times faster it is so."""
+        if self.form is None or not self.form.computes:
+            return table
+        computes = ["sparse" if name in self.form.computes else "" for name in table["layer"]]
+        table = table.assign(computes=computes)
+        if self.found.layers:
+            table["times_faster"] = table["layer"].map(self.found.layers)
+        return table
+
+    @contextmanager
+    def sparse(self, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
+        """Within it, the sparse form computes, if it was chosen; afterwards the model is whole."""
+        if self.form is None or not self.form.computes:
+            yield
+            return
+        with self.form.within(optimizer):
+            yield
+
+    def switch(self, sparse: bool, optimizer: torch.optim.Optimizer) -> None:
+        """Inside `sparse`: make the model whole for a while, or go back."""
+        if self.form is not None and self.form.computes:
+            (self.form.enter if sparse else self.form.leave)(optimizer)
+
+    def _is_old(self) -> bool:
+        now, then = self._density_now(), self._density
+        return not then or max(now / then, then / max(now, 1e-12)) > _CHANGE
+
+    def _density_now(self) -> float:
+        masks = [mask for _, _, mask in masked_weights(self.model)]
+        return sum(int(m.count_nonzero()) for m in masks) / sum(m.numel() for m in masks)
+
+    def _say(self) -> None:
+        found = self.found
+        if found.computes:
+            log.info(
+                "sparse compute: %d of %d layers, a step takes %.2f of the masked network's time",
+                len(found.computes),
+                len(self.form.layers),
+                found.share,
+            )
+        else:
+            log.info("sparse compute: not at density %.3g, it would be slower", self._density)
+
+
+def _on_cpu(model: nn.Module) -> bool:
+    return next(model.parameters()).device.type == "cpu"

@@ -1,0 +1,41 @@
+// Maps: Scalar [N, C, H + 2 border, W + 2 border, 16]; see products.cpp. The border is zero.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cstdint>
+
+using Scalar = SCALAR;  // float or double; a library is built for each
+using Vec = at::vec::Vectorized<Scalar>;
+constexpr int64_t lanes = 16;                 // images of a block
+constexpr int64_t width = Vec::size();        // numbers of a vector register
+constexpr int64_t registers = lanes / width;  // registers of a position
+
+struct Map {
+  Scalar* data;
+  int64_t blocks, channels, height, columns, border;
+
+  // Pixel (h, w) of channel c in block n; the border is at -1, -2, ... and beyond height, columns.
+  Scalar* at(int64_t n, int64_t c, int64_t h, int64_t w) const {
+    const int64_t rows = height + 2 * border, line = columns + 2 * border;
+    return data + (((n * channels + c) * rows + h + border) * line + w + border) * lanes;
+  }
+
+  void zero_border(int64_t n, int64_t c) const {
+    if (border == 0) return;
+    std::fill(at(n, c, -border, -border), at(n, c, 0, 0), Scalar(0));
+    for (int64_t h = 0; h + 1 < height; h++)
+      std::fill(at(n, c, h, columns), at(n, c, h + 1, 0), Scalar(0));
+    Scalar* last = at(n, c, height - 1, columns);
+    std::fill(last, last + (border + border * (columns + 2 * border)) * lanes, Scalar(0));
+  }
+};
+
+inline Scalar total(const Vec& vector) {
+  Scalar numbers[width], sum = 0;
+  vector.store(numbers);
+  for (Scalar number : numbers) sum += number;
+  return sum;
+}

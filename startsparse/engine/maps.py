@@ -1,0 +1,85 @@
+"""Activations as the kernels want them: maps of blocks of 16 images.
+
+A map is a tensor [N, C, H + 2 border, W + 2 border, 16]: N blocks of 16 images, which lie side by
+side for each pixel of each channel. The border is zero in whatever a product reads, so that no
+kernel has to look where the edge is. The images that the last block has too many are zero as well.
+"""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LANES = 16
+
+_int = ctypes.c_int64
+
+
+class CMap(ctypes.Structure):
+    """`Map` of maps.h."""
+
+    _fields_ = [("data", ctypes.c_void_p)] + [
+        (name, _int) for name in ("blocks", "channels", "height", "columns", "border")
+    ]
+
+
+NO_MAP = CMap(None, 0, 0, 0, 0, 0)
+
+
+@dataclass
+class Space:
+    """Where a map lives: channels, pixels, and how wide its border is."""
+
+    channels: int
+    height: int
+    width: int
+    border: int = 0
+
+    @property
+    def row(self) -> int:
+        """Pixels of a line, border included."""
+        return self.width + 2 * self.border
+
+    @property
+    def plane(self) -> int:
+        """Pixels of a channel, border included."""
+        return (self.height + 2 * self.border) * self.row
+
+    def empty(self, blocks: int, like: Tensor) -> Tensor:
+        """A map of this space, its numbers and border not set."""
+        shape = blocks, self.channels, self.height + 2 * self.border, self.row, LANES
+        return torch.empty(shape, dtype=like.dtype)
+
+    def view(self, data: Tensor) -> CMap:
+        """``data`` for the kernels."""
+        return CMap(data.data_ptr(), len(data), self.channels, self.height, self.width, self.border)
+
+    def inside(self, data: Tensor) -> Tensor:
+        """View of ``data`` without the border."""
+        b = self.border
+        return data[:, :, b : b + self.height, b : b + self.width]
+
+    def positions(self, blocks: int, y: Tensor, x: Tensor) -> Tensor:
+        """int64 [blocks * len(y) * len(x)]: where in memory channel 0 of these pixels begins.
+
+        Ordered by block, y, x. Pixels may lie in the border: -1 is one before the edge.
+        """
+        n = torch.arange(blocks) * self.channels * self.plane
+        line = (y + self.border) * self.row
+        pixels = n[:, None, None] + line[:, None] + (x + self.border)
+        return (LANES * pixels).flatten()
+
+
+def to_map(images: Tensor, space: Space) -> Tensor:
+    """[B, C, H, W] -> a map. Differentiable."""
+    missing = -len(images) % LANES
+    padding = (space.border,) * 4 + (0, 0, 0, missing)
+    padded = torch.nn.functional.pad(images, padding)
+    return padded.view(-1, LANES, *padded.shape[1:]).permute(0, 2, 3, 4, 1).contiguous()
+
+
+def to_images(data: Tensor, space: Space, images: int) -> Tensor:
+    """A map -> [B, C, H, W] of the first B images. Differentiable."""
+    inside = space.inside(data).permute(0, 4, 1, 2, 3)
+    return inside.reshape(-1, *inside.shape[2:])[:images]

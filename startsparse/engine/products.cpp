@@ -1,0 +1,149 @@
+// Sparse products on maps whose innermost dimension is a block of 16 images.
+//
+// A map is [N, C, H, W, 16]: N blocks of 16 images, C channels. A *position* is one pixel of
+// one block: 16 numbers that lie side by side, one per image, the same pixel of the same channel.
+// An *entry* is a stored weight: the row (output channel) it belongs to, its value, and how far its
+// input lies from that of the row's position. So every layer, of whatever kernel, stride and
+// padding, forward and backward, is one of two products over positions and entries:
+//
+//   gather:   out[row][position] = sum over entries of the row: value * in[position + offset]
+//   weights:  gradient of an entry = sum over positions: d_out[row][position] . in[position + its
+//             offset]
+//
+// (A row's positions in the output, and those in the input that its offsets start from, are lists.)
+//
+// Entries are sorted by (block of input channels, row), and a few positions are done at a time, so
+// that what they read stays in the first-level cache while all rows use it. Every number is summed
+// by one thread in one order: results do not depend on the number of threads.
+
+#include "maps.h"
+
+#include <algorithm>
+
+namespace {
+
+constexpr int64_t tile = 4;  // positions at a time
+
+struct Entries {
+  const int32_t* first;   // [blocks * rows + 1], of each (block, row)
+  const int32_t* offset;  // [entries], in numbers
+  int64_t blocks, rows;
+};
+
+struct Positions {
+  const int64_t* in;   // [count], in numbers
+  const int64_t* out;  // [count], in numbers; row 0
+  int64_t count, group, row_stride;
+};
+
+template <int64_t T>
+inline void gather_tile(const Scalar* in, Scalar* out, const int64_t* from, const int64_t* to,
+                        const int32_t* offset, const Scalar* value, int64_t entries, bool fresh) {
+  Vec sum[T][registers];
+  const Scalar* base[T];
+  for (int64_t t = 0; t < T; t++) {
+    base[t] = in + from[t];
+    for (int64_t r = 0; r < registers; r++)
+      sum[t][r] = fresh ? Vec(Scalar(0)) : Vec::loadu(out + to[t] + r * width);
+  }
+  for (int64_t e = 0; e < entries; e++) {
+    const Vec weight(value[e]);
+    const int64_t k = offset[e];
+    for (int64_t t = 0; t < T; t++)
+      for (int64_t r = 0; r < registers; r++)
+        sum[t][r] = at::vec::fmadd(weight, Vec::loadu(base[t] + k + r * width), sum[t][r]);
+  }
+  for (int64_t t = 0; t < T; t++)
+    for (int64_t r = 0; r < registers; r++) sum[t][r].store(out + to[t] + r * width);
+}
+
+template <int64_t T>
+inline void weights_tile(const Scalar* in, const Scalar* d_out, const int64_t* from,
+                         const int64_t* to, const int32_t* offset, Scalar* sums, int64_t entries) {
+  Vec d[T][registers];
+  const Scalar* base[T];
+  for (int64_t t = 0; t < T; t++) {
+    base[t] = in + from[t];
+    for (int64_t r = 0; r < registers; r++) d[t][r] = Vec::loadu(d_out + to[t] + r * width);
+  }
+  for (int64_t e = 0; e < entries; e++) {
+    const int64_t k = offset[e];
+    Vec even = Vec::loadu(sums + e * width), odd(Scalar(0));
+    for (int64_t t = 0; t < T; t++)
+      for (int64_t r = 0; r < registers; r++) {
+        Vec& sum = (t + r) % 2 ? odd : even;
+        sum = at::vec::fmadd(d[t][r], Vec::loadu(base[t] + k + r * width), sum);
+      }
+    (even + odd).store(sums + e * width);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// value: [entries]; in, out: maps; every row is written at every position.
+void gather(const Scalar* in, Scalar* out, const Scalar* value, Entries entries, Positions at) {
+  if (at.count == 0) return;
+  const int64_t groups = (at.count + at.group - 1) / at.group;
+  const int64_t parts = std::min(entries.rows, (4 * at::get_num_threads() + groups - 1) / groups);
+  at::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; item++) {
+      const int64_t q0 = item / parts * at.group, q1 = std::min(at.count, q0 + at.group);
+      const int64_t part = item % parts;
+      const int64_t row0 = entries.rows * part / parts, row1 = entries.rows * (part + 1) / parts;
+      for (int64_t block = 0; block < entries.blocks; block++)
+        for (int64_t row = row0; row < row1; row++) {
+          const int32_t* bounds = entries.first + block * entries.rows + row;
+          const int64_t count = bounds[1] - bounds[0];
+          if (count == 0 && block > 0) continue;
+          const int32_t* offset = entries.offset + bounds[0];
+          const Scalar* values = value + bounds[0];
+          Scalar* to = out + row * at.row_stride;
+          int64_t q = q0;
+          for (; q + tile <= q1; q += tile)
+            gather_tile<tile>(in, to, at.in + q, at.out + q, offset, values, count, block == 0);
+          for (; q < q1; q++)
+            gather_tile<1>(in, to, at.in + q, at.out + q, offset, values, count, block == 0);
+        }
+    }
+  });
+}
+
+// gradient: [entries]; scratch: [entries * width()].
+void weights(const Scalar* in, const Scalar* d_out, Scalar* gradient, Scalar* scratch,
+             Entries entries, Positions at) {
+  const int64_t parts = std::min(entries.rows, int64_t(4 * at::get_num_threads()));
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    const int64_t row0 = entries.rows * begin / parts, row1 = entries.rows * end / parts;
+    for (int64_t block = 0; block < entries.blocks; block++) {
+      const int32_t* bounds = entries.first + block * entries.rows;
+      std::fill(scratch + bounds[row0] * width, scratch + bounds[row1] * width, Scalar(0));
+    }
+    for (int64_t q0 = 0; q0 < at.count; q0 += at.group) {
+      const int64_t q1 = std::min(at.count, q0 + at.group);
+      for (int64_t block = 0; block < entries.blocks; block++)
+        for (int64_t row = row0; row < row1; row++) {
+          const int32_t* bounds = entries.first + block * entries.rows + row;
+          const int64_t count = bounds[1] - bounds[0];
+          if (count == 0) continue;
+          const int32_t* offset = entries.offset + bounds[0];
+          Scalar* sums = scratch + bounds[0] * width;
+          const Scalar* d = d_out + row * at.row_stride;
+          int64_t q = q0;
+          for (; q + tile <= q1; q += tile)
+            weights_tile<tile>(in, d, at.in + q, at.out + q, offset, sums, count);
+          for (; q < q1; q++) weights_tile<1>(in, d, at.in + q, at.out + q, offset, sums, count);
+        }
+    }
+    for (int64_t block = 0; block < entries.blocks; block++) {
+      const int32_t* bounds = entries.first + block * entries.rows;
+      for (int64_t e = bounds[row0]; e < bounds[row1]; e++)
+        gradient[e] = total(Vec::loadu(scratch + e * width));
+    }
+  });
+}
+
+int64_t vector_width() { return width; }
+
+}  // extern "C"

@@ -1,0 +1,64 @@
+"""The graph convolutional network of Kipf and Welling (2017, arXiv:1609.02907)."""
+
+import torch
+from torch import Tensor, nn
+
+
+class GCN(nn.Module):
+    """Z = A relu(A X W0) W1, the logits of equation 9, with dropout before both layers.
+
+    A = D^-1/2 (adjacency + I) D^-1/2 is `renormalised`. Takes the features of all nodes, (N,
+    features) or anything that flattens to it; gives (N, classes) logits. As in the paper there are
+    no biases.
+
+    Args:
+        adjacency: float32 sparse COO [N, N], symmetric with diagonal 0; None makes a network that
+            has its layers and cannot be called.
+    """
+
+    def __init__(
+        self, features: int, classes: int, adjacency: Tensor | None, *, width: int = 16
+    ) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+        self.hidden = nn.Linear(features, width, bias=False)
+        self.classifier = nn.Linear(width, classes, bias=False)
+        graph = None if adjacency is None else renormalised(adjacency)
+        # A matter of the data, not of the weights: checkpoints do not have it.
+        self.register_buffer("graph", graph, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (N, classes)."""
+        hidden = torch.relu(self._mixed(self.hidden(self.dropout(x.flatten(1)))))
+        return self._mixed(self.classifier(self.dropout(hidden)))
+
+    def _mixed(self, units: Tensor) -> Tensor:
+        """A times ``units`` [N, U], in the precision of A: there is no sparse product in bf16."""
+        with torch.autocast(self.graph.device.type, enabled=False):
+            return self.graph @ units.to(self.graph.dtype)
+
+
+def renormalised(adjacency: Tensor) -> Tensor:
+    """D^-1/2 (adjacency + I) D^-1/2 with the degrees D of adjacency + I; sparse COO [N, N].
+
+    Kipf and Welling (2017), section 2.2, the renormalization trick.
+    """
+    nodes = torch.arange(len(adjacency))
+    eye = torch.sparse_coo_tensor(
+        torch.stack([nodes, nodes]),
+        torch.ones(len(nodes), dtype=adjacency.dtype),
+        adjacency.shape,
+        check_invariants=True,
+    )
+    joined = (adjacency + eye).coalesce()
+    scale = torch.sparse.sum(joined, 1).to_dense().rsqrt()
+    rows, columns = joined.indices()
+    values = scale[rows] * joined.values() * scale[columns]
+    return torch.sparse_coo_tensor(
+        joined.indices(), values, joined.shape, is_coalesced=True, check_invariants=True
+    )
+
+
+def gcn(*, classes: int, channels: int, size: int, width: int, adjacency: Tensor | None) -> GCN:
+    """Two layers; ``width`` is the units of the hidden one, 0 is the paper's 16."""
+    return GCN(channels * size * size, classes, adjacency, width=width or 16)

@@ -1,0 +1,183 @@
+"""Tables and pictures of `startsparse.tabular`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from startsparse.atomic import replacing
+from startsparse.report import summarise
+from startsparse.tabular import SETTING
+
+
+def start_name(start: float) -> str:
+    """What a starting density is called."""
+    return "dense" if start == 1 else f"ER {start:g}"
+
+
+def means(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean and 95 % half-width over the seeds of each table, setting and requested density.
+
+    Args:
+        rows: of `startsparse.tabular.run`, with or without a first column, table.
+
+    Returns:
+        Columns table, start, reset, flow, requested, runs, density, test_accuracy and majority,
+        each of the last three with its _ci95, and cut: how many runs are.
+    """
+    if "table" not in rows:
+        rows = rows.assign(table="")
+    keys = ["table", *SETTING, "requested"]
+    found = summarise(rows, keys, ["density", "test_accuracy", "majority"])
+    return found.merge(rows.groupby(keys, as_index=False)["cut"].sum(), on=keys)
+
+
+def wide(rows: pd.DataFrame) -> pd.DataFrame:
+    """Test accuracy in percent, ``mean ± 95 % half-width``: settings down, densities across.
+
+    In brackets: the realised density, where it is not the requested one, and runs that are cut.
+    """
+    found = means(rows).sort_values("requested", ascending=False, kind="stable")
+    found["cell"] = [_cell(row) for row in found.itertuples()]
+    yes_no = {False: "no", True: "yes"}
+    named = found.assign(
+        start=found["start"].map(start_name),
+        reset=found["reset"].map(yes_no),
+        flow=found["flow"].map(yes_no),
+    )
+    keys = [*(["table"] if "table" in rows else []), *SETTING]
+    order = {tuple(key): None for key in named.sort_index()[keys].to_numpy()}
+    columns = list(dict.fromkeys(named["requested"]))
+    table = named.pivot(index=keys, columns="requested", values="cell").fillna("")
+    table = table.loc[list(order), columns]
+    table.columns = pd.Index([f"{density:g}" for density in columns], name="density")
+    return table
+
+
+def _cell(row: tuple) -> str:
+    text = f"{100 * row.test_accuracy:.1f}"
+    if row.runs > 1:
+        text += f" ± {100 * row.test_accuracy_ci95:.1f}"
+    remarks = []
+    if abs(row.density / row.requested - 1) > 0.05:
+        remarks.append(f"at {row.density:.4f}")
+    if row.cut:
+        remarks.append(f"{row.cut} of {row.runs} cut")
+    return text + (f" ({', '.join(remarks)})" if remarks else "")
+
+
+def markdown(rows: pd.DataFrame) -> str:
+    """`wide` as Markdown."""
+    table = wide(rows)
+    lines = [[*table.index.names, *table.columns]]
+    lines += [["---"] * len(lines[0])]
+    lines += [[*name, *cells] for name, cells in zip(table.index, table.to_numpy())]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def collapses(rows: pd.DataFrame) -> list[str]:
+    """One line for each setting and density at which networks are cut or know the majority only."""
+    fallen = rows[rows["cut"] | (rows["test_accuracy"] <= rows["majority"])]
+    lines = []
+    for (start, reset, flow, density), group in fallen.groupby([*SETTING, "requested"], sort=False):
+        own = rows[(rows[[*SETTING, "requested"]] == [start, reset, flow, density]).all(axis=1)]
+        empty = sorted({name for names in group["empty_layers"] for name in names.split()})
+        lines.append(
+            f"{start_name(start)}, {'reset' if reset else 'no reset'}, "
+            f"flow preservation {'on' if flow else 'off'}, density {density:g}: "
+            f"{len(group)} of {len(own)} networks are at the majority class or below, "
+            f"{int(group['cut'].sum())} without a path from input to output; "
+            f"empty layers: {', '.join(empty) or 'none'}"
+        )
+    return lines
+
+
+def accuracy_plot(rows: pd.DataFrame) -> Figure:
+    """Test accuracy against realised density: means, 95 % intervals, the majority class.
+
+    A line of panels for each table, in it a panel for each way to prune; colours are starts.
+    """
+    found = means(rows)
+    names, starts = (list(dict.fromkeys(found[c])) for c in ("table", "start"))
+    ways = sorted(set(zip(found["flow"], found["reset"])))
+    figure = Figure(figsize=(0.8 + 3 * len(ways), 1 + 2.6 * len(names)), layout="constrained")
+    axes = figure.subplots(len(names), len(ways), sharex=True, sharey="row", squeeze=False)
+    for name, line in zip(names, axes):
+        table = found[found["table"] == name]
+        for (flow, reset), axis in zip(ways, line):
+            title = ("reset" if reset else "no reset") + (", flow preserved" if flow else "")
+            axis.set_title(f"{name}: {title}" if name else title, fontsize=9)
+            own = table[(table["flow"] == flow) & (table["reset"] == reset)]
+            for start, curve in own.groupby("start", sort=False):
+                axis.errorbar(
+                    curve["density"],
+                    100 * curve["test_accuracy"],
+                    100 * curve["test_accuracy_ci95"].fillna(0),
+                    color=f"C{starts.index(start)}",
+                    marker="osD^v"[starts.index(start) % 5],
+                    ms=3.5,
+                    lw=1.2,
+                    elinewidth=0.8,
+                    capsize=2,
+                    label=start_name(start),
+                )
+            majority = 100 * table["majority"].mean()
+            axis.axhline(majority, color="black", ls=":", lw=1, label="majority class")
+            axis.grid(alpha=0.3)
+        # An interval of few seeds may reach far beyond what an accuracy can be.
+        low = min(table["majority"].min(), table["test_accuracy"].min())
+        line[0].set(ylim=(100 * low - 6, 101), ylabel="test accuracy (%)")
+    _density_axis(axes[0, 0], sorted(set(found["requested"]), reverse=True))
+    for axis in axes[-1]:
+        axis.set_xlabel("density (realised)")
+        axis.tick_params(axis="x", labelsize=8)
+    shown: dict[str, object] = {}
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            shown.setdefault(label, handle)
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=len(shown), fontsize=8)
+    return figure
+
+
+def _density_axis(axis: Axes, ticks: Sequence[float]) -> None:
+    """Logarithmic, falling to the right, with as many of ``ticks`` as can be read."""
+    axis.set_xscale("log")
+    axis.invert_xaxis()
+    apart = [ticks[0]]
+    for tick in ticks[1:]:
+        if tick <= apart[-1] / 2.4:
+            apart.append(tick)
+    axis.set_xticks(apart, [f"{tick:g}" for tick in apart])
+    axis.minorticks_off()
+
+
+def mask_picture(masks: dict[str, Tensor], feature_names: Sequence[str]) -> Figure:
+    """First-layer masks, one below the other: features down, hidden units across, edges dark.
+
+    On the right the edges of each feature.
+
+    Args:
+        masks: title -> bool [units, features].
+    """
+    height = 0.6 + 0.13 * len(feature_names)
+    figure = Figure(figsize=(9, height * len(masks)), layout="constrained")
+    axes = figure.subplots(len(masks), 2, squeeze=False, width_ratios=[5, 1])
+    for (title, mask), (picture, counts) in zip(masks.items(), axes):
+        mask, places = mask.numpy(), range(len(feature_names))
+        picture.imshow(mask.T, aspect="auto", cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
+        picture.set_yticks(places, feature_names, fontsize=7)
+        picture.set_title(f"{title}: {int(mask.sum())} of {mask.size} edges", fontsize=10)
+        counts.barh(places, mask.sum(0), color="0.4")
+        counts.set(ylim=picture.get_ylim(), yticks=[])
+        counts.set_title("edges of a feature", fontsize=10)
+    axes[-1, 0].set_xlabel("hidden unit")
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """A PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

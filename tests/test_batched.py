@@ -1,0 +1,179 @@
+"""The batched trainer: to every network it does what the loop does."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from startsparse.batched import Recipe, train_batched, train_loop
+from startsparse.data.rows import Rows
+from startsparse.masks import attach_masks, draw_masks, masked_weights, sparse_layers
+from startsparse.models import build, init_weights
+from startsparse.training import NonFiniteLoss
+
+CPU = torch.device("cpu")
+RECIPES = {
+    "adam": Recipe("adam", lr=1e-2),
+    "adam-decay": Recipe("adam", lr=1e-3, weight_decay=1e-2),
+    "sgd": Recipe("sgd", lr=0.02, momentum=0.9, weight_decay=5e-4),
+    "nesterov": Recipe("sgd", lr=0.02, momentum=0.9, weight_decay=5e-4, nesterov=True),
+    "plain-sgd": Recipe("sgd", lr=0.1, momentum=0.0),
+}
+
+
+def network(seed, density, dtype=torch.float32, width=24):
+    model = build("mlp", classes=3, channels=7, size=1, width=width)
+    init_weights(model, "kaiming_normal", seed)
+    shapes = {name: layer.weight.shape for name, layer in sparse_layers(model).items()}
+    attach_masks(model, draw_masks(shapes, [density] * len(shapes), seed, "bernoulli"))
+    return model.to(dtype)
+
+
+def networks(dtype=torch.float32):
+    """Two of one seed that differ in their masks, and three others."""
+    settings = ((1, 1.0), (1, 0.5), (2, 0.5), (3, 0.1), (4, 0.03))
+    return [network(seed, density, dtype) for seed, density in settings]
+
+
+def part(seed, dtype=torch.float32, examples=90, batch_size=16):
+    """Five steps of 16 rows and one of 10 in an epoch."""
+    draw = torch.Generator().manual_seed(seed)
+    features = torch.randn(examples, 7, generator=draw, dtype=torch.float64).to(dtype)
+    labels = (features[:, :3] + features[:, 3:6] * features[:, 1:4]).argmax(1)
+    return Rows(features, labels, batch_size=batch_size, device=CPU, seed=seed)
+
+
+def both(recipe, dtype, epochs):
+    parts = [part(seed, dtype) for seed in (1, 1, 2, 3, 4)]
+    one, other = networks(dtype), networks(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # vmap warns where it falls back to a loop
+        losses = train_batched(one, parts, recipe, epochs, first_epoch=3)
+    return one, other, losses, train_loop(other, parts, recipe, epochs, first_epoch=3)
+
+
+def compare(one, other, name, dtype, **close):
+    """Where a unit of a very sparse network is always active, BatchNorm cancels its bias, and the
+    scale of its weight if it has one only: such a gradient is nothing but rounding, and Adam makes
+    full steps of it. So under Adam those networks are compared by what they compute.
+    """
+    features = part(9, dtype).features
+    for number, (mine, theirs) in enumerate(zip(one, other)):
+        states = mine.state_dict(), theirs.state_dict()
+        assert list(states[0]) == list(states[1])
+        for key, value in states[0].items():
+            if "adam" not in name or number < 3:
+                torch.testing.assert_close(value, states[1][key], **close, msg=key)
+        assert states[0]["hidden.2.num_batches_tracked"] == 24
+        found, expected = mine(features), theirs(features)  # with statistics of the batch
+        torch.testing.assert_close(found, expected, rtol=0, atol=100 * close["atol"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_equals_the_loop(name):
+    """24 steps in float64: weights, biases, BatchNorm and its statistics, masks, losses."""
+    one, other, losses, expected = both(RECIPES[name], torch.float64, epochs=4)
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-12)
+    compare(one, other, name, torch.float64, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_equals_the_loop_in_float32(name):
+    """24 steps."""
+    one, other, losses, expected = both(RECIPES[name], torch.float32, epochs=4)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    compare(one, other, name, torch.float32, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [train_batched, train_loop])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_masks_stay_and_weights_stay_inside(train, recipe):
+    models = networks()
+    before = [[mask.clone() for _, _, mask in masked_weights(model)] for model in models]
+    held = [mask for model in models for _, _, mask in masked_weights(model)]
+    for model in models:  # what lies outside at the start goes too
+        next(masked_weights(model))[1].data.add_(1)
+    train(models, [part(seed) for seed in range(5)], recipe, 2)
+    assert all(
+        mask is same
+        for mask, same in zip(held, (m for n in models for _, _, m in masked_weights(n)))
+    )
+    for model, masks in zip(models, before):
+        for (_, weight, mask), old in zip(masked_weights(model), masks):
+            assert torch.equal(mask, old)
+            assert (weight[~mask] == 0).all() and (weight[mask] != 0).any()
+
+
+def test_a_network_does_not_depend_on_its_company():
+    together, alone = networks(torch.float64), networks(torch.float64)[2:3]
+    parts = [part(seed, torch.float64) for seed in range(5)]
+    train_batched(together, parts, RECIPES["adam"], 2)
+    train_batched(alone, parts[2:3], RECIPES["adam"], 2)
+    for name, value in alone[0].state_dict().items():
+        torch.testing.assert_close(together[2].state_dict()[name], value, rtol=1e-9, atol=1e-11)
+
+
+def test_two_calls_with_a_later_first_epoch_are_one():
+    """With plain SGD, which has no state that starts anew."""
+    one, other = networks(torch.float64), networks(torch.float64)
+    parts = [part(seed, torch.float64) for seed in range(5)]
+    train_batched(one, parts, RECIPES["plain-sgd"], 4)
+    train_batched(other, parts, RECIPES["plain-sgd"], 2)
+    train_batched(other, parts, RECIPES["plain-sgd"], 2, first_epoch=2)
+    for mine, theirs in zip(one, other):
+        for name, value in mine.state_dict().items():
+            torch.testing.assert_close(value, theirs.state_dict()[name], rtol=1e-12, atol=1e-14)
+
+
+def test_the_order_is_each_networks_own():
+    """The same network on the same rows: with one seed the same, with another not."""
+    model = network(1, 0.5)
+    rows = part(1)
+    other = Rows(rows.features, rows.labels, batch_size=16, device=CPU, seed=2)
+    models = [copy.deepcopy(model) for _ in range(3)]
+    train_batched(models, [rows, rows, other], RECIPES["adam"], 2)
+    first, second, third = (nn.utils.parameters_to_vector(m.parameters()) for m in models)
+    assert (first - second).abs().max() < 1e-5
+    assert (first - third).abs().max() > 1e-3
+
+
+def test_it_learns():
+    models, parts = networks(), [part(seed) for seed in range(5)]
+    losses = train_batched(models, parts, RECIPES["adam"], 20)
+    assert losses.shape == (20, 5)
+    assert (losses[-1, :3] < 0.3 * losses[0, :3]).all()
+
+
+@pytest.mark.parametrize("train", [train_batched, train_loop])
+def test_a_loss_that_is_not_finite(train):
+    models, parts = networks(), [part(seed) for seed in range(5)]
+    models[3].classifier.bias.data[1] = torch.nan
+    with pytest.raises(NonFiniteLoss, match="the loss .*is not finite"):
+        train(models, parts, RECIPES["sgd"], 1)
+
+
+def test_it_says_which_network_has_gone():
+    models, parts = networks(), [part(seed) for seed in range(5)]
+    models[3].classifier.bias.data[1] = torch.nan
+    with pytest.raises(NonFiniteLoss, match="network 4 of 5 is not finite in epoch 1"):
+        train_batched(models, parts, RECIPES["sgd"], 1)
+
+
+def test_what_must_be_shared():
+    recipe, rows = RECIPES["sgd"], part(1)
+    with pytest.raises(ValueError, match="differ in their parameters or masked layers"):
+        train_batched([network(1, 0.5), network(1, 0.5, width=8)], [rows, rows], recipe, 1)
+    bare = network(1, 0.5)
+    del bare.classifier.weight_mask
+    with pytest.raises(ValueError, match="differ in their parameters or masked layers"):
+        train_batched([network(1, 0.5), bare], [rows, rows], recipe, 1)
+    for other in (part(2, examples=89), part(2, batch_size=8)):
+        with pytest.raises(ValueError, match="differ in their number of rows"):
+            train_batched([network(1, 0.5), network(2, 0.5)], [rows, other], recipe, 1)
+    for models in ([], [network(1, 0.5)]):
+        with pytest.raises(ValueError, match="should be as many, not 0"):
+            train_batched(models, [rows, rows][: 2 * len(models)], recipe, 1)
+    with pytest.raises(ValueError, match=r"'adamw'; choose from adam, sgd"):
+        train_batched([network(1, 0.5)], [rows], Recipe("adamw"), 1)

@@ -1,0 +1,296 @@
+"""Whole networks in their sparse form against the masked ones, and what has no sparse form."""
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from startsparse import models
+from startsparse.engine import build
+from startsparse.engine.choice import choose
+from startsparse.engine.network import SparseForm
+from startsparse.engine.program import UnsupportedError, lower
+from startsparse.masks import (
+    attach_masks,
+    draw_masks,
+    keep_inside,
+    mask_gradients,
+    masked_weights,
+    sparse_layers,
+)
+
+WIDTHS = {"resnet20": 4, "resnet18": 6, "resnet50": 4, "vgg11": 4, "vgg16": 4, "mlp": 24}
+SHAPE = 3, 32, 32
+
+
+def network(arch, density=0.3, dtype=torch.float64, width=None):
+    model = models.build(arch, classes=10, width=width or WIDTHS[arch])
+    models.init_weights(model, "kaiming_normal", 1)
+    shapes = {name: layer.weight.shape for name, layer in sparse_layers(model).items()}
+    attach_masks(model, draw_masks(shapes, [density] * len(shapes), 1, "bernoulli"))
+    return model.to(dtype, memory_format=torch.channels_last)
+
+
+def batch(images=19, dtype=torch.float64):
+    draw = torch.Generator().manual_seed(2)
+    return torch.randn(images, *SHAPE, generator=draw, dtype=dtype), torch.arange(images) % 10
+
+
+def sparse_form(model, without=()):
+    form = SparseForm(model, SHAPE)
+    form.compute_sparsely(set(form.layers) - set(without))
+    return form
+
+
+def optimizer_of(model, kind):
+    if kind == "adam":
+        return torch.optim.Adam(model.parameters(), 1e-2, weight_decay=1e-3, fused=True)
+    return torch.optim.SGD(
+        model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3, nesterov=True, fused=True
+    )
+
+
+def step(forward, model, optimizer, images, labels):
+    optimizer.zero_grad()
+    loss = F.cross_entropy(forward(images), labels)
+    loss.backward()
+    pairs = [(w.grad, m) for _, w, m in masked_weights(model) if w.grad is not None]
+    mask_gradients([g for g, _ in pairs], [m for _, m in pairs])
+    optimizer.step()
+    return loss.item()
+
+
+def equal_states(one, other, tolerance):
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values()):
+        assert a.stride() == b.stride(), name
+        assert (a.double() - b.double()).abs().max() <= tolerance, name
+
+
+@pytest.mark.parametrize("arch", WIDTHS)
+@pytest.mark.parametrize("dense", ["none", "some"])
+def test_ten_steps_are_those_of_the_masked_network(arch, dense):
+    for kind in ("sgd", "adam"):
+        masked, sparse = network(arch), network(arch)
+        one, other = optimizer_of(masked, kind), optimizer_of(sparse, kind)
+        names = list(sparse_layers(sparse))
+        form = sparse_form(sparse, without=names[::2] if dense == "some" else ())
+        images, labels = batch()
+        for i in range(10):
+            form.enter(other)
+            losses = [
+                step(forward, model, optimizer, images, labels)
+                for forward, model, optimizer in ((masked, masked, one), (form, sparse, other))
+            ]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-8)
+            if i % 4 == 3:  # and go on in the sparse form
+                form.leave(other)
+        form.leave(other)
+        equal_states(masked, sparse, 1e-6)
+        states = one.state_dict()["state"], other.state_dict()["state"]
+        assert states[0].keys() == states[1].keys()
+        for number, state in states[0].items():
+            for key, tensor in state.items():
+                assert (tensor - states[1][number][key]).abs().max() <= 1e-6
+        for _, weight, mask in masked_weights(sparse):
+            assert not weight[~mask].any()
+        masked.eval(), sparse.eval()
+        with form.within(), torch.inference_mode():
+            assert (form(images) - masked(images)).abs().max() < 1e-6
+
+
+def test_in_float32_it_is_as_exact_as_pytorch():
+    exact, masked, sparse = network("vgg11"), *(network("vgg11").float() for _ in range(2))
+    images, labels = batch(32)
+    form = sparse_form(sparse)
+    F.cross_entropy(exact(images), labels).backward()
+    F.cross_entropy(masked(images.float()), labels).backward()
+    with form.within():
+        F.cross_entropy(form(images.float()), labels).backward()
+        for name, layer in form.layers.items():
+            expected, theirs = (
+                model.get_submodule(name).weight.grad.reshape(-1)[layer.forward.flat]
+                for model in (exact, masked)
+            )
+            mine = (layer.values.grad - expected).norm()
+            assert mine < max(3 * (theirs - expected).norm(), 1e-5 * expected.norm()), name
+
+
+def test_entering_and_leaving_changes_nothing():
+    model = network("resnet20")
+    optimizer = optimizer_of(model, "sgd")
+    step(model, model, optimizer, *batch())
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    form = sparse_form(model)
+    form.enter(optimizer)
+    assert sum(p.numel() for p in model.parameters()) < 1000  # the weights are in the form
+    form.leave(optimizer)
+    after = model.state_dict(), optimizer.state_dict()
+    for name, tensor in before[0].items():
+        assert torch.equal(tensor, after[0][name])
+        assert tensor.stride() == after[0][name].stride()
+    for number, state in before[1]["state"].items():
+        assert torch.equal(state["momentum_buffer"], after[1]["state"][number]["momentum_buffer"])
+    assert before[1]["param_groups"] == after[1]["param_groups"]
+
+
+def test_what_is_stored_is_as_large_as_the_masks():
+    model = network("mlp", density=0.05, width=200)
+    optimizer = optimizer_of(model, "adam")
+    form = sparse_form(model)
+    form.enter(optimizer)
+    step(form, model, optimizer, *batch())
+    kept = sum(int(mask.sum()) for _, _, mask in masked_weights(model))
+    others = sum(p.numel() for p in model.parameters())
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sum(p.numel() for p in held) == kept + others
+    assert sum(p.grad.numel() for p in held if p.grad is not None) == kept + others
+    moments = [s["exp_avg"].numel() + s["exp_avg_sq"].numel() for s in optimizer.state.values()]
+    assert sum(moments) == 2 * (kept + others)
+    form.leave(optimizer)
+
+
+def test_masks_that_change_are_listed_anew():
+    model = network("vgg11")
+    form = sparse_form(model)
+    images, _ = batch()
+    with form.within():
+        form(images)
+    for name, _, mask in masked_weights(model):
+        draw = torch.Generator().manual_seed(len(name))
+        mask.copy_(torch.rand(mask.shape, generator=draw) < 0.2)
+    keep_inside(model)
+    other = copy.deepcopy(model)
+    with form.within():
+        assert (form(images) - other(images)).abs().max() < 1e-8
+
+
+class Odd(nn.Module):
+    def __init__(self, *layers, call=None):
+        super().__init__()
+        self.layers, self.call = nn.Sequential(*layers), call
+
+    def forward(self, x):
+        x = self.layers(x)
+        return x if self.call is None else self.call(x)
+
+
+def conv(**options):
+    return nn.Conv2d(3, 6, 3, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Odd(conv(), nn.GELU()), "layers.1: GELU has no sparse form"),
+        (Odd(conv(groups=3)), "layers.0: groups, dilation or padding mode"),
+        (Odd(conv(dilation=2)), "layers.0: groups, dilation or padding mode"),
+        (Odd(conv(padding="same")), "layers.0: padding 'same'"),
+        (Odd(conv(), nn.MaxPool2d(2, ceil_mode=True)), "layers.1: MaxPool2d"),
+        (Odd(conv(), nn.AdaptiveAvgPool2d(2)), "layers.1: only a global average"),
+        (Odd(conv(), call=lambda x: x.flatten(1)), "a flatten of pixels"),
+        (Odd(conv(), call=lambda x: x + 1), "an addition of something else"),
+        (Odd(conv(), call=lambda x: x.mean(1)), "a mean over something else"),
+        (Odd(conv(), call=lambda x: x[:, :2]), "a slice of something else"),
+        (Odd(conv(), call=torch.sin), "sin has no sparse form"),
+        (Odd(conv(), call=lambda x: x if x.sum() > 0 else -x), "cannot be traced"),
+        (Odd(nn.Linear(32, 4)), "a linear layer on pixels"),
+        (Odd(nn.ReLU()), "a ReLU without a product"),
+    ],
+)
+def test_what_has_no_sparse_form_is_named(model, reason):
+    with pytest.raises(UnsupportedError) as error:
+        lower(model, SHAPE)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_other_networks():
+    """Biases, a ReLU after an addition of two branches, BatchNorm after ReLU, odd strides."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = conv(stride=2, padding=1), conv(stride=2, padding=1)
+            self.norm, self.pool = nn.BatchNorm2d(6), nn.MaxPool2d(3, 2, 1)
+            self.three = nn.Conv2d(6, 5, (3, 1), stride=(1, 3), padding=(0, 1))
+            self.last, self.end = nn.BatchNorm2d(5), nn.Linear(5, 4)
+
+        def forward(self, x):
+            x = torch.relu(self.norm(self.one(x)) + self.two(x))
+            x = self.last(self.three(self.pool(x)).relu())
+            return self.end(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Branches().double()
+    shapes = {name: layer.weight.shape for name, layer in sparse_layers(model).items()}
+    attach_masks(model, draw_masks(shapes, [0.5] * len(shapes), 1, "bernoulli"))
+    other, (images, labels) = copy.deepcopy(model), batch()
+    form = sparse_form(model)
+    expected = torch.autograd.grad(
+        F.cross_entropy(other(images), labels % 4), list(other.parameters())
+    )
+    with form.within():
+        loss = F.cross_entropy(form(images), labels % 4)
+        loss.backward()
+        for name, gradient in zip(dict(other.named_parameters()), expected):
+            owner, _, kind = name.rpartition(".")
+            mine = model.get_submodule(owner)
+            if kind == "weight" and owner in form.layers:
+                product = form.layers[owner]
+                gradient = gradient.reshape(-1)[product.forward.flat]
+                assert (product.values.grad - gradient).abs().max() < 1e-10, name
+            else:
+                assert (getattr(mine, kind).grad - gradient).abs().max() < 1e-10, name
+
+
+def test_the_choice_leaves_everything_as_it_was():
+    model = network("vgg11", density=0.02, dtype=torch.float32, width=16)
+    before = copy.deepcopy(model.state_dict())
+    form = SparseForm(model, SHAPE)
+    found = choose(form, batch(32, torch.float32)[0], classes=10)
+    assert set(found.layers) == set(form.layers)
+    assert form.computes == found.computes
+    assert found.computes  # at this density there is no doubt
+    assert found.share < 0.95
+    assert not form.entered
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_dense_layers_are_not_tried():
+    model = network("vgg11", density=0.9, width=4)
+    found = choose(SparseForm(model, SHAPE), batch(16)[0], classes=10)
+    assert (found.layers, found.computes) == ({}, frozenset())
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", "there is no C++ compiler no-such-compiler"), ("false", "exit code 1")],
+)
+def test_without_a_compiler_it_is_said(compiler, reason, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path / "cache"))
+    build.library.cache_clear()
+    with pytest.raises(build.NoCompilerError, match=re.escape(reason)):
+        SparseForm(network("mlp"), SHAPE)
+    assert not list(tmp_path.rglob("*.so*"))
+    monkeypatch.undo()
+    build.library.cache_clear()
+    SparseForm(network("mlp"), SHAPE)
+
+
+def test_kernels_are_built_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path))
+    build.library.cache_clear()
+    build.library(torch.float32)
+    (built,) = tmp_path.iterdir()
+    at = built.stat().st_mtime_ns
+    build.library.cache_clear()
+    monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("built again"))
+    build.library(torch.float32)
+    assert built.stat().st_mtime_ns == at
+    build.library.cache_clear()

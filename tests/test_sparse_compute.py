@@ -1,0 +1,204 @@
+"""--sparse-compute in the scripts: what it computes, what it says, and how it goes on."""
+
+import copy
+import logging
+
+import pandas as pd
+import pytest
+import torch
+from script_runs import same
+from test_engine_network import batch, network, optimizer_of, sparse_form, step
+from test_str_resume import Crash, crashing
+
+from ER_DST.topology import remember, update
+from startsparse import checkpoint
+from startsparse.engine import build, choice, compute
+from startsparse.masks import keep_inside, masked_weights
+from startsparse.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+TINY = ["--arch", "resnet20", "--width", "4", "--epochs", "2", "-b", "128", "--set", "digits"]
+# float32, so only at a small learning rate do two orders of summation stay together
+CALM = ["--arch", "mlp", "--width", "16", "--epochs", "2", "-b", "128", "--lr", "0.001"]
+ON = [*TINY, "--sparse-compute", "on"]
+
+
+def weights(folder):
+    return checkpoint.load(folder / "checkpoint.pt")["model"]
+
+
+def test_a_run_computes_sparsely_and_leaves_an_ordinary_checkpoint(run):
+    sparse, masked = (run(*CALM, "--sparse-compute", mode, where=mode) for mode in ("on", "off"))
+    table = pd.read_csv(sparse / "density.csv")
+    assert set(table["computes"][:-1]) == {"sparse"}
+    one, other = weights(sparse), weights(masked)
+    for name, tensor in one.items():
+        assert tensor.shape == other[name].shape
+        assert tensor.stride() == other[name].stride()
+        if tensor.dtype.is_floating_point:
+            assert (tensor - other[name]).abs().max() < 1e-4, name
+        else:
+            assert torch.equal(tensor, other[name]), name
+    epochs = [pd.read_csv(folder / "epochs.csv") for folder in (sparse, masked)]
+    assert epochs[0]["train_loss"].values == pytest.approx(epochs[1]["train_loss"].values, rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", [[], ["--optimizer", "adam", "--lr", "0.01"]])
+def test_resumed_equals_uninterrupted(run, monkeypatch, optimizer):
+    argv = [*ON, *optimizer, "--save-every", "4"]
+    whole = run(*argv, where="whole")
+    for count in (1, 4):
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(Trainer, "save", crashing("after", count))
+            run(*argv, where=f"parts{count}")
+        assert same(whole, run(*argv, "--resume", "auto", where=f"parts{count}"))
+
+
+@pytest.mark.parametrize(("first", "then"), [("on", "off"), ("off", "on")])
+def test_a_checkpoint_of_one_continues_in_the_other(run, monkeypatch, first, then):
+    argv = [*CALM, "--save-every", "4"]
+    whole = run(*argv, "--sparse-compute", first, where="whole")
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Trainer, "save", crashing("after", 1))
+        run(*argv, "--sparse-compute", first, where="parts")
+    parts = run(*argv, "--sparse-compute", then, "--resume", "auto", where="parts")
+    one, other = (pd.read_csv(folder / "epochs.csv") for folder in (whole, parts))
+    assert one["train_loss"].values == pytest.approx(other["train_loss"].values, rel=1e-4)
+
+
+def test_pruning_levels(run):
+    folder = run(
+        *("--arch", "mlp", "--width", "16", "--epochs", "1", "--final_prune_epoch", "1"),
+        *("--threshold-list", "0.1", "0.05", "--sparse-compute", "on", "--rewind", "weights"),
+        *("--set", "digits", "-b", "256"),
+    )
+    levels = pd.read_csv(folder / "levels.csv")
+    assert levels["density"].tolist() == pytest.approx([0.2, 0.1, 0.05], abs=5e-3)
+    weight, mask = (weights(folder)[f"hidden.0.{kind}"] for kind in ("weight", "weight_mask"))
+    assert not weight[~mask].any()
+    assert weight[mask].any()
+
+
+@pytest.mark.parametrize("growth", ["gradient", "random"])
+def test_masks_that_move(run_dst, growth):
+    folder = run_dst(
+        *("--sparse", "--model", "mlp", "--width", "16", "--epochs", "2", "--batch-size", "128"),
+        *("--update-frequency", "4", "--init-density", "0.3", "--final-density", "0.1"),
+        *("--growth", growth, "--sparse-compute", "on"),
+    )
+    topology = pd.read_csv(folder / "topology.csv")
+    assert topology["step"].tolist() == [4, 8, 12, 15, 16, 20]
+    assert (topology["grown"] > 0).all()
+    for name, mask in weights(folder).items():
+        if name.endswith("weight_mask"):
+            assert not weights(folder)[name.removesuffix("_mask")][~mask].any()
+
+
+def test_the_same_masks_for_fifty_updates_in_float64():
+    masked = network("mlp", density=0.2, width=16)
+    sparse = copy.deepcopy(masked)
+    pairs = [(m, optimizer_of(m, "sgd")) for m in (masked, sparse)]
+    for model, _ in pairs:
+        remember(model, momentum=False)
+    form = sparse_form(sparse)
+    images, labels = batch(32)
+    start = {name: mask.clone() for name, _, mask in masked_weights(masked)}
+    for number in range(150):
+        moves = number % 3 == 2
+        (form.leave if moves else form.enter)(pairs[1][1])
+        for model, optimizer in pairs:
+            forward = form if model is sparse and not moves else model
+            if not moves:
+                step(forward, model, optimizer, images, labels)
+                continue
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(images), labels).backward()
+            update(
+                model, "DST", density=0.2, fraction=0.3, prune="magnitude", growth="gradient",
+                within_initial=False, seed=1, step=number,
+            )  # fmt: skip
+            keep_inside(model, optimizer)
+            for _, weight, mask in masked_weights(model):
+                weight.grad.mul_(mask)
+            optimizer.step()
+        if moves:
+            for (name, _, one), (_, _, other) in zip(*(masked_weights(m) for m, _ in pairs)):
+                assert torch.equal(one, other), (number, name)
+    moved = sum(int((start[n] & ~mask).sum()) for n, _, mask in masked_weights(masked))
+    assert moved > 1000
+
+
+def said(caplog):
+    return [r.message for r in caplog.records if r.message.startswith("sparse compute")]
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["--amp", "bf16"], "--amp bf16 computes in a format"),
+        (["--conv-type", "STRConvER"], "conv1: STRConv2d has no sparse form"),
+        (["--compile"], "--compile has a form of its own"),
+    ],
+)
+def test_where_it_does_not_apply_it_is_said(run, caplog, monkeypatch, argv, reason):
+    caplog.set_level(logging.INFO, "startsparse")
+    monkeypatch.setattr(Trainer, "run_phases", lambda *_: pytest.skip.Exception)
+    monkeypatch.setattr(Trainer, "test", lambda *_: (_ for _ in ()).throw(Crash))
+    with pytest.raises(Crash):
+        run(*ON, *argv)
+    (line,) = said(caplog)
+    assert reason in line
+
+
+def test_without_a_compiler_runs_are_masked_and_say_so_once(run, caplog, monkeypatch, tmp_path):
+    caplog.set_level(logging.INFO, "startsparse")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path / "cache"))
+    build.library.cache_clear()
+    folder = run(*ON, "--epochs", "1")
+    (line,) = said(caplog)
+    assert "there is no C++ compiler no-such-compiler" in line
+    assert "computes" not in pd.read_csv(folder / "density.csv")
+    build.library.cache_clear()
+
+
+def test_momentum_growth_stays_dense(run_dst, caplog):
+    caplog.set_level(logging.INFO, "startsparse")
+    run_dst(
+        *("--sparse", "--model", "mlp", "--width", "16", "--epochs", "1", "--batch-size", "256"),
+        *("--growth", "momentum", "--sparse-compute", "on"),
+    )
+    (line,) = said(caplog)
+    assert "--growth momentum needs the gradients outside" in line
+
+
+def test_auto_decides_at_the_start_and_when_the_density_has_changed(run, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "startsparse")
+    monkeypatch.setattr(compute, "_SMALL", 0.0)
+    monkeypatch.setattr(choice, "_GAIN", float("inf"))
+    asked = []
+    original = compute.choose
+
+    def choose(form, images, classes):
+        asked.append((images.shape, classes))
+        return original(form, images, classes)
+
+    monkeypatch.setattr(compute, "choose", choose)
+    folder = run(
+        *("--arch", "mlp", "--width", "64", "--epochs", "2", "--final_prune_epoch", "2"),
+        *("--threshold-list", "0.19", "0.02", "--set", "digits", "-b", "128"),
+    )
+    assert asked == [(torch.Size([128, 3, 32, 32]), 10)] * 2  # at 0.2 and 0.02, not at 0.19
+    assert len(said(caplog)) == 2
+    assert "times_faster" in pd.read_csv(folder / "density.csv")
+    state = checkpoint.load(folder / "checkpoint.pt")["compute"]
+    assert state["computes"]
+    assert state["density"] == pytest.approx(0.02, rel=0.01)
+
+
+def test_auto_does_not_try_what_takes_no_time(run, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "startsparse")
+    monkeypatch.setattr(compute, "choose", lambda *_: pytest.fail("tried"))
+    run("--arch", "mlp", "--width", "16", "--epochs", "1", "--set", "digits", "-b", "256")
+    assert not said(caplog)
