@@ -239,3 +239,25 @@ def found_masks(model: nn.Module) -> dict[str, Tensor]:
             if mask is not None:
                 found[f"{name}.{kind}" if name else kind] = mask.bool()
     return found
+
+
+@torch.no_grad()
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """State of the ordinary network that computes the same: what is used, and zeros.
+
+    Where BatchNorm has no weight and bias, they are 1 and 0.
+    """
+    if any(layer.ranking == "global" for layer in popup_layers(model).values()):
+        share_out(model)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        if kind in ("weight", "bias"):
+            weight, bias = model.get_submodule(layer).effective()
+            state[name] = weight if kind == "weight" else bias
+        elif kind not in ("weight_score", "bias_score", "weight_mask", "keep"):
+            state[name] = tensor
+        if kind == "running_mean":
+            state[f"{layer}.weight"] = torch.ones_like(tensor)
+            state[f"{layer}.bias"] = torch.zeros_like(tensor)
+    return state

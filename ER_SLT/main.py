@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ER_SLT.edge_popup import popup, set_density
+from ER_SLT.edge_popup import plain_state, popup, set_density
 from ER_SLT.initializers import init_weights
 from ER_SLT.levels import TICKET, densities, phases, record_level, try_shuffles, warn_of_small_masks
 from ER_SLT.options import SLTOptions
 from ER_SLT.ticket import load_ticket, put_in_place
-from startsparse import data, er, flops, masks, parallel, recipe, runs, training
+from startsparse import checkpoint, data, er, flops, masks, parallel, recipe, runs, training
 from startsparse.commandline import from_flags, from_values, own_names, parse
 from startsparse.errors import OptionError, UserError, run_script
 from startsparse.trainer import Trainer
@@ -41,7 +41,7 @@ def train(options: SLTOptions) -> None:
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
-        plan(options, data.SHAPES[options.set])
+        plan(options, recipe.expected_shape(options))
 
     devices = parallel.choose_devices(options.multigpu)
     images = recipe.load_data(options, devices[0])
@@ -60,6 +60,7 @@ def train(options: SLTOptions) -> None:
     trainer.run_phases(phases(options))
 
     result = record_level(trainer, level=options.levels)
+    checkpoint.save(run.folder / "dense_weights.pt", {"model": plain_state(model)})
     if options.shuffle:
         result |= try_shuffles(trainer)
     asked = dict.fromkeys(requested, options.sparsity)

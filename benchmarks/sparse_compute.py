@@ -168,7 +168,7 @@ class Table:
             axis.minorticks_off()
             axis.grid(alpha=0.3)
         figure.axes[0].set_ylabel("times faster than dense")
-        figure.axes[0].legend()
+        figure.axes[-1].legend(loc="upper left")
         figure.savefig(here.with_suffix(".png"), dpi=110)
 
 

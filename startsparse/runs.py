@@ -12,6 +12,8 @@
     random_mask.csv   the random mask that tickets lie in; shuffles.csv: tickets shuffled
     density.csv       one row per layer; layers.json: the same for --er-sparsity-file
     curves.png        curves, and the density per layer
+    dense_weights.pt  soft thresholds, edge-popup: the weights as a plain network has them
+    export/           what startsparse.export writes
     summary.json      the result; a run that has it is finished
 """
 

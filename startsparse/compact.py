@@ -1,0 +1,309 @@
+"""The same function from fewer units.
+
+A unit is a channel of a convolution, or a number that a linear layer gives. It can go if each layer
+that reads it either has no weight for it or reads a constant there, which then goes into that
+layer's bias. A unit without an incoming edge is a constant, behind BatchNorm and ReLU too. A
+convolution that pads is another matter: at the border it reads zeros, not the constant. There only
+a constant of zero can go; other ones are merged into a single unit that stands for all of them.
+
+Maps that are added have the same units: one goes only where it can go for all readers of all of
+them. Each layer keeps one unit at least, with weights of zero if it is not needed.
+"""
+
+import copy
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from startsparse.errors import UserError
+
+_SMALLEST = 0.01  # of a unit that stands for others, beside them: rounding grows by the inverse
+
+
+@torch.no_grad()
+def compact(model: nn.Module) -> nn.Module:
+    """A network in evaluation mode that computes what ``model`` does there, without dead units.
+
+    Equal within rounding. It is a copy with smaller layers in the same places; layers may have
+    gained a bias.
+
+    Args:
+        model: of `startsparse.models`: plain layers without masks, zeros in their weights.
+
+    Raises:
+        UserError: names the first thing in the network of which it is not known what it does.
+    """
+    model = copy.deepcopy(model).eval()
+    try:
+        graph = fx.Tracer().trace(model)
+    except Exception as error:  # whatever a network's own code raises when it is traced
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--compact: the network cannot be traced ({reason})") from None
+    # From the last to the first: a unit that goes takes its incoming edges with it.
+    while sum(_shrink(model, stream) for stream in reversed(_Analysis(model).run(graph))):
+        pass
+    return model
+
+
+def resize(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a convolution or linear layer other parameters, and the sizes that these have."""
+    layer.weight = nn.Parameter(weight)
+    layer.bias = None if bias is None else nn.Parameter(bias)
+    if isinstance(layer, nn.Conv2d):
+        layer.out_channels, layer.in_channels = weight.shape[:2]
+    else:
+        layer.out_features, layer.in_features = weight.shape
+
+
+def keep_units(norm: nn.Module, kept: Tensor) -> None:
+    """Leave a BatchNorm the units with the numbers ``kept``, int64 [k]."""
+    norm.num_features = len(kept)
+    norm.running_mean, norm.running_var = norm.running_mean[kept], norm.running_var[kept]
+    if norm.affine:
+        norm.weight, norm.bias = nn.Parameter(norm.weight[kept]), nn.Parameter(norm.bias[kept])
+
+
+@dataclass(eq=False)
+class _Stream:
+    """Units that can only go together from all that makes, changes and reads them.
+
+    Attributes:
+        makers: names of the layers whose outputs they are, at least one unless ``fixed``.
+        norms: names of their BatchNorms.
+        readers: the layers whose inputs they are, and what is known there: float64 [units], the
+            value of a unit that is the same for every input and pixel, else NaN.
+        fixed: input or output of the network.
+    """
+
+    makers: list[str] = field(default_factory=list)
+    norms: list[str] = field(default_factory=list)
+    readers: list[tuple[str, Tensor]] = field(default_factory=list)
+    fixed: bool = False
+
+
+class _Analysis:
+    """Follows units through a traced network."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.streams: list[_Stream] = []
+        self.values: dict[fx.Node, tuple[_Stream, Tensor]] = {}  # node -> units, what is known
+
+    def run(self, graph: fx.Graph) -> list[_Stream]:
+        """The streams, in the order in which they begin."""
+        for node in graph.nodes:
+            getattr(self, f"_{self._kind(node)}")(node)
+        return self.streams
+
+    def _kind(self, node: fx.Node) -> str:
+        if node.op in ("placeholder", "get_attr", "output"):
+            return node.op
+        target = node.target
+        if node.op == "call_module":
+            module = self.model.get_submodule(target)
+            name = type(module).__name__
+            kind = next((kind for kind, types in _MODULES.items() if type(module) in types), None)
+        else:
+            name, kind = getattr(target, "__name__", target), _FUNCTIONS.get(target)
+        if kind is None:
+            raise UserError(f"--compact: it is not known what {name} ({node}) does to units")
+        return kind
+
+    def _placeholder(self, node: fx.Node) -> None:
+        self._begin(node, _Stream(fixed=True), torch.tensor([torch.nan], dtype=torch.float64))
+
+    def _get_attr(self, node: fx.Node) -> None:
+        """A constant of the network: no units."""
+
+    def _output(self, node: fx.Node) -> None:
+        self.values[node.args[0]][0].fixed = True
+
+    def _product(self, node: fx.Node) -> None:
+        layer = self.model.get_submodule(node.target)
+        if isinstance(layer, nn.Conv2d) and (layer.groups > 1 or layer.padding_mode != "zeros"):
+            raise UserError(f"--compact: {node.target}: groups or padding that is not with zeros")
+        stream, known = self.values[node.args[0]]
+        inputs = layer.weight.shape[1]
+        if len(known) not in (1, inputs):
+            raise UserError(f"--compact: {node.target}: {len(known)} maps, {inputs} inputs")
+        known = known.expand(inputs)
+        stream.readers.append((node.target, known))
+        self._begin(node, _Stream(makers=[node.target]), _outcome(layer, known))
+
+    def _norm(self, node: fx.Node) -> None:
+        norm = self.model.get_submodule(node.target)
+        if norm.running_mean is None:
+            raise UserError(f"--compact: {node.target}: BatchNorm without running statistics")
+        stream, known = self.values[node.args[0]]
+        stream.norms.append(node.target)
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        shift = torch.zeros_like(scale)
+        if norm.affine:
+            scale, shift = scale * norm.weight.double(), norm.bias.double()
+        known = (known - norm.running_mean.double()) * scale + shift
+        self.values[node] = stream, torch.where(scale == 0, shift, known)
+
+    def _relu(self, node: fx.Node) -> None:
+        stream, known = self.values[node.args[0]]
+        self.values[node] = stream, known.relu()
+
+    def _add(self, node: fx.Node) -> None:
+        if len(node.args) != 2 or any(arg not in self.values for arg in node.args):
+            raise UserError(f"--compact: {node}: an addition of something else than two maps")
+        (one, known), (other, also_known) = (self.values[arg] for arg in node.args)
+        if one is not other:
+            for name in ("makers", "norms", "readers"):
+                getattr(one, name).extend(getattr(other, name))
+            one.fixed |= other.fixed
+            self.streams.remove(other)
+            for key, (stream, value) in self.values.items():
+                if stream is other:
+                    self.values[key] = one, value
+        self.values[node] = one, known + also_known
+
+    def _matmul(self, node: fx.Node) -> None:
+        if node.args[0].op != "get_attr":
+            raise UserError(f"--compact: {node}: a product of two maps")
+        stream, known = self.values[node.args[1]]  # a sum over nodes keeps zeros and nothing else
+        self.values[node] = stream, torch.where(known == 0, known, torch.nan)
+
+    def _flatten(self, node: fx.Node) -> None:
+        first = node.args[1:2] or (0,)
+        if node.op != "call_module" and first != (1,):
+            raise UserError(f"--compact: {node}: a flatten that does not begin at 1")
+        self._same(node)
+
+    def _mean(self, node: fx.Node) -> None:
+        where = node.kwargs.get("dim") or (node.args[1] if len(node.args) > 1 else None)
+        if where not in ((2, 3), [2, 3]):
+            raise UserError(f"--compact: {node}: a mean over something else than all pixels")
+        self._same(node)
+
+    def _slice(self, node: fx.Node) -> None:
+        where, every = node.args[1], slice(None, None, None)
+        if not isinstance(where, tuple) or where[:2] != (every, every):
+            raise UserError(f"--compact: {node}: a slice of something else than pixels")
+        self._same(node)
+
+    def _same(self, node: fx.Node) -> None:
+        self.values[node] = self.values[node.args[0]]
+
+    def _begin(self, node: fx.Node, stream: _Stream, known: Tensor) -> None:
+        self.streams.append(stream)
+        self.values[node] = stream, known
+
+
+def _edges(layer: nn.Module) -> Tensor:
+    """Bool [out, in]: whether a unit has a weight for another."""
+    return (layer.weight != 0).reshape(*layer.weight.shape[:2], -1).any(2)
+
+
+def _sums(weight: Tensor) -> Tensor:
+    """[out, in] of [out, in, *kernel]: what a constant of 1 brings where nothing is padded."""
+    return weight.reshape(*weight.shape[:2], -1).sum(2)
+
+
+def _pads(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and layer.padding not in ((0, 0), "valid")
+
+
+def _foldable(layer: nn.Module, known: Tensor) -> Tensor:
+    """Bool [in]: which inputs of ``layer`` are constants that its bias can take in."""
+    return known == 0 if _pads(layer) else known.isfinite()
+
+
+def _outcome(layer: nn.Module, known: Tensor) -> Tensor:
+    """What is known of the outputs of ``layer``, float64 [out]."""
+    foldable = _foldable(layer, known)
+    outcome = _sums(layer.weight.double()) @ torch.where(foldable, known, 0)
+    if layer.bias is not None:
+        outcome += layer.bias.double()
+    return torch.where(_edges(layer)[:, ~foldable].any(1), torch.nan, outcome)
+
+
+def _shrink(model: nn.Module, stream: _Stream) -> bool:
+    """Take the units out that can go; whether anything changed."""
+    if stream.fixed:
+        return False
+    gone, stands_in = _dead(model, stream)
+    layers = [model.get_submodule(name) for name in stream.makers]
+    layers += [model.get_submodule(name) for name, _ in stream.readers]
+    if not gone.any() or (len(gone) == 1 and not any(_edges(layer).any() for layer in layers)):
+        return False
+    kept = (~gone).nonzero().squeeze(1)
+    if not len(kept):
+        kept = torch.zeros(1, dtype=torch.long)  # one has to stay; it has no edges from now on
+    for name, known in stream.readers:
+        _unread(model.get_submodule(name), known, gone, kept, stands_in)
+    for name in stream.makers:
+        layer = model.get_submodule(name)
+        live = ~gone[kept]
+        weight = layer.weight[kept] * live.view(-1, *[1] * (layer.weight.dim() - 1))
+        resize(layer, weight, None if layer.bias is None else layer.bias[kept] * live)
+    for name in stream.norms:
+        keep_units(model.get_submodule(name), kept)
+    return True
+
+
+def _dead(model: nn.Module, stream: _Stream) -> tuple[Tensor, int | None]:
+    """Which units can go, bool [units]; the constant unit, if any, that stands for others."""
+    count = len(model.get_submodule(stream.makers[0]).weight)
+    free, constant = torch.ones(2, count, dtype=torch.bool)
+    size = torch.ones(count, dtype=torch.float64)  # beside the largest constant, where that counts
+    for name, known in stream.readers:
+        layer = model.get_submodule(name)
+        read, foldable = _edges(layer).any(0), _foldable(layer, known)
+        free &= ~read | foldable
+        constant &= ~read | known.isfinite()
+    left = constant & ~free
+    for name, known in stream.readers:
+        layer = model.get_submodule(name)
+        if (left & _edges(layer).any(0) & ~_foldable(layer, known)).any():
+            constants = torch.where(left & known.isfinite(), known.abs(), 0)
+            size = size.minimum(constants / constants.max())
+    size = torch.where(left, size, 0)
+    if left.sum() < 2 or size.max() < _SMALLEST:
+        return free, None
+    stands_in = int(size.argmax())
+    left[stands_in] = False
+    return free | left, stands_in
+
+
+def _unread(
+    layer: nn.Module, known: Tensor, gone: Tensor, kept: Tensor, stands_in: int | None
+) -> None:
+    """Make ``layer`` read the units ``kept`` only, and put what the others bring elsewhere."""
+    weight = layer.weight.double()
+    given = torch.where(gone & _edges(layer).any(0), known, 0)
+    bias = layer.bias
+    if given.any() and _pads(layer):
+        share = given / known[stands_in]
+        weight[:, stands_in] += (weight * share[:, None, None]).sum(1)
+    elif given.any():
+        bias = (0 if bias is None else bias.double()) + _sums(weight) @ given
+    weight[:, gone] = 0
+    kind = layer.weight.dtype
+    resize(layer, weight[:, kept].to(kind), None if bias is None else bias.to(kind))
+
+
+_MODULES: dict[str, tuple[type[nn.Module], ...]] = {
+    "product": (nn.Conv2d, nn.Linear),
+    "norm": (nn.BatchNorm1d, nn.BatchNorm2d),
+    "relu": (nn.ReLU,),
+    "flatten": (nn.Flatten,),
+    "same": (nn.Identity, nn.Dropout, nn.MaxPool2d, nn.AdaptiveAvgPool2d),
+}
+
+_FUNCTIONS: dict[str | Callable, str] = {
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
+    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), "add"),
+    **dict.fromkeys((operator.matmul, torch.matmul, torch.Tensor.matmul, "matmul"), "matmul"),
+    **dict.fromkeys((torch.flatten, "flatten"), "flatten"),
+    **dict.fromkeys((torch.mean, "mean"), "mean"),
+    operator.getitem: "slice",
+    **dict.fromkeys((F.dropout, "to"), "same"),
+}

@@ -1,0 +1,230 @@
+"""A finished run -> its tested network as a file that others can read.
+
+``python -m startsparse.export RUN --format safetensors|csr|onnx [--compact]``; what the files hold
+is said in `startsparse.formats`. `load` makes a network of the first two again.
+"""
+
+import copy
+import dataclasses
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+import yaml
+from torch import Tensor, nn
+
+from startsparse import checkpoint, data, footprint, models, runs
+from startsparse.commandline import choice, default_is, from_flags
+from startsparse.compact import compact
+from startsparse.errors import OptionError, UserError, run_script
+from startsparse.formats import (
+    KIND,
+    PACKAGES,
+    Facts,
+    load,
+    load_csr,
+    rebuild,
+    write_csr,
+    write_dense,
+    write_onnx,
+)
+from startsparse.options import require_range
+
+__all__ = ["Trained", "export", "load", "load_csr", "main", "read_run"]
+
+ENDINGS = {"safetensors": ".safetensors", "csr": ".csr.safetensors", "onnx": ".onnx"}
+"""What the name of a file ends in, by --format."""
+
+
+@dataclasses.dataclass
+class Trained:
+    """The network of a finished run.
+
+    Attributes:
+        model: plain layers, in evaluation mode.
+        source: the file its weights are from.
+        facts: the metadata of its exports.
+        input: shape of one example, or of the whole graph.
+    """
+
+    model: nn.Module
+    source: Path
+    facts: Facts
+    input: tuple[int, int, int, int]
+
+
+def read_run(folder: Path) -> Trained:
+    """The tested network of the finished run in ``folder``.
+
+    Raises:
+        UserError: there is no such run, it is not finished, or its files are not what they should
+            be.
+    """
+    if not (folder / "options.yaml").exists():
+        raise OptionError(f"RUN: {folder} is no run folder (it has no options.yaml)")
+    result = runs.summary(folder)
+    if result is None:
+        raise UserError(f"{folder}: not finished; go on with --resume {folder}, then export it")
+    try:
+        options = dict(yaml.safe_load((folder / "options.yaml").read_text()))
+    except (yaml.YAMLError, TypeError, ValueError):
+        options = {}
+    # The names of the three scripts for one thing; where --data is the set, there is a --data-dir.
+    name = options.get("set") or options.get("dataset") or options.get("data")
+    arch = options.get("arch") or options.get("model")
+    if name not in data.SHAPES or arch not in models.MODELS:
+        raise UserError(f"{folder / 'options.yaml'}: tells no known network and data set")
+
+    state, source = _plain_state(folder, options.get("select", "best"))
+    weights = [tensor for tensor in state.values() if tensor.dim() > 1]
+    shape = data.SHAPES[name]
+    network = {
+        "arch": arch,
+        "classes": len(weights[-1]),
+        "channels": weights[0].shape[1] // (1 if weights[0].dim() > 2 else shape.size**2),
+        "size": shape.size,
+        "width": options.get("width", 0),
+        "resnet_type": options.get("resnet_type", ""),
+        "imagenet": name == "imagenet",
+    }
+    adjacency = None
+    if shape.nodes:
+        root = data.data_root(options.get("data_dir", options.get("data")))
+        adjacency = data.SETS[name](root, options.get("mirror", "")).adjacency
+    model = rebuild(network, state, source, adjacency)
+    facts = {
+        "kind": KIND,
+        "network": json.dumps(network),
+        "set": name,
+        "density": repr(footprint.density(model)),
+        "test_accuracy": repr(result["test_accuracy"]),
+    }
+    nodes = 1 if adjacency is None else len(adjacency)
+    size = network["size"]
+    return Trained(model, source, facts, (nodes, network["channels"], size, size))
+
+
+def _plain_state(folder: Path, select: str) -> tuple[dict[str, Tensor], Path]:
+    """What the tested network computes with, and the file that says so."""
+    path = folder / "dense_weights.pt"  # where weights are not what a layer computes with
+    if not path.exists():
+        path = folder / ("best.pt" if select == "best" else "checkpoint.pt")
+    state = checkpoint.load(path)["model"]
+    if any(name.endswith((".threshold_logit", ".weight_score")) for name in state):
+        raise UserError(
+            f"{folder}: has no dense_weights.pt, which runs with soft thresholds or edge-popup "
+            "leave at their end since they can be exported; run it again"
+        )
+    # Buffers that scripts keep beside the weights; adding 0 makes a 0 of every -0.
+    own = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    plain = {}
+    for name, tensor in state.items():
+        if name.rpartition(".")[2] in own:
+            mask = state.get(f"{name}_mask")
+            plain[name] = (tensor if mask is None else tensor * mask) + 0
+    return plain, path
+
+
+@dataclasses.dataclass
+class ExportOptions:
+    """The tested network of a finished run as a file."""
+
+    run: Annotated[str, tyro.conf.Positional] = ""
+    """Run folder"""
+    format: choice(ENDINGS) = "safetensors"
+    """safetensors: dense, with zeros; csr: layers as compressed sparse rows; onnx"""
+    compact: bool = False
+    """Leave out the units that are dead on either side, and all that only they feed"""
+    output: Annotated[str, default_is("in RUN/export")] = ""
+    """File to write; not one that exists"""
+    repeats: int = 20
+    """Forward passes that a latency is the median of (0: do not measure)"""
+
+    def check(self) -> None:
+        """Raise `OptionError` or `UserError` for what cannot be done; names the option."""
+        if not self.run:
+            raise OptionError("RUN: name the folder of a finished run")
+        require_range(self, "repeats", low=0)
+        if self.output and not self.output.endswith(ENDINGS[self.format]):
+            raise OptionError(f"--output: {self.output} should end in {ENDINGS[self.format]}")
+        if self.output and Path(self.output).exists():
+            raise OptionError(f"--output: {self.output} exists; remove it or name another file")
+        missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+        if self.format == "onnx" and missing:
+            raise UserError(f"--format onnx: packages are missing; pip install {' '.join(missing)}")
+
+
+def export(options: ExportOptions) -> Path:
+    """Write the file that checked ``options`` ask for, and say what it saves; its path."""
+    folder = Path(options.run)
+    trained = read_run(folder)
+    if options.format == "onnx" and json.loads(trained.facts["network"])["arch"] == "gcn":
+        raise OptionError("--format: a gcn has a sparse matrix, which onnx has not; take csr")
+    model, facts = trained.model, trained.facts
+    if options.compact:
+        model, facts = compact(model), {**facts, "compact": "true"}
+    name = ("compact" if options.compact else "network") + ENDINGS[options.format]
+    path = Path(options.output) if options.output else folder / "export" / name
+    try:
+        if options.format == "onnx":
+            write_onnx(path, model, facts, trained.input)
+        else:
+            (write_csr if options.format == "csr" else write_dense)(path, model, facts)
+    except OSError as error:
+        raise UserError(f"--output: {path} cannot be written ({error.strerror})") from None
+    print(comparison(trained, model, path, options.repeats))
+    return path
+
+
+def comparison(trained: Trained, model: nn.Module, path: Path, repeats: int) -> str:
+    """The network of a run beside ``model``, which is in the file ``path``: a table for people."""
+    both, files = (trained.model, model), (trained.source, path)
+    counts = [footprint.parameters(network) for network in both]
+    example = torch.zeros(trained.input)
+    cost = [footprint.forward_flops(network, example) for network in both]
+    rows = [
+        ("", trained.source.name, path.name),
+        ("parameters", *(f"{stored:,}" for stored, _ in counts)),
+        ("of them not zero", *(f"{kept:,}" for _, kept in counts)),
+        ("bytes on disk", *(f"{file.stat().st_size:,}" for file in files)),
+        ("FLOPs of one input, dense", *(f"{dense:.4g}" for dense, _ in cost)),
+        ("FLOPs, were zeros free", *(f"{sparse:.4g}" for _, sparse in cost)),
+    ]
+    changed = model is not trained.model
+    networks = [
+        copy.deepcopy(network).to(memory_format=torch.channels_last)
+        for network in both[: 1 + changed]
+    ]
+    graph = trained.input[0] > 1
+    for batch in ((1,) if graph else (1, 64)) if repeats else ():
+        inputs = torch.randn(batch * trained.input[0], *trained.input[1:])
+        inputs = inputs.to(memory_format=torch.channels_last)
+        taken = [f"{1e3 * t:.3g} ms" for t in footprint.latencies(networks, inputs, repeats)]
+        what = "latency, whole graph" if graph else f"latency, batch {batch}"
+        rows.append((what, *taken, *([] if changed else ["the same"])))
+    wide = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [f"{a:<{wide[0]}}  {b:>{wide[1]}}  {c:>{wide[2]}}" for a, b, c in rows]
+    if repeats:
+        lines.append(
+            f"Latencies are of this machine now: PyTorch, dense, {torch.get_num_threads()} "
+            f"thread(s), median of up to {repeats} passes in turns."
+        )
+    return "\n".join([*lines, "", f"network  {path.resolve()}"])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Export one run."""
+    options = from_flags(
+        ExportOptions, list(sys.argv[1:] if argv is None else argv), ExportOptions()
+    )
+    options.check()
+    export(options)
+
+
+if __name__ == "__main__":
+    run_script(main)
