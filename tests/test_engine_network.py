@@ -11,8 +11,8 @@ from torch import nn
 from startsparse import models
 from startsparse.engine import build
 from startsparse.engine.choice import choose
+from startsparse.engine.lowering import UnsupportedError, lower
 from startsparse.engine.network import SparseForm
-from startsparse.engine.program import UnsupportedError, lower
 from startsparse.masks import (
     attach_masks,
     draw_masks,
@@ -192,6 +192,10 @@ def conv(**options):
         (Odd(conv(), nn.AdaptiveAvgPool2d(2)), "layers.1: only a global average"),
         (Odd(conv(), call=lambda x: x.flatten(1)), "a flatten of pixels"),
         (Odd(conv(), call=lambda x: x + 1), "an addition of something else"),
+        (
+            Odd(conv(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 6, 3, padding=1)),
+            "a padded convolution after a global average",
+        ),
         (Odd(conv(), call=lambda x: x.mean(1)), "a mean over something else"),
         (Odd(conv(), call=lambda x: x[:, :2]), "a slice of something else"),
         (Odd(conv(), call=torch.sin), "sin has no sparse form"),

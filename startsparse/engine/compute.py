@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from startsparse.engine.build import NoCompilerError
 from startsparse.engine.choice import Choice, choose
+from startsparse.engine.lowering import UnsupportedError
 from startsparse.engine.network import SparseForm
-from startsparse.engine.program import UnsupportedError
 from startsparse.masks import masked_weights
 
 log = logging.getLogger("startsparse")

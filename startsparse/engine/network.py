@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from startsparse.engine.build import library
 from startsparse.engine.layers import Product
-from startsparse.engine.program import lower
+from startsparse.engine.lowering import lower
 from startsparse.masks import masked_weights
 
 

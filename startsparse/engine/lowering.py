@@ -1,0 +1,296 @@
+"""From a network to its sparse form.
+
+`lower` traces a network and writes it as a list of steps: products (convolutions and linear
+layers), each followed by one pass for BatchNorm or bias, addition and ReLU; poolings; and the way
+in and out. What it does not know it names, and the network stays dense.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from startsparse.engine.entries import Window
+from startsparse.engine.layers import Affine, MaxPool, Product, mean_pixels
+from startsparse.engine.maps import Space
+from startsparse.engine.program import DenseProduct, Program, Step
+from startsparse.errors import UserError
+
+
+class UnsupportedError(UserError):
+    """Something in the network has no sparse form; says what."""
+
+
+@dataclass
+class _Pending:
+    """A product whose BatchNorm, bias, addition and ReLU are still being collected."""
+
+    value: str
+    norm: nn.Module | None = None
+    bias: nn.Parameter | None = None
+    residual: str | None = None
+
+
+def lower(model: nn.Module, shape: tuple[int, int, int]) -> Program:
+    """``model`` as a program for images of ``shape`` [C, H, W].
+
+    Raises:
+        UnsupportedError: names the first thing that has no sparse form.
+    """
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # whatever a network's own code raises when it is traced
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnsupportedError(f"the network cannot be traced ({reason})") from None
+    return _Lowering(model, shape).run(graph)
+
+
+class _Tracer(fx.Tracer):
+    """Takes layers of a kind of their own as a whole, so that they can be named."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Conv2d | nn.Linear) or super().is_leaf_module(module, name)
+
+
+class _Lowering:
+    def __init__(self, model: nn.Module, shape: tuple[int, int, int]):
+        self.model, self.shape = model, shape
+        self.program = Program()
+        self.names: dict[fx.Node, str] = {}  # node -> the value it stands for
+        self.pending: dict[fx.Node, _Pending] = {}
+        self.strides: dict[fx.Node, tuple[str, tuple[int, int]]] = {}  # x[:, :, ::s, ::s]
+        self.readers: list[tuple[str, Window, str]] = []  # value read, how, value made
+        self.means: set[str] = set()  # which are made without a border
+
+    def run(self, graph: fx.Graph) -> Program:
+        for node in graph.nodes:
+            kind = node.op if node.op in ("placeholder", "output") else self._kind(node)
+            getattr(self, f"_{kind}")(node)
+        self._set_borders()
+        return self.program
+
+    def _kind(self, node: fx.Node) -> str:
+        target = node.target
+        if node.op == "call_module":
+            module = self.model.get_submodule(target)
+            for kind, types in _MODULES.items():
+                if type(module) in types:
+                    return kind
+            raise UnsupportedError(f"{target}: {type(module).__name__} has no sparse form")
+        if target in _FUNCTIONS:
+            return _FUNCTIONS[target]
+        raise UnsupportedError(f"{getattr(target, '__name__', target)} has no sparse form")
+
+    # the way in and out
+
+    def _placeholder(self, node: fx.Node) -> None:
+        users = list(node.users)
+        program = self.program
+        program.flat = len(users) == 1 and self._kind(users[0]) == "flatten"
+        channels, height, width = self.shape
+        if program.flat:
+            channels, height, width = channels * height * width, 1, 1
+        program.start = self._value(node, Space(channels, height, width))
+
+    def _output(self, node: fx.Node) -> None:
+        self.program.result = self._ready(node.args[0])
+
+    # products and what follows them
+
+    def _product(self, node: fx.Node) -> None:
+        layer = self.model.get_submodule(node.target)
+        source = node.args[0]
+        value, extra = self.strides.get(source, (None, (1, 1)))
+        value = value or self._ready(source)
+        window = Window()
+        if isinstance(layer, nn.Conv2d):
+            if layer.groups != 1 or set(layer.dilation) != {1} or layer.padding_mode != "zeros":
+                raise UnsupportedError(f"{node.target}: groups, dilation or padding mode")
+            if not isinstance(layer.padding, tuple):
+                raise UnsupportedError(f"{node.target}: padding {layer.padding!r}")
+            if extra != (1, 1) and (layer.kernel_size != (1, 1) or layer.padding != (0, 0)):
+                raise UnsupportedError(f"{node.target}: a slice before a kernel above 1x1")
+            stride = tuple(a * b for a, b in zip(layer.stride, extra))
+            window = Window(layer.kernel_size, stride, layer.padding)
+        given = self.program.spaces[value]
+        if isinstance(layer, nn.Linear) and (given.height, given.width) != (1, 1):
+            raise UnsupportedError(f"{node.target}: a linear layer on pixels")
+        made = window.output(given, layer.weight.shape[0])
+        product = Product(window, given, made)
+        self.program.products[node.target] = product, DenseProduct(layer, window, given, made)
+        name = self._value(node, made)
+        self._emit(self._run_product(node.target), [value], name)
+        self.readers.append((value, window, name))
+        self.pending[node] = _Pending(name, bias=layer.bias)
+        self._finish_unless(node, ("norm", "relu", "add"))
+
+    def _run_product(self, name: str) -> Callable[[Tensor, int], Tensor]:
+        products, sparse = self.program.products[name], self.program.sparse
+        return lambda x, _images: products[0 if name in sparse else 1](x)
+
+    def _norm(self, node: fx.Node) -> None:
+        source = node.args[0]
+        waiting = self.pending.get(source)
+        if waiting and (waiting.norm or waiting.residual or waiting.bias is not None):
+            self._finish(source, relu=False)
+            waiting = None
+        value = waiting.value if waiting else self._ready(source)
+        self.pending.pop(source, None)
+        self.pending[node] = _Pending(value, norm=self.model.get_submodule(node.target))
+        self._finish_unless(node, ("relu", "add"))
+
+    def _add(self, node: fx.Node) -> None:
+        if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+            raise UnsupportedError("an addition of something else than two maps")
+        mine = next((a for a in node.args if self._waits(a)), None)
+        if mine is None:
+            raise UnsupportedError("an addition without a product before it")
+        other = node.args[1] if mine is node.args[0] else node.args[0]
+        residual = self._ready(other)
+        waiting = self.pending.pop(mine)
+        waiting.residual = residual
+        self.pending[node] = waiting
+        self._finish_unless(node, ("relu",))
+
+    def _waits(self, node: fx.Node) -> bool:
+        return node in self.pending and self.pending[node].residual is None
+
+    def _relu(self, node: fx.Node) -> None:
+        source = node.args[0]
+        if source not in self.pending:
+            raise UnsupportedError("a ReLU without a product before it")
+        self._finish(source, relu=True, alias=node)
+
+    def _finish_unless(self, node: fx.Node, kinds: tuple[str, ...]) -> None:
+        """Go on collecting if the only user of ``node`` is one of ``kinds``."""
+        users = list(node.users)
+        if len(users) != 1 or users[0].op == "output" or self._kind(users[0]) not in kinds:
+            self._finish(node, relu=False)
+
+    def _finish(self, node: fx.Node, *, relu: bool, alias: fx.Node | None = None) -> None:
+        waiting = self.pending.pop(node)
+        given = self.program.spaces[waiting.value]
+        affine = Affine(waiting.norm, waiting.bias, relu, given)
+        made = Space(given.channels, given.height, given.width)
+        name = f"{(alias or node).name}/done"
+        self.program.spaces[name] = affine.made = made
+        self.names[node] = self.names[alias or node] = name
+        inputs = [waiting.value]
+        if waiting.residual:
+            inputs.append(waiting.residual)
+            affine.residual = self.program.spaces[waiting.residual]
+        self._emit(_run_affine(affine), inputs, name)
+
+    # pooling, and what changes no number
+
+    def _max_pool(self, node: fx.Node) -> None:
+        pool = self.model.get_submodule(node.target)
+        value = self._ready(node.args[0])
+        numbers = [n if isinstance(n, tuple) else (n, n) for n in
+                   (pool.kernel_size, pool.stride, pool.padding)]  # fmt: skip
+        plain = pool.dilation in (1, (1, 1)) and not pool.ceil_mode and not pool.return_indices
+        if not plain or any(a != b for a, b in numbers):
+            raise UnsupportedError(f"{node.target}: {pool}")
+        given, window = self.program.spaces[value], Window(*numbers)
+        made = window.output(given, given.channels)
+        step = MaxPool(window, given, made)
+        self._emit(lambda x, _images: step(x), [value], self._value(node, made))
+
+    def _mean(self, node: fx.Node) -> None:
+        source = node.args[0]
+        if node.op == "call_module":
+            if self.model.get_submodule(node.target).output_size not in (1, (1, 1)):
+                raise UnsupportedError(f"{node.target}: only a global average has a sparse form")
+        elif (node.kwargs.get("dim") or node.args[1:2]) not in ((2, 3), ((2, 3),)):
+            raise UnsupportedError("a mean over something else than all pixels")
+        value = self._ready(source)
+        given = self.program.spaces[value]
+        name = self._value(node, Space(given.channels, 1, 1))
+        self.means.add(name)
+        self._emit(lambda x, _images: mean_pixels(x, given), [value], name)
+
+    def _flatten(self, node: fx.Node) -> None:
+        value = self._ready(node.args[0])
+        space = self.program.spaces[value]
+        if (space.height, space.width) != (1, 1):
+            raise UnsupportedError("a flatten of pixels")
+        self.names[node] = value
+
+    def _same(self, node: fx.Node) -> None:
+        self.names[node] = self._ready(node.args[0])
+
+    def _slice(self, node: fx.Node) -> None:
+        where = node.args[1]
+        every = slice(None, None, None)
+        fits = isinstance(where, tuple) and len(where) == 4 and where[:2] == (every, every)
+        if not fits or any(s.start or s.stop for s in where[2:]):
+            raise UnsupportedError("a slice of something else than every n-th pixel")
+        if any(self._kind(user) != "product" for user in node.users):
+            raise UnsupportedError("a slice that no product follows")
+        self.strides[node] = self._ready(node.args[0]), tuple(s.step or 1 for s in where[2:])
+
+    # names
+
+    def _value(self, node: fx.Node, space: Space) -> str:
+        self.names[node] = node.name
+        self.program.spaces[node.name] = space
+        return node.name
+
+    def _ready(self, node: fx.Node) -> str:
+        """The value of ``node``, with all that was pending."""
+        if node in self.pending:
+            self._finish(node, relu=False)
+        return self.names[node]
+
+    def _emit(self, run: Callable[..., Tensor], inputs: list[str], output: str) -> None:
+        self.program.steps.append(Step(run, inputs, output))
+
+    def _set_borders(self) -> None:
+        """Give each map the border that its readers need, forward and backward."""
+        spaces = self.program.spaces
+        for value, window, made in self.readers:
+            given, out = spaces[value], spaces[made]
+            given.border = max(given.border, window.border_in(given, out))
+            if given.border and value in self.means:
+                raise UnsupportedError("a padded convolution after a global average")
+            if value != self.program.start:
+                out.border = max(out.border, window.border_out(given, out))
+
+
+def _run_affine(affine: Affine) -> Callable[..., Tensor]:
+    def run(y: Tensor, *rest: Tensor | int) -> Tensor:
+        *residual, images = rest
+        return affine(y, residual[0] if residual else None, images)
+
+    return run
+
+
+_MODULES: dict[str, tuple[type[nn.Module], ...]] = {
+    "product": (nn.Conv2d, nn.Linear),
+    "norm": (nn.BatchNorm1d, nn.BatchNorm2d),
+    "relu": (nn.ReLU,),
+    "max_pool": (nn.MaxPool2d,),
+    "mean": (nn.AdaptiveAvgPool2d,),
+    "flatten": (nn.Flatten,),
+    "same": (nn.Identity,),
+}
+
+_FUNCTIONS: dict[object, str] = {
+    F.relu: "relu",
+    F.relu_: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    "relu": "relu",
+    "relu_": "relu",
+    operator.add: "add",
+    operator.iadd: "add",
+    torch.add: "add",
+    "add_": "add",
+    torch.flatten: "flatten",
+    "flatten": "flatten",
+    "mean": "mean",
+    operator.getitem: "slice",
+}
