@@ -111,7 +111,7 @@ def test_in_float32_it_is_as_exact_as_pytorch():
         F.cross_entropy(form(images.float()), labels).backward()
         for name, layer in form.layers.items():
             expected, theirs = (
-                model.get_submodule(name).weight.grad.reshape(-1)[layer.forward.flat]
+                model.get_submodule(name).weight.grad.reshape(-1)[layer.flat]
                 for model in (exact, masked)
             )
             mine = (layer.values.grad - expected).norm()
@@ -244,7 +244,7 @@ def test_other_networks():
             mine = model.get_submodule(owner)
             if kind == "weight" and owner in form.layers:
                 product = form.layers[owner]
-                gradient = gradient.reshape(-1)[product.forward.flat]
+                gradient = gradient.reshape(-1)[product.flat]
                 assert (product.values.grad - gradient).abs().max() < 1e-10, name
             else:
                 assert (getattr(mine, kind).grad - gradient).abs().max() < 1e-10, name

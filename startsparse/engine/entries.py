@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from startsparse.engine.maps import LANES, Space
+from startsparse.engine.build import library
+from startsparse.engine.maps import LANES, Space, at
+
+_int = ctypes.c_int64
 
 _TILE = 4  # positions that the kernels do at a time
 _CACHE = 36_000  # bytes of input that one tile of positions should read at most
@@ -73,45 +76,32 @@ class Window:
 class Entries:
     """The stored weights of one product, sorted by (block of input channels, row).
 
-    Attributes:
-        flat: int32 [entries], the place of each in the flattened ``mask``.
+    Args:
+        first: int32 [blocks * rows + 1], first entry of each (block, row).
+        offset: int32 [entries], numbers from the row's position to the input of each.
+        rows: number of rows.
     """
 
-    def __init__(self, mask: Tensor, channel_stride: int, tap: Tensor):
-        """List the entries of ``mask``.
-
-        Args:
-            mask: bool [rows, channels, ky, kx].
-            channel_stride: numbers from one input channel to the next.
-            tap: int64 [ky, kx], numbers from the position to the input of each tap.
-        """
-        rows, channels, *kernel = mask.shape
-        taps = math.prod(kernel)
-        count = int(mask.count_nonzero())
-        # A tile of positions reads a strip of the input that is as high as the kernel.
-        strip = kernel[0] * (kernel[1] + _TILE - 1) * LANES * 4
-        size = max(1, _CACHE // strip)  # input channels of a block
-        size = max(size, math.ceil(_PER_ROW * rows * channels / max(count, 1)))
-        self.blocks = math.ceil(channels / size)
-        size = math.ceil(channels / self.blocks)
-        padded = torch.nn.functional.pad(mask.flatten(2), (0, 0, 0, self.blocks * size - channels))
-        sorted_ = padded.view(rows, self.blocks, size * taps).transpose(0, 1)
-        block, row, rest = sorted_.nonzero().unbind(1)
-        channel, k = block * size + rest // taps, rest % taps
-        self.flat = ((row * channels + channel) * taps + k).int()
-        self.offset = (channel * channel_stride + tap.flatten()[k]).int()
-        ends = sorted_.sum(2).flatten().cumsum(0)
-        self.first = torch.nn.functional.pad(ends, (1, 0)).int()
-        self.rows = rows
-        per_row = count / max(rows * self.blocks, 1)
+    def __init__(self, first: Tensor, offset: Tensor, rows: int):
+        self.first, self.offset, self.rows = first, offset, rows
+        per_row = len(offset) / (len(first) - 1)
         self.group = _TILE * min(32, max(1, round(_PER_GROUP / max(per_row, 1e-9))))
 
     def __len__(self) -> int:
-        return len(self.flat)
+        return len(self.offset)
 
     def view(self) -> CEntries:
         """For the kernels."""
-        return CEntries(self.first.data_ptr(), self.offset.data_ptr(), self.blocks, self.rows)
+        blocks = (len(self.first) - 1) // self.rows
+        return CEntries(self.first.data_ptr(), self.offset.data_ptr(), blocks, self.rows)
+
+
+def _block_size(kernel: tuple[int, int], rows: int, channels: int, count: int) -> int:
+    """Input channels of a block, for ``count`` entries in all."""
+    # A tile of positions reads a strip of the input that is as high as the kernel.
+    strip = kernel[0] * (kernel[1] + _TILE - 1) * LANES * 4
+    size = max(1, _CACHE // strip, math.ceil(_PER_ROW * rows * channels / max(count, 1)))
+    return math.ceil(channels / math.ceil(channels / size))
 
 
 class Positions:
@@ -145,10 +135,30 @@ def forward_positions(window: Window, given: Space, made: Space, blocks: int) ->
     )
 
 
-def forward_entries(mask: Tensor, given: Space) -> Entries:
-    """Entries of a weight's ``mask`` [out, in, ky, kx] that reads the map ``given``."""
-    tap = torch.arange(mask.shape[2])[:, None] * given.row + torch.arange(mask.shape[3])
-    return Entries(mask, given.plane * LANES, tap * LANES)
+def forward_entries(mask: Tensor, given: Space) -> tuple[Entries, Tensor]:
+    """Entries of a weight that reads the map ``given``.
+
+    Args:
+        mask: bool [out, in, ky, kx], contiguous.
+
+    Returns:
+        The entries, and int32 [entries], the place of each in the flattened mask.
+    """
+    rows, channels, *kernel = mask.shape
+    count = int(mask.count_nonzero())
+    size = _block_size(kernel, rows, channels, count)
+    tap = torch.arange(kernel[0])[:, None] * given.row + torch.arange(kernel[1])
+    tap = (LANES * tap).flatten()
+    sizes = [_int(n) for n in (rows, channels, len(tap), size)]
+    kernels = library(torch.float32)
+    counts = torch.zeros(math.ceil(channels / size) * rows + 1, dtype=torch.int32)
+    kernels.count_entries(at(mask), *sizes, at(counts[1:]))
+    first = counts.cumsum(0, dtype=torch.int32)
+    offset, flat = torch.empty(2, count, dtype=torch.int32)
+    kernels.list_entries(
+        *(at(mask), *sizes, _int(given.plane * LANES), at(tap), at(first), at(offset), at(flat))
+    )
+    return Entries(first, offset, rows), flat
 
 
 def backward_phases(window: Window) -> list[tuple[slice, slice]]:
@@ -176,8 +186,28 @@ def backward_positions(
     )
 
 
-def backward_entries(mask: Tensor, made: Space, phase: tuple[slice, slice]) -> Entries:
-    """Entries of a phase of the weight's ``mask``, by input channel; they read the map ``made``."""
-    part = mask[:, :, phase[0], phase[1]].transpose(0, 1).contiguous()
-    tap = -(torch.arange(part.shape[2])[:, None] * made.row + torch.arange(part.shape[3]))
-    return Entries(part, made.plane * LANES, tap * LANES)
+def backward_entries(
+    forward: Entries, flat: Tensor, mask: Tensor, made: Space, phase: tuple[slice, slice]
+) -> tuple[Entries, Tensor]:
+    """Entries of a phase, by input channel; they read the map ``made``.
+
+    Args:
+        forward, flat: `forward_entries` of ``mask``.
+
+    Returns:
+        The entries, and int32 [entries], which forward entry each is.
+    """
+    rows, channels, *kernel = mask.shape
+    tap = torch.full(kernel, torch.iinfo(torch.int64).min)
+    y, x = (torch.arange(len(range(k)[taps])) for k, taps in zip(kernel, phase))
+    tap[phase] = -LANES * (y[:, None] * made.row + x)
+    size = _block_size((len(y), len(x)), channels, rows, len(forward))
+    counts = torch.zeros(math.ceil(rows / size) * channels + 1, dtype=torch.int32)
+    what = forward.view(), at(flat), _int(channels), _int(tap.numel()), at(tap), _int(size)
+    kernels = library(torch.float32)
+    kernels.count_transposed(*what, at(counts[1:]))
+    first = counts.cumsum(0, dtype=torch.int32)
+    offset, order = torch.empty(2, int(first[-1]), dtype=torch.int32)
+    following = first.clone()
+    kernels.list_transposed(*what, _int(made.plane * LANES), at(following), at(offset), at(order))
+    return Entries(first, offset, channels), order

@@ -9,20 +9,17 @@ from torch.autograd.function import once_differentiable
 from startsparse.engine import entries
 from startsparse.engine.build import library
 from startsparse.engine.entries import Entries, Positions, Window
-from startsparse.engine.maps import LANES, NO_MAP, Space
+from startsparse.engine.maps import LANES, NO_MAP, Space, at
 
 _bool, _int, _double = ctypes.c_bool, ctypes.c_int64, ctypes.c_double
-
-
-def _at(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
 
 
 class Product:
     """A convolution or linear layer that stores and computes only what its mask allows.
 
     A linear layer is a 1x1 convolution of maps of one pixel. ``values`` is the parameter: the
-    weights inside the mask, in the order of ``forward.flat``.
+    weights inside the mask, in the order of ``flat``, their places in the flattened
+    weight.
     """
 
     def __init__(self, window: Window, given: Space, made: Space):
@@ -37,22 +34,18 @@ class Product:
     def set_mask(self, mask: Tensor) -> None:
         """List the entries of ``mask``, bool of the weight's shape [out, in, (ky, kx)]."""
         mask = mask.contiguous().view(*mask.shape[:2], *self.window.kernel)
-        self.forward = entries.forward_entries(mask, self.given)
-        place = torch.zeros(mask.shape, dtype=torch.int32)
-        place.view(-1)[self.forward.flat] = torch.arange(len(self.forward), dtype=torch.int32)
-        self.backward = []
-        for phase in self.phases:
-            part = entries.backward_entries(mask, self.made, phase)
-            here = place[:, :, phase[0], phase[1]].transpose(0, 1).reshape(-1)
-            self.backward.append((part, here[part.flat]))
-            del part.flat
+        self.forward, self.flat = entries.forward_entries(mask, self.given)
+        self.backward = [
+            entries.backward_entries(self.forward, self.flat, mask, self.made, phase)
+            for phase in self.phases
+        ]
 
     def lists(self) -> list[Tensor]:
         """All that is stored beside the values to find their places."""
         parts = [self.forward, *(part for part, _ in self.backward)]
         tensors = [t for part in parts for t in (part.offset, part.first)]
         places = [t for pair in self._places[1] for t in (pair.given, pair.made)]
-        return [*tensors, *places, self.forward.flat, *(order for _, order in self.backward)]
+        return [*tensors, *places, self.flat, *(order for _, order in self.backward)]
 
     def positions(self, blocks: int) -> list[Positions]:
         """Of the output, and of each phase of the input's gradient."""
@@ -69,7 +62,7 @@ class Product:
 
 
 def _gather(x: Tensor, y: Tensor, values: Tensor, part: Entries, places: Positions) -> None:
-    library(x.dtype).gather(_at(x), _at(y), _at(values), part.view(), places.view(part.group))
+    library(x.dtype).gather(at(x), at(y), at(values), part.view(), places.view(part.group))
 
 
 class _Product(torch.autograd.Function):
@@ -92,7 +85,7 @@ class _Product(torch.autograd.Function):
             d_values, part = torch.empty_like(values), layer.forward
             scratch = torch.empty(len(part) * kernels.vector_width(), dtype=x.dtype)
             places = forward.view(part.group)
-            kernels.weights(_at(x), _at(d_y), _at(d_values), _at(scratch), part.view(), places)
+            kernels.weights(at(x), at(d_y), at(d_values), at(scratch), part.view(), places)
         if ctx.needs_input_grad[0]:
             d_x = layer.given.empty(len(x), x)
             if layer.skips:
@@ -131,7 +124,7 @@ class Affine:
                 raise ValueError("BatchNorm in training needs more than one value per channel")
             mean, variance = torch.empty_like(one), torch.empty_like(one)
             library(y.dtype).moments(
-                self.given.view(y), _last(images), _double(count), _at(mean), _at(variance)
+                self.given.view(y), _last(images), _double(count), at(mean), at(variance)
             )
             if norm.training and norm.running_mean is not None:
                 self._keep(mean, variance * (count / (count - 1)))
@@ -175,7 +168,7 @@ class _Affine(torch.autograd.Function):
         z = layer.made.empty(len(y), y)
         other = NO_MAP if residual is None else layer.residual.view(residual)
         library(y.dtype).affine(
-            layer.given.view(y), _at(scale), _at(shift), other, _bool(layer.relu), _last(images),
+            layer.given.view(y), at(scale), at(shift), other, _bool(layer.relu), _last(images),
             layer.made.view(z),
         )  # fmt: skip
         with_residual = layer.relu and residual is not None
@@ -196,9 +189,9 @@ class _Affine(torch.autograd.Function):
         count = images * layer.given.height * layer.given.width
         library(y.dtype).affine_backward(
             layer.made.view(d_z), NO_MAP if z is None else layer.made.view(z), layer.given.view(y),
-            _at(mean), _at(inverse), _at(scale), _at(shift), _bool(layer.relu), _bool(ctx.batch),
+            at(mean), at(inverse), at(scale), at(shift), _bool(layer.relu), _bool(ctx.batch),
             _last(images), _double(count), layer.given.view(d_y),
-            layer.residual.view(d_residual) if ctx.residual else NO_MAP, _at(d_gamma), _at(d_beta),
+            layer.residual.view(d_residual) if ctx.residual else NO_MAP, at(d_gamma), at(d_beta),
         )  # fmt: skip
         return d_y, d_residual, d_gamma, d_beta, None, None, None, None, None
 

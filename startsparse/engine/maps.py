@@ -71,6 +71,11 @@ class Space:
         return (LANES * pixels).flatten()
 
 
+def at(tensor: Tensor) -> ctypes.c_void_p:
+    """Where ``tensor`` begins, for the kernels."""
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
 def to_map(images: Tensor, space: Space) -> Tensor:
     """[B, C, H, W] -> a map. Differentiable."""
     missing = -len(images) % LANES

@@ -80,7 +80,7 @@ class SparseForm:
                 continue
             layer = layers[name]
             self._list(name, layer, mask)
-            flat = layer.forward.flat
+            flat = layer.flat
             shape, stride = weight.shape, weight.stride()
             layer.values = nn.Parameter(
                 weight.reshape(-1)[flat], requires_grad=weight.requires_grad
@@ -101,7 +101,7 @@ class SparseForm:
             if name not in self.program.sparse:
                 continue
             layer = self.program.products[name][0]
-            values, flat = layer.values, layer.forward.flat
+            values, flat = layer.values, layer.flat
 
             def dense(vector: Tensor, values: Tensor = values, flat: Tensor = flat) -> Tensor:
                 shape, stride = values.dense

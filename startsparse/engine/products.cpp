@@ -19,6 +19,7 @@
 #include "maps.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace {
 
@@ -78,9 +79,89 @@ inline void weights_tile(const Scalar* in, const Scalar* d_out, const int64_t* f
   }
 }
 
+// f(place) for every place from begin to end where the mask is true.
+template <typename F>
+inline void each_true(const bool* mask, int64_t begin, int64_t end, F f) {
+  for (int64_t i = begin; i < end; i += 8) {
+    uint64_t eight = 1;
+    if (i + 8 <= end) std::memcpy(&eight, mask + i, 8);  // mostly all are false
+    if (eight == 0) continue;
+    for (int64_t j = i; j < std::min(i + 8, end); j++)
+      if (mask[j]) f(j);
+  }
+}
+
 }  // namespace
 
 extern "C" {
+
+// counts [blocks * rows]: how many of mask [rows, channels, taps] are true in each (block, row);
+// a block is `size` channels, the last may be smaller.
+void count_entries(const bool* mask, int64_t rows, int64_t channels, int64_t taps, int64_t size,
+                   int32_t* counts) {
+  at::parallel_for(0, rows, 8, [&](int64_t row0, int64_t row1) {
+    for (int64_t row = row0; row < row1; row++)
+      for (int64_t c = 0, block = 0; c < channels; c += size, block++) {
+        int32_t count = 0;
+        const bool* from = mask + (row * channels + c) * taps;
+        for (int64_t i = 0; i < std::min(size, channels - c) * taps; i++) count += from[i];
+        counts[block * rows + row] = count;
+      }
+  });
+}
+
+// Fills offset and flat (the place in the mask) of each entry; first: [blocks * rows + 1] summed
+// counts.
+void list_entries(const bool* mask, int64_t rows, int64_t channels, int64_t taps, int64_t size,
+                  int64_t channel_stride, const int64_t* tap, const int32_t* first,
+                  int32_t* offset, int32_t* flat) {
+  at::parallel_for(0, rows, 8, [&](int64_t row0, int64_t row1) {
+    for (int64_t row = row0; row < row1; row++)
+      for (int64_t c = 0, block = 0; c < channels; c += size, block++) {
+        const int64_t start = row * channels * taps, last = std::min(c + size, channels);
+        int32_t entry = first[block * rows + row];
+        each_true(mask, start + c * taps, start + last * taps, [&](int64_t place) {
+          const int64_t here = place - start;
+          offset[entry] = here / taps * channel_stride + tap[here % taps];
+          flat[entry++] = place;
+        });
+      }
+  });
+}
+
+// The same entries by input channel, for the gradient of the input: row and channel change places.
+// first, flat: of the forward entries. tap: [taps] offsets, or `no_tap` for one that is left out.
+constexpr int64_t no_tap = INT64_MIN;
+
+void count_transposed(Entries forward, const int32_t* flat, int64_t channels, int64_t taps,
+                      const int64_t* tap, int64_t size, int32_t* counts) {
+  for (int64_t row = 0; row < forward.rows; row++)
+    for (int64_t block = 0; block < forward.blocks; block++) {
+      const int32_t* bounds = forward.first + block * forward.rows + row;
+      for (int32_t e = bounds[0]; e < bounds[1]; e++) {
+        const int64_t here = flat[e] - row * channels * taps;
+        if (tap[here % taps] != no_tap) counts[row / size * channels + here / taps]++;
+      }
+    }
+}
+
+// next: [blocks * channels] summed counts, which are moved on. Fills offset, and order: which
+// forward entry it is.
+void list_transposed(Entries forward, const int32_t* flat, int64_t channels, int64_t taps,
+                     const int64_t* tap, int64_t size, int64_t row_stride, int32_t* next,
+                     int32_t* offset, int32_t* order) {
+  for (int64_t row = 0; row < forward.rows; row++)
+    for (int64_t block = 0; block < forward.blocks; block++) {
+      const int32_t* bounds = forward.first + block * forward.rows + row;
+      for (int32_t e = bounds[0]; e < bounds[1]; e++) {
+        const int64_t here = flat[e] - row * channels * taps, k = here % taps;
+        if (tap[k] == no_tap) continue;
+        const int32_t place = next[row / size * channels + here / taps]++;
+        offset[place] = row * row_stride + tap[k];
+        order[place] = e;
+      }
+    }
+}
 
 // value: [entries]; in, out: maps; every row is written at every position.
 void gather(const Scalar* in, Scalar* out, const Scalar* value, Entries entries, Positions at) {
