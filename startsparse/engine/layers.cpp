@@ -9,8 +9,8 @@
 
 namespace {
 
-// f(n, h, mask) for every row of a channel; the mask tells the lanes of block n that hold images, by
-// 1 and 0, and is nullptr where all do.
+// f(n, h, mask) for every row of a channel; the mask tells the lanes of block n that hold images,
+// by 1 and 0, and is nullptr where all do.
 template <typename F>
 inline void each_row(const Map& y, const Scalar* mask, F f) {
   for (int64_t n = 0; n < y.blocks; n++)
