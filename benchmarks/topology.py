@@ -14,12 +14,31 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
+from torch import nn
 
 from benchmarks.steps import OneBatch, devices, make_step
 from ER_DST.topology import GROWTH, add_to_momentum, remember, update
 from ER_DST.updates import describe
 from startsparse import models, parallel, training
 from startsparse.masks import attach_masks, draw_masks, keep_inside, masked_weights, sparse_layers
+
+
+def move_masks(model: nn.Module, optimizer: torch.optim.Optimizer, growth: str, step: int) -> None:
+    """One update as a run makes it, with all that it writes down."""
+    before = {name: mask.clone() for name, _, mask in masked_weights(model)}
+    update(
+        model,
+        "GraNet",
+        density=0.01,
+        fraction=0.5,
+        prune="magnitude",
+        growth=growth,
+        within_initial=False,
+        seed=1,
+        step=step,
+    )
+    keep_inside(model, optimizer)
+    describe(model, before)
 
 
 def make_update(growth: str, device: torch.device) -> Callable[[], float]:
@@ -44,20 +63,7 @@ def make_update(growth: str, device: torch.device) -> Callable[[], float]:
                 mask.copy_(mask_before)
         _wait(device)
         started = time.perf_counter()
-        before = {name: mask.clone() for name, _, mask in masked_weights(model)}
-        update(
-            model,
-            "GraNet",
-            density=0.01,
-            fraction=0.5,
-            prune="magnitude",
-            growth=growth,
-            within_initial=False,
-            seed=1,
-            step=1,
-        )
-        keep_inside(model, optimizer)
-        describe(model, before)
+        move_masks(model, optimizer, growth, 1)
         _wait(device)
         return time.perf_counter() - started
 
@@ -79,22 +85,9 @@ def peak(growth: str, device: torch.device) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
 
     def change(step: int) -> None:
-        before = {name: mask.clone() for name, _, mask in masked_weights(model)}
         if growth == "momentum":
             add_to_momentum(model, 0.9)
-        update(
-            model,
-            "GraNet",
-            density=0.01,
-            fraction=0.5,
-            prune="magnitude",
-            growth=growth,
-            within_initial=False,
-            seed=1,
-            step=step,
-        )
-        keep_inside(model, optimizer)
-        describe(model, before)
+        move_masks(model, optimizer, growth, step)
 
     for _ in range(3):
         training.train_epoch(

@@ -1,6 +1,7 @@
 """Whole networks in their sparse form against the masked ones, and what has no sparse form."""
 
 import copy
+import itertools
 import re
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from startsparse import models
-from startsparse.engine import build
+from startsparse.engine import build, choice
 from startsparse.engine.choice import choose
 from startsparse.engine.lowering import UnsupportedError, lower
 from startsparse.engine.network import SparseForm
@@ -250,15 +251,22 @@ def test_other_networks():
                 assert (getattr(mine, kind).grad - gradient).abs().max() < 1e-10, name
 
 
-def test_the_choice_leaves_everything_as_it_was():
-    model = network("vgg11", density=0.02, dtype=torch.float32, width=16)
+def clock(monkeypatch, dense, sparse):
+    """Everything is tried, and said to take ``dense`` and ``sparse`` seconds in turns."""
+    seconds = itertools.cycle([dense, sparse])
+    monkeypatch.setattr(choice, "_fastest", lambda run: (run(), next(seconds))[1])
+
+
+@pytest.mark.parametrize(("sparse", "share"), [(0.5, 0.5), (0.97, 0.97), (2.0, float("inf"))])
+def test_the_choice_takes_the_faster_and_leaves_everything_as_it_was(monkeypatch, sparse, share):
+    clock(monkeypatch, 1.0, sparse)
+    model = network("vgg11", density=0.1, dtype=torch.float32)
     before = copy.deepcopy(model.state_dict())
     form = SparseForm(model, SHAPE)
     found = choose(form, batch(32, torch.float32)[0], classes=10)
-    assert set(found.layers) == set(form.layers)
-    assert form.computes == found.computes
-    assert found.computes  # at this density there is no doubt
-    assert found.share < 0.95
+    assert found.layers == pytest.approx(dict.fromkeys(form.layers, 1 / sparse))
+    assert found.share == share
+    assert form.computes == found.computes == (set(form.layers) if share < 0.95 else set())
     assert not form.entered
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
