@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from startsparse.engine.entries import Window
-from startsparse.engine.layers import Affine, MaxPool, Product, mean_pixels
+from startsparse.engine.layers import Affine, MaxPool, MeanPixels, Product
 from startsparse.engine.maps import LANES, Space, to_images, to_map
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -44,13 +44,18 @@ def check_product(mask, window, height, width, images, dtype):
     y.backward(d_y)
 
     product.values = nn.Parameter(weight.detach().reshape(-1)[product.flat])
-    mine = x.detach().clone().requires_grad_()
-    found = product(to_map(mine, product.given))
+    found, kept = product.forward(to_map(x.detach(), product.given), images)
     close(to_images(found, product.made, images), y, TOLERANCE[dtype])
-    found.backward(to_map(d_y, product.made))
+    (d_x,), (d_values,) = product.backward(kept, to_map(d_y, product.made), [None])
     tolerance = TOLERANCE[dtype] * max(1, y.numel() / 100)
-    close(mine.grad, x.grad, tolerance)
-    close(product.values.grad, weight.grad.reshape(-1)[product.flat], tolerance)
+    close(to_images(d_x, product.given, images), x.grad, tolerance)
+    close(d_values, weight.grad.reshape(-1)[product.flat], tolerance)
+
+    so_far = normal(4, *x.shape, dtype=dtype)
+    d_x = product.backward(kept, to_map(d_y, product.made), [to_map(so_far, product.given)])[0][0]
+    close(to_images(d_x, product.given, images), x.grad + so_far, tolerance)
+    product.values.requires_grad_(False)
+    assert product.backward(kept, to_map(d_y, product.made), None) == ([None], [None])
 
 
 @given(
@@ -80,25 +85,28 @@ def test_products_in_several_blocks_of_channels(channels, pixels, density):
     mask[3] = mask[:, 5] = False  # an output and an input without an edge
     window = Window((kernel, kernel), padding=(kernel // 2,) * 2)
     product = product_of(mask, window, pixels, pixels)
-    assert (density == 0.5) <= (len(product.forward.first) > len(mask) + 1)
+    assert (density == 0.5) <= (len(product.entries.first) > len(mask) + 1)
     check_product(mask, window, pixels, pixels, 37, torch.float64)
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
     mask = torch.rand(24, 30, 3, 3) < 0.2
     product = product_of(mask, Window((3, 3), padding=(1, 1)), 7, 7)
-    product.values = nn.Parameter(normal(1, len(product.forward), dtype=torch.float32))
+    product.values = nn.Parameter(normal(1, len(product.entries), dtype=torch.float32))
     affine = Affine(nn.BatchNorm2d(24), None, True, product.made)
-    x = to_map(normal(2, 20, 30, 7, 7, dtype=torch.float32), product.given).requires_grad_()
+    x = to_map(normal(2, 20, 30, 7, 7, dtype=torch.float32), product.given)
 
     def run(threads):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        z = affine(product(x), None, 20)
+        y, of_product = product.forward(x, 20)
+        z, of_affine = affine.forward(y, 20)
+        z = product.made.inside(z).clone()
         d_z = to_map(normal(3, 20, 24, 7, 7, dtype=torch.float32), product.made)
-        gradients = torch.autograd.grad(z, [x, product.values], d_z)
+        (d_y,), learned = affine.backward(of_affine, d_z, [None])
+        (d_x,), (d_values,) = product.backward(of_product, d_y, [None])
         torch.set_num_threads(before)
-        return [product.made.inside(z), product.given.inside(gradients[0]), gradients[1]]
+        return [z, product.given.inside(d_x), d_values, *learned]
 
     for one, three in zip(run(1), run(3)):
         assert torch.equal(one, three)
@@ -142,18 +150,26 @@ def test_affine(dtype, channels, size, borders, images, norm, relu, residual):
     leaves += [] if theirs is None else list(theirs.parameters())
     expected = torch.autograd.grad(z, leaves, d_z)
 
-    maps = [to_map(t, space) for t, space in ((y, spaces[0]), (r, spaces[1]))]
-    found = layer(maps[0], maps[1] if residual else None, images)
+    maps = [to_map(t.detach(), space) for t, space in ((y, spaces[0]), (r, spaces[1]))]
+    found, kept = layer.forward(*maps[: 1 + residual], images)
     outside = found.clone()
     layer.made.inside(outside).zero_()
     assert not outside.any()  # the border
-    lost = layer.made.inside(found)[-1, ..., (images - 1) % LANES + 1 :]
+    lost = layer.made.inside(found)[:, -1, ..., (images - 1) % LANES + 1 :]
     assert not lost.any()  # images that are not there
     tolerance = TOLERANCE[dtype] * 100
     close(to_images(found, layer.made, images), z, tolerance)
-    mine_leaves = [y, *([r] if residual else []), *([bias] if bias is not None else [])]
-    mine_leaves += [] if mine is None else list(mine.parameters())
-    for a, b in zip(torch.autograd.grad(found, mine_leaves, to_map(d_z, layer.made)), expected):
+    so_far = normal(8, *r.shape, dtype=dtype)
+    into = [None, *([to_map(so_far, spaces[1])] if residual else [])]
+    gradients, learned = layer.backward(kept, to_map(d_z, layer.made), into)
+    outside = gradients[0].clone()
+    layer.given.inside(outside).zero_()
+    assert not outside.any()
+    maps = [to_images(g, space, images) for g, space in zip(gradients, spaces)]
+    if residual:
+        maps[1] = maps[1] - so_far
+    learned = [g for p, g in zip(layer.parameters, learned) if p is not None]
+    for a, b in zip([*maps, *learned], expected, strict=True):
         close(a, b, tolerance)
     if mine is not None:
         for name, buffer in theirs.named_buffers():
@@ -182,16 +198,21 @@ def test_max_pool(dtype, size, kernel, stride, padding, borders, images):
     y = F.max_pool2d(x, kernel, stride, padding)
     d_y = normal(2, *y.shape, dtype=dtype)
     (expected,) = torch.autograd.grad(y, x, d_y)
-    found = MaxPool(window, given, made)(to_map(x, given))
+    pool = MaxPool(window, given, made)
+    found, kept = pool.forward(to_map(x.detach(), given), images)
     assert torch.equal(to_images(found, made, images), y)
-    close(torch.autograd.grad(found, x, to_map(d_y, made))[0], expected, TOLERANCE[dtype])
+    (d_x,), _ = pool.backward(kept, to_map(d_y, made), [None])
+    close(to_images(d_x, given, images), expected, TOLERANCE[dtype])
 
 
 def test_mean_of_pixels():
     space = Space(3, 4, 5, border=1)
-    x = normal(1, 18, 3, 4, 5).requires_grad_()
-    found = to_images(mean_pixels(to_map(x, space), space), Space(3, 1, 1), 18).flatten(1)
-    close(found, x.mean((2, 3)), 1e-14)
-    d = normal(2, 18, 3)
-    expected = (d / 20)[:, :, None, None].expand_as(x)
-    close(torch.autograd.grad(found, x, d)[0], expected, 1e-14)
+    x = normal(1, 18, 3, 4, 5)
+    layer = MeanPixels(space)
+    found, kept = layer.forward(to_map(x, space), 18)
+    close(to_images(found, Space(3, 1, 1), 18).flatten(1), x.mean((2, 3)), 1e-14)
+    d, so_far = normal(2, 18, 3), normal(3, 18, 3, 4, 5)
+    d_y = to_map(d[:, :, None, None], Space(3, 1, 1))
+    (d_x,), _ = layer.backward(kept, d_y, [to_map(so_far, space)])
+    expected = (d / 20)[:, :, None, None].expand_as(x) + so_far
+    close(to_images(d_x, space, 18), expected, 1e-14)

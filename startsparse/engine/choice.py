@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from startsparse.engine.layers import Product
 from startsparse.engine.maps import LANES, to_map
 from startsparse.engine.network import SparseForm
-from startsparse.engine.program import DenseProduct
+from startsparse.engine.program import DenseProduct, Either
 from startsparse.seeding import generator
 
 _TRIES = 3  # at most; the fastest counts, since other work on the machine only adds
@@ -53,7 +53,7 @@ def choose(form: SparseForm, images: Tensor, classes: int) -> Choice:
             most = max(1, _PIXELS // (product.made.height * product.made.width))
             blocks = min(-(-len(images) // LANES), most)
             needs_input = product.given is not form.program.spaces[form.program.start]
-            times[name] = _ratio(product, form.program.products[name][1], blocks, needs_input)
+            times[name] = _ratio(form.program.products[name], blocks, needs_input)
     chosen = frozenset(name for name, ratio in times.items() if ratio > 1)
     form.compute_sparsely(chosen)
     share = _share(form, images, classes) if chosen else float("inf")
@@ -70,25 +70,26 @@ def _work(form: SparseForm) -> float:
     return inside / sum(pixels[n] * mask.numel() for n, mask in masks.items())
 
 
-def _ratio(product: Product, dense: DenseProduct, blocks: int, needs_input: bool) -> float:
-    """Seconds of the dense product over those of the sparse one."""
-    given, made = product.given, product.made
+def _ratio(both: Either, blocks: int, needs_input: bool) -> float:
+    """Seconds of the dense product over those of the sparse one, whose weights are entered."""
+    product, given, made = both.sparse, both.sparse.given, both.sparse.made
     draw = generator(0, "timing")
     x, d_y = (
         to_map(torch.randn(LANES * blocks, s.channels, s.height, s.width, generator=draw), s)
         for s in (given, made)
     )
-    x.requires_grad_(needs_input)
-    weight = torch.zeros(product.values.dense[0])
     stand_in = nn.Module()
-    stand_in.weight = nn.Parameter(weight)
-    other = DenseProduct(stand_in, dense.window, given, made)
+    stand_in.weight = nn.Parameter(torch.zeros(product.values.dense[0]))
+    dense = DenseProduct(stand_in, product.window, given, made)
 
-    def run(layer: Callable[[Tensor], Tensor], parameter: Tensor) -> Callable[[], object]:
-        inputs = [parameter, x] if needs_input else [parameter]
-        return lambda: torch.autograd.grad(layer(x), inputs, d_y)
+    def run(layer: Product | DenseProduct) -> float:
+        def step() -> None:
+            _, kept = layer.forward(x, LANES * blocks)
+            layer.backward(kept, d_y, [None] if needs_input else None)
 
-    return _fastest(run(other, stand_in.weight)) / _fastest(run(product, product.values))
+        return _fastest(step)
+
+    return run(dense) / run(product)
 
 
 def _share(form: SparseForm, images: Tensor, classes: int) -> float:

@@ -12,10 +12,10 @@ from startsparse.engine.maps import LANES, Space, at
 
 _int = ctypes.c_int64
 
-_TILE = 4  # positions that the kernels do at a time
-_CACHE = 36_000  # bytes of input that one tile of positions should read at most
+_TILE = 8  # positions that the kernels do at a time, or twice as many as they do
+_CACHE = 34_000  # bytes of input that one tile of positions should read at most
 _PER_ROW = 14  # entries that a row should have, on average, in a block of input channels
-_PER_GROUP = 128  # and in a group of tiles, before the next row comes
+_PER_GROUP = 28  # and in a group of tiles, before the next row comes
 
 
 class CEntries(ctypes.Structure):
@@ -78,20 +78,37 @@ class Entries:
 
     Args:
         first: int32 [blocks * rows + 1], first entry of each (block, row).
-        offset: int32 [entries], numbers from the row's position to the input of each.
         rows: number of rows.
+        flat: int32, the places of all the layer's entries in its flattened mask.
+        order: int32 [entries], which of those each entry is; None: they are the same.
+        taps: int64, numbers from the row's position to the input of each tap, without the channel.
+        divisor, modulus: the input channel of place f is f // divisor % modulus.
     """
 
-    def __init__(self, first: Tensor, offset: Tensor, rows: int):
-        self.first, self.offset, self.rows = first, offset, rows
-        per_row = len(offset) / (len(first) - 1)
+    def __init__(
+        self, first: Tensor, rows: int, flat: Tensor, order: Tensor | None, taps: Tensor,
+        divisor: int, modulus: int,
+    ):  # fmt: skip
+        self.first, self.rows, self.flat, self.order = first, rows, flat, order
+        self.offset = torch.empty_like(flat if order is None else order)
+        self._taps, self._divisor, self._modulus = taps, divisor, modulus
+        self._stride = 0
+        per_row = len(self) / (len(first) - 1)
         self.group = _TILE * min(32, max(1, round(_PER_GROUP / max(per_row, 1e-9))))
 
     def __len__(self) -> int:
         return len(self.offset)
 
-    def view(self) -> CEntries:
-        """For the kernels."""
+    def view(self, stride: int) -> CEntries:
+        """For the kernels, where an input channel begins ``stride`` numbers after the last one."""
+        if stride != self._stride:
+            order = None if self.order is None else at(self.order)
+            sizes = (_int(n) for n in (len(self), self._divisor, self._modulus, stride))
+            library(torch.float32).set_offsets(
+                *(at(self.flat), order, *sizes), at(self._taps), _int(len(self._taps)),
+                at(self.offset),
+            )  # fmt: skip
+            self._stride = stride
         blocks = (len(self.first) - 1) // self.rows
         return CEntries(self.first.data_ptr(), self.offset.data_ptr(), blocks, self.rows)
 
@@ -107,14 +124,18 @@ def _block_size(kernel: tuple[int, int], rows: int, channels: int, count: int) -
 class Positions:
     """Pixels of two maps, pair by pair: what is read for them, and where it goes."""
 
-    def __init__(self, given: Tensor, made: Tensor, row_stride: int):
-        """Take int64 places in the maps' memory, and the numbers from one row to the next."""
-        self.given, self.made, self.row_stride = given, made, row_stride
+    def __init__(self, given: Tensor, made: Tensor, given_stride: int, made_stride: int):
+        """Take int64 places in the maps' memory, and the numbers from one channel to the next."""
+        self.given, self.made = given, made
+        self.given_stride, self.made_stride = given_stride, made_stride
+
+    def __len__(self) -> int:
+        return len(self.given)
 
     def view(self, group: int) -> CPositions:
         """For the kernels, ``group`` positions before the next row."""
         return CPositions(
-            self.given.data_ptr(), self.made.data_ptr(), len(self.given), group, self.row_stride
+            self.given.data_ptr(), self.made.data_ptr(), len(self), group, self.made_stride
         )
 
 
@@ -131,18 +152,16 @@ def forward_positions(window: Window, given: Space, made: Space, blocks: int) ->
     return Positions(
         given.positions(blocks, y * sy - py, x * sx - px),
         made.positions(blocks, y, x),
-        made.plane * LANES,
+        given.stride(blocks),
+        made.stride(blocks),
     )
 
 
-def forward_entries(mask: Tensor, given: Space) -> tuple[Entries, Tensor]:
+def forward_entries(mask: Tensor, given: Space) -> Entries:
     """Entries of a weight that reads the map ``given``.
 
     Args:
         mask: bool [out, in, ky, kx], contiguous.
-
-    Returns:
-        The entries, and int32 [entries], the place of each in the flattened mask.
     """
     rows, channels, *kernel = mask.shape
     count = int(mask.count_nonzero())
@@ -153,12 +172,9 @@ def forward_entries(mask: Tensor, given: Space) -> tuple[Entries, Tensor]:
     kernels = library(torch.float32)
     counts = torch.zeros(math.ceil(channels / size) * rows + 1, dtype=torch.int32)
     kernels.count_entries(at(mask), *sizes, at(counts[1:]))
-    first = counts.cumsum(0, dtype=torch.int32)
-    offset, flat = torch.empty(2, count, dtype=torch.int32)
-    kernels.list_entries(
-        *(at(mask), *sizes, _int(given.plane * LANES), at(tap), at(first), at(offset), at(flat))
-    )
-    return Entries(first, offset, rows), flat
+    first, flat = counts.cumsum(0, dtype=torch.int32), torch.empty(count, dtype=torch.int32)
+    kernels.list_entries(at(mask), *sizes, at(first), at(flat))
+    return Entries(first, rows, flat, None, tap, len(tap), channels)
 
 
 def backward_phases(window: Window) -> list[tuple[slice, slice]]:
@@ -182,32 +198,32 @@ def backward_positions(
         firsts.append(pixels)
         starts.append((pixels + p - taps.start) // s)
     return Positions(
-        made.positions(blocks, *starts), given.positions(blocks, *firsts), given.plane * LANES
+        made.positions(blocks, *starts),
+        given.positions(blocks, *firsts),
+        made.stride(blocks),
+        given.stride(blocks),
     )
 
 
 def backward_entries(
-    forward: Entries, flat: Tensor, mask: Tensor, made: Space, phase: tuple[slice, slice]
-) -> tuple[Entries, Tensor]:
+    forward: Entries, mask: Tensor, made: Space, phase: tuple[slice, slice]
+) -> Entries:
     """Entries of a phase, by input channel; they read the map ``made``.
 
     Args:
-        forward, flat: `forward_entries` of ``mask``.
-
-    Returns:
-        The entries, and int32 [entries], which forward entry each is.
+        forward: `forward_entries` of ``mask``.
     """
     rows, channels, *kernel = mask.shape
     tap = torch.full(kernel, torch.iinfo(torch.int64).min)
     y, x = (torch.arange(len(range(k)[taps])) for k, taps in zip(kernel, phase))
     tap[phase] = -LANES * (y[:, None] * made.row + x)
+    tap = tap.flatten()
     size = _block_size((len(y), len(x)), channels, rows, len(forward))
     counts = torch.zeros(math.ceil(rows / size) * channels + 1, dtype=torch.int32)
-    what = forward.view(), at(flat), _int(channels), _int(tap.numel()), at(tap), _int(size)
+    what = forward.view(0), at(forward.flat), _int(channels), _int(len(tap)), at(tap), _int(size)
     kernels = library(torch.float32)
     kernels.count_transposed(*what, at(counts[1:]))
     first = counts.cumsum(0, dtype=torch.int32)
-    offset, order = torch.empty(2, int(first[-1]), dtype=torch.int32)
-    following = first.clone()
-    kernels.list_transposed(*what, _int(made.plane * LANES), at(following), at(offset), at(order))
-    return Entries(first, offset, channels), order
+    order, following = torch.empty(int(first[-1]), dtype=torch.int32), first.clone()
+    kernels.list_transposed(*what, at(following), at(order))
+    return Entries(first, channels, forward.flat, order, tap, channels * len(tap), rows)

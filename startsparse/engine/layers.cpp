@@ -1,176 +1,259 @@
-// What comes between sparse products: BatchNorm or bias, addition, ReLU in one pass, and pooling.
+// What comes between sparse products: BatchNorm or bias, addition, ReLU in one go, and pooling.
 //
 // A channel is done by one thread, and its numbers are summed in one order. In the last block the
-// images from `last` on are padding: what is written there is zero, and sums leave it out.
+// images from `last` on are padding: what is written there is zero, and sums leave it out. As in
+// products.cpp, what loops over pixels stands alone, so that g++ keeps its numbers in registers.
 
 #include "maps.h"
 
 #include <cmath>
+#include <utility>
+
+// z = (y - mean) * inverse * gamma + beta, of a channel. The mode tells where mean and inverse, one
+// over the standard deviation, come from.
+enum Mode : int64_t { plain, running, batch };  // 0 and 1; running statistics; this batch's
+
+struct Norm {
+  const Scalar *gamma, *beta;               // [channels]; nullptr: 1, and 0
+  Scalar *running_mean, *running_variance;  // [channels]; in mode batch nullptr: not kept
+  double momentum, epsilon;
+  Mode mode;
+  Scalar *mean, *inverse;  // [channels], written by `affine` and read by `affine_backward`
+
+  Scalar scale(int64_t c) const { return gamma ? gamma[c] * inverse[c] : inverse[c]; }
+  Scalar shift(int64_t c) const { return (beta ? beta[c] : 0) - mean[c] * scale(c); }
+};
 
 namespace {
 
-// f(n, h, mask) for every row of a channel; the mask tells the lanes of block n that hold images,
-// by 1 and 0, and is nullptr where all do.
-template <typename F>
-inline void each_row(const Map& y, const Scalar* mask, F f) {
-  for (int64_t n = 0; n < y.blocks; n++)
-    for (int64_t h = 0; h < y.height; h++) f(n, h, n + 1 == y.blocks ? mask : nullptr);
-}
-
-struct Mask {
-  Scalar numbers[lanes];
-  bool all;
-  explicit Mask(int64_t last) : all(last == lanes) {
-    for (int64_t i = 0; i < lanes; i++) numbers[i] = i < last;
+struct Pixels {
+  int64_t blocks, height, columns, last;
+  Scalar present[lanes];  // of the last block: 1 for images that are there, 0 for others
+  Pixels(const Map& y, int64_t last, int64_t widest_border)
+      : blocks(y.blocks), height(y.height), columns(y.columns), last(last) {
+    if (height * columns == 1 && widest_border == 0 && last == lanes)  // one line is faster
+      columns = std::exchange(blocks, 1);
+    for (int64_t i = 0; i < lanes; i++) present[i] = i < last;
   }
-  const Scalar* get() const { return all ? nullptr : numbers; }
+  Vec present_at(int64_t i) const { return Vec::loadu(present + i % lanes); }
+  double count() const { return double(((blocks - 1) * lanes + last) * height * columns); }
+  bool partial(int64_t n) const { return n + 1 == blocks && last < lanes; }
 };
 
 // A sum of many vectors: short stretches in their own precision, those in double.
 struct Sum {
-  Vec part[registers];
-  int64_t pixels = 0;
+  Vec part[registers][2];
   double all = 0;
   Sum() { clear(); }
   void clear() {
-    for (auto& p : part) p = Vec(Scalar(0));
-    pixels = 0;
+    for (auto& pair : part) pair[0] = pair[1] = Vec(Scalar(0));
   }
-  void stretch(int64_t more) {  // to be called after so many pixels were added to the parts
-    pixels += more;
-    if (pixels < 32) return;
-    value();
-  }
-  double value() {
-    for (const auto& p : part) all += total(p);
+  void close() {
+    Vec sum(Scalar(0));
+    for (const auto& pair : part) sum = sum + (pair[0] + pair[1]);
+    all += total(sum);
     clear();
-    return all;
   }
 };
+
+// f(n, h, w, r, which part of a sum) for every vector of a channel, and end() after short stretches
+// of pixels.
+template <typename F, typename End>
+inline void each_vector(const Pixels& p, F row, End end) {
+  int64_t pixels = 0;
+  for (int64_t n = 0; n < p.blocks; n++)
+    for (int64_t h = 0; h < p.height; h++) {
+      const auto f = row(n, h);
+      int64_t w = 0;
+      for (; w + 1 < p.columns; w += 2)
+        for (int64_t r = 0; r < registers; r++) {
+          f(w * lanes + r * width, r, 0);
+          f((w + 1) * lanes + r * width, r, 1);
+        }
+      if (w < p.columns)
+        for (int64_t r = 0; r < registers; r++) f(w * lanes + r * width, r, 0);
+      pixels += p.columns;
+      if (pixels >= 32) {
+        end();
+        pixels = 0;
+      }
+    }
+  end();
+}
+
+[[gnu::noinline]] double sum_of(const Channel& y, const Pixels& p) {
+  Sum sum;
+  each_vector(p, [&](int64_t n, int64_t h) {
+    return [&sum, from = y.row(n, h)](int64_t i, int64_t r, int64_t part) {
+      sum.part[r][part] = sum.part[r][part] + Vec::loadu(from + i);
+    };
+  }, [&] { sum.close(); });
+  return sum.all;  // images that are not there are zero
+}
+
+[[gnu::noinline]] double squares_about(Scalar mean, const Channel& y, const Pixels& p) {
+  const Vec centre(mean);
+  Sum sum;
+  each_vector(p, [&](int64_t n, int64_t h) {
+    return [&, from = y.row(n, h), partial = p.partial(n)](int64_t i, int64_t r, int64_t part) {
+      Vec d = Vec::loadu(from + i) - centre;
+      if (partial) d = d * p.present_at(i);
+      sum.part[r][part] = at::vec::fmadd(d, d, sum.part[r][part]);
+    };
+  }, [&] { sum.close(); });
+  return sum.all;
+}
+
+template <bool with_residual, bool relu>
+[[gnu::noinline]] void affine_channel(const Channel& y, Scalar scale, Scalar shift,
+                                      const Channel& residual, const Channel& z, const Pixels& p) {
+  const Vec a(scale), b(shift), zero(Scalar(0));
+  for (int64_t n = 0; n < p.blocks; n++)
+    for (int64_t h = 0; h < p.height; h++) {
+      const Scalar *from = y.row(n, h), *other = residual.row(n, h);
+      Scalar* to = z.row(n, h);
+      const bool partial = p.partial(n);
+      for (int64_t i = 0; i < p.columns * lanes; i += width) {
+        Vec v = at::vec::fmadd(Vec::loadu(from + i), a, b);
+        if (with_residual) v = v + Vec::loadu(other + i);
+        if (relu) v = at::vec::maximum(v, zero);
+        if (partial) v = v * p.present_at(i);
+        v.store(to + i);
+      }
+    }
+}
+
+// Where the gradient goes through: everywhere, where y * scale + shift > 0, or where z > 0.
+enum class Gate { open, by_y, by_z };
+
+template <Gate gate>
+struct Gradient {
+  Vec a, b, zero;
+  Gradient(Scalar scale, Scalar shift) : a(scale), b(shift), zero(Scalar(0)) {}
+  Vec operator()(const Vec& d, const Vec& y, const Scalar* z) const {
+    if (gate == Gate::open) return d;
+    const Vec v = gate == Gate::by_z ? Vec::loadu(z) : at::vec::fmadd(y, a, b);
+    return Vec::blendv(zero, d, v > zero);
+  }
+};
+
+// Sums of g, and of g * (y - mean).
+template <Gate gate>
+[[gnu::noinline]] std::pair<double, double> gradient_sums(
+    const Channel& d_z, const Channel& z, const Channel& y, Scalar mean, Scalar scale,
+    Scalar shift, const Pixels& p) {
+  const Gradient<gate> gradient(scale, shift);
+  const Vec centre(mean);
+  Sum sums, products;
+  each_vector(p, [&](int64_t n, int64_t h) {
+    return [&, d = d_z.row(n, h), result = z.row(n, h), from = y.row(n, h)](
+               int64_t i, int64_t r, int64_t part) {
+      const Vec v = Vec::loadu(from + i);  // d_z is zero for images that are not there
+      const Vec g = gradient(Vec::loadu(d + i), v, result + i);
+      sums.part[r][part] = sums.part[r][part] + g;
+      products.part[r][part] = at::vec::fmadd(g, v - centre, products.part[r][part]);
+    };
+  }, [&] { sums.close(), products.close(); });
+  return {sums.all, products.all};
+}
+
+// d_y = scale * g + (y - mean) * slope + constant, and d_residual = g. May be done in place.
+template <Gate gate>
+[[gnu::noinline]] void gradient_channel(const Channel& d_z, const Channel& z, const Channel& y,
+                                        Scalar mean, Scalar scale, Scalar shift, Scalar slope,
+                                        Scalar constant, const Channel& d_y,
+                                        const Channel& d_residual, const Pixels& p) {
+  const Gradient<gate> gradient(scale, shift);
+  const Vec a(scale), centre(mean), k(slope), c(constant);
+  for (int64_t n = 0; n < p.blocks; n++)
+    for (int64_t h = 0; h < p.height; h++) {
+      const Scalar *d = d_z.row(n, h), *result = z.row(n, h), *from = y.row(n, h);
+      Scalar *to = d_y.row(n, h), *other = d_residual.row(n, h);
+      const bool partial = p.partial(n);
+      for (int64_t i = 0; i < p.columns * lanes; i += width) {
+        const Vec v = Vec::loadu(from + i), g = gradient(Vec::loadu(d + i), v, result + i);
+        Vec sum = at::vec::fmadd(a, g, at::vec::fmadd(v - centre, k, c));
+        if (partial) sum = sum * p.present_at(i);
+        if (other) g.store(other + i);
+        sum.store(to + i);
+      }
+    }
+}
+
+template <typename F>
+inline void each_channel(const Map& y, F f) {
+  at::parallel_for(0, y.channels, 1, [&](int64_t c0, int64_t c1) {
+    for (int64_t c = c0; c < c1; c++) f(c);
+  });
+}
+
+inline void zero_borders(const Map& x, int64_t c) {
+  for (int64_t n = 0; n < x.blocks && x.data; n++) x.zero_border(n, c);
+}
 
 }  // namespace
 
 extern "C" {
 
-// Mean and biased variance of each channel over images and pixels; count is their number.
-void moments(Map y, int64_t last, double count, Scalar* mean, Scalar* variance) {
-  const Mask mask(last);
-  at::parallel_for(0, y.channels, 1, [&](int64_t c0, int64_t c1) {
-    for (int64_t c = c0; c < c1; c++) {
-      Sum sum, squares;
-      each_row(y, mask.get(), [&](int64_t n, int64_t h, const Scalar* m) {
-        const Scalar* from = y.at(n, c, h, 0);
-        for (int64_t w = 0; w < y.columns; w++)
-          for (int64_t r = 0; r < registers; r++)  // images that are not there are zero
-            sum.part[r] = sum.part[r] + Vec::loadu(from + w * lanes + r * width);
-        sum.stretch(y.columns);
-      });
-      mean[c] = sum.value() / count;
-      const Vec centre(mean[c]);
-      each_row(y, mask.get(), [&](int64_t n, int64_t h, const Scalar* m) {
-        const Scalar* from = y.at(n, c, h, 0);
-        for (int64_t w = 0; w < y.columns; w++)
-          for (int64_t r = 0; r < registers; r++) {
-            Vec d = Vec::loadu(from + w * lanes + r * width) - centre;
-            if (m) d = d * Vec::loadu(m + r * width);
-            squares.part[r] = at::vec::fmadd(d, d, squares.part[r]);
-          }
-        squares.stretch(y.columns);
-      });
-      variance[c] = squares.value() / count;
-    }
-  });
-}
-
-// z = y * scale + shift (+ residual), then ReLU if asked for.
-void affine(Map y, const Scalar* scale, const Scalar* shift, Map residual, bool relu, int64_t last,
-            Map z) {
-  const Mask mask(last);
-  at::parallel_for(0, y.channels, 1, [&](int64_t c0, int64_t c1) {
-    for (int64_t c = c0; c < c1; c++) {
-      const Vec a(scale[c]), b(shift[c]), zero(Scalar(0));
-      for (int64_t n = 0; n < y.blocks; n++) z.zero_border(n, c);
-      each_row(y, mask.get(), [&](int64_t n, int64_t h, const Scalar* m) {
-        const Scalar *from = y.at(n, c, h, 0), *other = nullptr;
-        Scalar* to = z.at(n, c, h, 0);
-        if (residual.data) other = residual.at(n, c, h, 0);
-        for (int64_t i = 0; i < y.columns * lanes; i += width) {
-          Vec v = at::vec::fmadd(Vec::loadu(from + i), a, b);
-          if (other) v = v + Vec::loadu(other + i);
-          if (relu) v = at::vec::maximum(v, zero);
-          if (m) v = v * Vec::loadu(m + i % lanes);
-          v.store(to + i);
+// z = norm(y) (+ residual), then ReLU if asked for.
+void affine(Map y, Norm norm, Map residual, bool relu, int64_t last, Map z) {
+  const Pixels p(y, last, std::max({y.border, residual.border, z.border}));
+  const double count = p.count();
+  const auto apply = residual.data ? relu ? affine_channel<true, true> : affine_channel<true, false>
+                     : relu        ? affine_channel<false, true>
+                                   : affine_channel<false, false>;
+  each_channel(y, [&](int64_t c) {
+    const Channel from = y.channel(c);
+    norm.mean[c] = 0, norm.inverse[c] = 1;
+    if (norm.mode != plain) {
+      double mean, variance;
+      if (norm.mode == batch) {
+        mean = sum_of(from, p) / count;
+        variance = squares_about(mean, from, p) / count;
+        if (norm.running_mean) {
+          const double share = norm.momentum, unbiased = variance * (count / (count - 1));
+          norm.running_mean[c] += share * (mean - norm.running_mean[c]);
+          norm.running_variance[c] += share * (unbiased - norm.running_variance[c]);
         }
-      });
-    }
-  });
-}
-
-// Backward of `affine`, with scale = gamma * inverse and shift = beta - mean * scale.
-//
-// g = d_z where z > 0 (everywhere without ReLU); d_beta = sum g; d_gamma = sum g * normalised y.
-// batch: mean and inverse come from this batch (count numbers per channel), so that y moves them:
-//   d_y = scale * (g - d_beta / count - normalised y * d_gamma / count); else d_y = scale * g.
-// d_residual = g. Without a z, y tells where it is positive; a residual with ReLU needs it.
-void affine_backward(Map d_z, Map z, Map y, const Scalar* mean, const Scalar* inverse,
-                     const Scalar* scale, const Scalar* shift, bool relu, bool batch, int64_t last,
-                     double count, Map d_y, Map d_residual, Scalar* d_gamma, Scalar* d_beta) {
-  const Mask mask(last);
-  at::parallel_for(0, y.channels, 1, [&](int64_t c0, int64_t c1) {
-    for (int64_t c = c0; c < c1; c++) {
-      const Vec a(scale[c]), b(shift[c]), centre(mean[c]), unit(inverse[c]), zero(Scalar(0));
-      const auto gradient = [&](const Scalar* d, const Scalar* from, const Scalar* result) {
-        const Vec g = Vec::loadu(d);
-        if (!relu) return g;
-        const Vec v = result ? Vec::loadu(result) : at::vec::fmadd(Vec::loadu(from), a, b);
-        return Vec::blendv(zero, g, v > zero);
-      };
-      Sum sums, products;
-      each_row(y, mask.get(), [&](int64_t n, int64_t h, const Scalar*) {
-        const Scalar *d = d_z.at(n, c, h, 0), *from = y.at(n, c, h, 0);
-        const Scalar* result = z.data ? z.at(n, c, h, 0) : nullptr;
-        for (int64_t w = 0; w < y.columns; w++)
-          for (int64_t r = 0; r < registers; r++) {  // d_z is zero for images that are not there
-            const int64_t i = w * lanes + r * width;
-            const Vec g = gradient(d + i, from + i, result ? result + i : nullptr);
-            const Vec normalised = (Vec::loadu(from + i) - centre) * unit;
-            sums.part[r] = sums.part[r] + g;
-            products.part[r] = at::vec::fmadd(g, normalised, products.part[r]);
-          }
-        sums.stretch(y.columns);
-        products.stretch(y.columns);
-      });
-      const double sum = sums.value(), product = products.value();
-      d_beta[c] = sum;
-      d_gamma[c] = product;
-      const Vec mean_g(Scalar(batch ? sum / count : 0));
-      const Vec slope(Scalar(batch ? product / count : 0));
-      for (int64_t n = 0; n < y.blocks; n++) {
-        d_y.zero_border(n, c);
-        if (d_residual.data) d_residual.zero_border(n, c);
+      } else {
+        mean = norm.running_mean[c], variance = norm.running_variance[c];
       }
-      each_row(y, mask.get(), [&](int64_t n, int64_t h, const Scalar* m) {
-        const Scalar *d = d_z.at(n, c, h, 0), *from = y.at(n, c, h, 0), *result = nullptr;
-        Scalar *to = d_y.at(n, c, h, 0), *other = nullptr;
-        if (z.data) result = z.at(n, c, h, 0);
-        if (d_residual.data) other = d_residual.at(n, c, h, 0);
-        for (int64_t i = 0; i < y.columns * lanes; i += width) {
-          const Vec g = gradient(d + i, from + i, result ? result + i : nullptr);
-          if (other) g.store(other + i);
-          const Vec normalised = (Vec::loadu(from + i) - centre) * unit;
-          Vec v = a * (g - mean_g - normalised * slope);
-          if (m) v = v * Vec::loadu(m + i % lanes);
-          v.store(to + i);
-        }
-      });
+      norm.mean[c] = mean, norm.inverse[c] = 1 / std::sqrt(variance + norm.epsilon);
     }
+    zero_borders(z, c);
+    apply(from, norm.scale(c), norm.shift(c), residual.channel(c), z.channel(c), p);
   });
 }
 
-void zero_borders(Map x) {
-  at::parallel_for(0, x.blocks * x.channels, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; item++)
-      x.zero_border(item / x.channels, item % x.channels);
+// Backward of `affine`: d_y, d_residual, and d_gamma and d_beta [channels].
+//
+// g = d_z where z > 0 (everywhere without ReLU); d_beta = sum g; d_gamma = sum g * normalised y. In
+// mode batch y moves mean and deviation: d_y = scale * (g - d_beta / count - normalised y * d_gamma
+// / count); else d_y = scale * g. Without a z, y tells where it is positive; a residual with ReLU
+// needs it. d_y or d_residual may be d_z itself.
+void affine_backward(Map d_z, Map z, Map y, Norm norm, bool relu, int64_t last, Map d_y,
+                     Map d_residual, Scalar* d_gamma, Scalar* d_beta) {
+  const Pixels p(y, last, std::max({d_z.border, z.border, y.border, d_y.border, d_residual.border}));
+  const double count = p.count();
+  const auto sums_of = !relu   ? gradient_sums<Gate::open>
+                       : z.data ? gradient_sums<Gate::by_z>
+                                : gradient_sums<Gate::by_y>;
+  const auto apply = !relu   ? gradient_channel<Gate::open>
+                     : z.data ? gradient_channel<Gate::by_z>
+                              : gradient_channel<Gate::by_y>;
+  each_channel(y, [&](int64_t c) {
+    const Channel d = d_z.channel(c), result = z.channel(c), from = y.channel(c);
+    const Scalar mean = norm.mean[c], scale = norm.scale(c), shift = norm.shift(c);
+    const auto [sum, product] = sums_of(d, result, from, mean, scale, shift, p);
+    d_beta[c] = sum, d_gamma[c] = product * norm.inverse[c];
+    double slope = 0, constant = 0;
+    if (norm.mode == batch) {
+      slope = -scale * norm.inverse[c] * d_gamma[c] / count;
+      constant = -scale * sum / count;
+    }
+    zero_borders(d_y, c);
+    apply(d, result, from, mean, scale, shift, slope, constant, d_y.channel(c),
+          d_residual.channel(c), p);
   });
 }
 

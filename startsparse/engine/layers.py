@@ -1,17 +1,31 @@
-"""The kernels as differentiable functions of maps."""
+"""The steps of a network on maps, forward and backward, by the kernels.
+
+A step has ``forward(*maps, images)``, which returns what it makes and what its backward needs, and
+``backward(kept, d_made, into)``, which returns the gradients of its maps and those of its
+`parameters`. ``images`` is the number of images; ``into`` has for each map its gradient so far,
+from other steps that read it, or None. ``d_made`` and ``into`` are the step's to overwrite. Only
+the inside of a gradient counts, but a product's ``d_made`` has a border of zeros: it comes from an
+`Affine`.
+"""
 
 import ctypes
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from startsparse.engine import entries
 from startsparse.engine.build import library
 from startsparse.engine.entries import Entries, Positions, Window
 from startsparse.engine.maps import LANES, NO_MAP, Space, at
 
-_bool, _int, _double = ctypes.c_bool, ctypes.c_int64, ctypes.c_double
+_bool, _int = ctypes.c_bool, ctypes.c_int64
+
+Gradients = list[Tensor | None]
+
+
+def added(gradient: Tensor, so_far: Tensor | None) -> Tensor:
+    """The sum of both."""
+    return gradient if so_far is None else so_far.add_(gradient)
 
 
 class Product:
@@ -34,18 +48,18 @@ class Product:
     def set_mask(self, mask: Tensor) -> None:
         """List the entries of ``mask``, bool of the weight's shape [out, in, (ky, kx)]."""
         mask = mask.contiguous().view(*mask.shape[:2], *self.window.kernel)
-        self.forward, self.flat = entries.forward_entries(mask, self.given)
-        self.backward = [
-            entries.backward_entries(self.forward, self.flat, mask, self.made, phase)
-            for phase in self.phases
+        self.entries = entries.forward_entries(mask, self.given)
+        self.flat = self.entries.flat
+        self.transposed = [
+            entries.backward_entries(self.entries, mask, self.made, phase) for phase in self.phases
         ]
 
     def lists(self) -> list[Tensor]:
         """All that is stored beside the values to find their places."""
-        parts = [self.forward, *(part for part, _ in self.backward)]
+        parts = [self.entries, *self.transposed]
         tensors = [t for part in parts for t in (part.offset, part.first)]
         places = [t for pair in self._places[1] for t in (pair.given, pair.made)]
-        return [*tensors, *places, self.flat, *(order for _, order in self.backward)]
+        return [*tensors, *places, self.flat, *(part.order for part in self.transposed)]
 
     def positions(self, blocks: int) -> list[Positions]:
         """Of the output, and of each phase of the input's gradient."""
@@ -56,45 +70,69 @@ class Product:
             self._places = blocks, places
         return self._places[1]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What learns."""
+        return [self.values]
+
+    def forward(self, x: Tensor, images: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """The product; the border of what it makes is not set."""
-        return _Product.apply(x, self.values, self)
+        blocks = x.shape[1]
+        y = self.made.empty(blocks, x)
+        _gather(x, y, self.values, self.entries, self.positions(blocks)[0])
+        return y, x
 
-
-def _gather(x: Tensor, y: Tensor, values: Tensor, part: Entries, places: Positions) -> None:
-    library(x.dtype).gather(at(x), at(y), at(values), part.view(), places.view(part.group))
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, values: Tensor, layer: Product) -> Tensor:
-        y = layer.made.empty(len(x), x)
-        _gather(x, y, values, layer.forward, layer.positions(len(x))[0])
-        ctx.save_for_backward(x, values)
-        ctx.layer = layer
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """``d_y`` has a border of zeros."""
-        (x, values), layer, d_y = ctx.saved_tensors, ctx.layer, d_y.contiguous()
-        kernels, d_x, d_values = library(x.dtype), None, None
-        forward, *backward = layer.positions(len(x))
-        if ctx.needs_input_grad[1]:
-            d_values, part = torch.empty_like(values), layer.forward
-            scratch = torch.empty(len(part) * kernels.vector_width(), dtype=x.dtype)
-            places = forward.view(part.group)
-            kernels.weights(at(x), at(d_y), at(d_values), at(scratch), part.view(), places)
-        if ctx.needs_input_grad[0]:
-            d_x = layer.given.empty(len(x), x)
-            if layer.skips:
+    def backward(
+        self, x: Tensor, d_y: Tensor, into: Gradients | None
+    ) -> tuple[Gradients, Gradients]:
+        """``into`` None: the gradient of x is not needed."""
+        blocks = x.shape[1]
+        forward, *backward = self.positions(blocks)
+        d_values = None
+        if self.values.requires_grad:
+            d_values, part = torch.empty_like(self.values), self.entries
+            kernels, places = library(x.dtype), forward.view(part.group)
+            scratch = x.new_empty(kernels.scratch_size(_int(len(part)), _int(places.count)))
+            listed = part.view(forward.given_stride)
+            kernels.weights(at(x), at(d_y), at(d_values), at(scratch), listed, places)
+        if into is None:
+            return [None], [d_values]
+        (d_x,) = into
+        add = d_x is not None
+        if not add:
+            d_x = self.given.empty(blocks, x)
+            if self.skips:
                 d_x.zero_()
-            else:
-                kernels.zero_borders(layer.given.view(d_x))
-            for (part, order), places in zip(layer.backward, backward):
-                _gather(d_y, d_x, values[order], part, places)
-        return d_x, d_values, None
+        values = self.values.detach()
+        for part, places in zip(self.transposed, backward):
+            _gather(d_y, d_x, values.index_select(0, part.order), part, places, add)
+        return [d_x], [d_values]
+
+
+def _gather(
+    x: Tensor, y: Tensor, values: Tensor, part: Entries, places: Positions, add: bool = False
+) -> None:
+    kernels = library(x.dtype)
+    listed = part.view(places.given_stride)
+    kernels.gather(at(x), at(y), at(values), listed, places.view(part.group), _bool(add))
+
+
+class CNorm(ctypes.Structure):
+    """`Norm` of layers.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("gamma", "beta", "mean", "variance")),
+        *((name, ctypes.c_double) for name in ("momentum", "epsilon")),
+        ("mode", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("batch_mean", "inverse")),
+    ]
+
+
+_PLAIN, _RUNNING, _BATCH = range(3)  # `Mode` of layers.cpp
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 class Affine:
@@ -108,40 +146,69 @@ class Affine:
         self.norm, self.bias, self.relu = norm, bias, relu
         self.given, self.made, self.residual = space, space, space
 
-    def __call__(self, y: Tensor, residual: Tensor | None, images: int) -> Tensor:
-        """Of the first ``images`` images; the others of the last block become zero."""
-        norm, channels = self.norm, self.given.channels
-        one, zero = y.new_ones(channels), y.new_zeros(channels)
-        if norm is None:
-            beta = zero if self.bias is None else self.bias
-            return _Affine.apply(y, residual, one, beta, zero, one, False, images, self)
-        gamma = one if norm.weight is None else norm.weight
-        beta = zero if norm.bias is None else norm.bias
-        batch = norm.training or norm.running_mean is None
-        if batch:
-            count = images * self.given.height * self.given.width
-            if count == 1:
-                raise ValueError("BatchNorm in training needs more than one value per channel")
-            mean, variance = torch.empty_like(one), torch.empty_like(one)
-            library(y.dtype).moments(
-                self.given.view(y), _last(images), _double(count), at(mean), at(variance)
-            )
-            if norm.training and norm.running_mean is not None:
-                self._keep(mean, variance * (count / (count - 1)))
-        else:
-            mean, variance = norm.running_mean, norm.running_var
-        inverse = (variance + norm.eps).rsqrt()
-        return _Affine.apply(y, residual, gamma, beta, mean, inverse, batch, images, self)
+    @property
+    def parameters(self) -> list[nn.Parameter | None]:
+        """Scale and shift, or None."""
+        return [None, self.bias] if self.norm is None else [self.norm.weight, self.norm.bias]
 
-    @torch.no_grad()
-    def _keep(self, mean: Tensor, variance: Tensor) -> None:
+    def forward(self, y: Tensor, *rest: Tensor | int) -> tuple[Tensor, tuple]:
+        """Of y, and a residual if there is one; images that are not there become zero."""
+        *residual, images = rest
+        norm, statistics = self._norm(y, images)
+        z = self.made.empty(y.shape[1], y)
+        other = self.residual.view(residual[0]) if residual else NO_MAP
+        library(y.dtype).affine(
+            self.given.view(y), norm, other, _bool(self.relu), _last(images), self.made.view(z)
+        )
+        return z, (
+            y,
+            z if residual and self.relu else None,
+            bool(residual),
+            images,
+            norm,
+            statistics,
+        )
+
+    def backward(self, kept: tuple, d_z: Tensor, into: Gradients) -> tuple[Gradients, Gradients]:
+        """The gradient of y is always the first: nothing else reads y."""
+        y, z, has_residual, images, norm, _statistics = kept
+        d_residual = None
+        if has_residual:
+            same = self.residual == self.made
+            d_residual = d_z if same else self.residual.empty(y.shape[1], y)
+        in_place = self.given == self.made and d_residual is not d_z
+        d_y = d_z if in_place else self.given.empty(y.shape[1], y)
+        d_gamma, d_beta = y.new_empty(2, self.given.channels)
+        library(y.dtype).affine_backward(
+            self.made.view(d_z), NO_MAP if z is None else self.made.view(z), self.given.view(y),
+            norm, _bool(self.relu), _last(images), self.given.view(d_y),
+            self.residual.view(d_residual) if has_residual else NO_MAP, at(d_gamma), at(d_beta),
+        )  # fmt: skip
+        gradients = [d_y]
+        if has_residual:
+            gradients.append(added(d_residual, into[1]))
+        return gradients, [d_gamma, d_beta]
+
+    def _norm(self, y: Tensor, images: int) -> tuple[CNorm, Tensor]:
+        """For the kernels; and the memory that it points to: mean and inverse deviation."""
         norm = self.norm
-        norm.num_batches_tracked += 1
+        statistics = y.new_empty(2, self.given.channels)
+        own = [_pointer(row) for row in statistics]
+        pointers = [_pointer(parameter) for parameter in self.parameters]
+        if norm is None:
+            return CNorm(*pointers, None, None, 0.0, 0.0, _PLAIN, *own), statistics
+        batch = norm.training or norm.running_mean is None
+        if batch and images * self.given.height * self.given.width == 1:
+            raise ValueError("BatchNorm in training needs more than one value per channel")
         share = norm.momentum
-        if share is None:  # the plain average over all batches
-            share = 1 / norm.num_batches_tracked.item()
-        norm.running_mean.lerp_(mean, share)
-        norm.running_var.lerp_(variance, share)
+        if norm.training and norm.running_mean is not None:
+            norm.num_batches_tracked += 1
+            if share is None:  # the plain average over all batches
+                share = 1 / norm.num_batches_tracked.item()
+        keep = norm.training or not batch
+        pointers += [_pointer(t) if keep else None for t in (norm.running_mean, norm.running_var)]
+        mode = _BATCH if batch else _RUNNING
+        return CNorm(*pointers, share or 0.0, norm.eps, mode, *own), statistics
 
 
 def _last(images: int) -> ctypes.c_int64:
@@ -149,89 +216,50 @@ def _last(images: int) -> ctypes.c_int64:
     return _int((images - 1) % LANES + 1)
 
 
-class _Affine(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx,
-        y: Tensor,
-        residual: Tensor | None,
-        gamma: Tensor,
-        beta: Tensor,
-        mean: Tensor,
-        inverse: Tensor,
-        batch: bool,
-        images: int,
-        layer: Affine,
-    ) -> Tensor:
-        scale = gamma * inverse
-        shift = beta - mean * scale
-        z = layer.made.empty(len(y), y)
-        other = NO_MAP if residual is None else layer.residual.view(residual)
-        library(y.dtype).affine(
-            layer.given.view(y), at(scale), at(shift), other, _bool(layer.relu), _last(images),
-            layer.made.view(z),
-        )  # fmt: skip
-        with_residual = layer.relu and residual is not None
-        ctx.save_for_backward(y, mean, inverse, scale, shift, z if with_residual else None)
-        ctx.layer, ctx.batch, ctx.images = layer, batch, images
-        ctx.residual = residual is not None
-        return z
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_z: Tensor) -> tuple[Tensor | None, ...]:
-        y, mean, inverse, scale, shift, z = ctx.saved_tensors
-        layer, images, d_z = ctx.layer, ctx.images, d_z.contiguous()
-        d_y, d_residual = layer.given.empty(len(y), y), None
-        if ctx.residual:
-            d_residual = layer.residual.empty(len(y), y)
-        d_gamma, d_beta = torch.empty_like(mean), torch.empty_like(mean)
-        count = images * layer.given.height * layer.given.width
-        library(y.dtype).affine_backward(
-            layer.made.view(d_z), NO_MAP if z is None else layer.made.view(z), layer.given.view(y),
-            at(mean), at(inverse), at(scale), at(shift), _bool(layer.relu), _bool(ctx.batch),
-            _last(images), _double(count), layer.given.view(d_y),
-            layer.residual.view(d_residual) if ctx.residual else NO_MAP, at(d_gamma), at(d_beta),
-        )  # fmt: skip
-        return d_y, d_residual, d_gamma, d_beta, None, None, None, None, None
-
-
 class MaxPool:
     """The largest of each window; ``made`` is the space of what it makes."""
 
+    parameters = ()
+
     def __init__(self, window: Window, given: Space, made: Space):
         """Compute the map ``made`` from the map ``given``; kernel, stride, padding are square."""
-        self.numbers = window.kernel[0], window.stride[0], window.padding[0]
+        self.numbers = [_int(n[0]) for n in (window.kernel, window.stride, window.padding)]
         self.given, self.made = given, made
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, images: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # noqa: ARG002
         """x -> the pooled map."""
-        return _MaxPool.apply(x, self)
+        y = self.made.empty(x.shape[1], x)
+        library(x.dtype).max_pool(self.given.view(x), *self.numbers, self.made.view(y))
+        return y, (x, y)
 
-
-class _MaxPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, layer: MaxPool) -> Tensor:
-        y = layer.made.empty(len(x), x)
-        library(x.dtype).max_pool(
-            layer.given.view(x), *map(_int, layer.numbers), layer.made.view(y)
-        )
-        ctx.save_for_backward(x, y)
-        ctx.layer = layer
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_y: Tensor) -> tuple[Tensor, None]:
-        (x, y), layer, d_y = ctx.saved_tensors, ctx.layer, d_y.contiguous()
+    def backward(
+        self, kept: tuple[Tensor, Tensor], d_y: Tensor, into: Gradients
+    ) -> tuple[Gradients, Gradients]:
+        """To the first of the largest."""
+        x, y = kept
         d_x = torch.empty_like(x)
         library(x.dtype).max_pool_backward(
-            layer.made.view(d_y), layer.made.view(y), layer.given.view(x),
-            *map(_int, layer.numbers), layer.given.view(d_x),
+            self.made.view(d_y), self.made.view(y), self.given.view(x), *self.numbers,
+            self.given.view(d_x),
         )  # fmt: skip
-        return d_x, None
+        return [added(d_x, into[0])], []
 
 
-def mean_pixels(x: Tensor, space: Space) -> Tensor:
+class MeanPixels:
     """The mean of each channel: a map of one pixel without a border."""
-    return space.inside(x).mean(dim=(2, 3), keepdim=True)
+
+    parameters = ()
+
+    def __init__(self, given: Space):
+        """Of maps of the space ``given``."""
+        self.given = given
+
+    def forward(self, x: Tensor, images: int) -> tuple[Tensor, int]:  # noqa: ARG002
+        """x -> its means."""
+        return self.given.inside(x).mean(dim=(2, 3), keepdim=True), x.shape[1]
+
+    def backward(self, blocks: int, d_y: Tensor, into: Gradients) -> tuple[Gradients, Gradients]:
+        """The same to every pixel."""
+        d_x = self.given.empty(blocks, d_y)
+        self.given.inside(d_x)[:] = d_y / (self.given.height * self.given.width)
+        return [added(d_x, into[0])], []

@@ -6,17 +6,16 @@ in and out. What it does not know it names, and the network stays dense.
 """
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from startsparse.engine.entries import Window
-from startsparse.engine.layers import Affine, MaxPool, Product, mean_pixels
+from startsparse.engine.layers import Affine, MaxPool, MeanPixels, Product
 from startsparse.engine.maps import Space
-from startsparse.engine.program import DenseProduct, Program, Step
+from startsparse.engine.program import DenseProduct, Either, Program, Step
 from startsparse.errors import UserError
 
 
@@ -119,17 +118,14 @@ class _Lowering:
         if isinstance(layer, nn.Linear) and (given.height, given.width) != (1, 1):
             raise UnsupportedError(f"{node.target}: a linear layer on pixels")
         made = window.output(given, layer.weight.shape[0])
-        product = Product(window, given, made)
-        self.program.products[node.target] = product, DenseProduct(layer, window, given, made)
+        forms = Product(window, given, made), DenseProduct(layer, window, given, made)
+        both = Either(node.target, self.program.sparse, *forms)
+        self.program.products[node.target] = both
         name = self._value(node, made)
-        self._emit(self._run_product(node.target), [value], name)
+        self._emit(both, [value], name)
         self.readers.append((value, window, name))
         self.pending[node] = _Pending(name, bias=layer.bias)
         self._finish_unless(node, ("norm", "relu", "add"))
-
-    def _run_product(self, name: str) -> Callable[[Tensor, int], Tensor]:
-        products, sparse = self.program.products[name], self.program.sparse
-        return lambda x, _images: products[0 if name in sparse else 1](x)
 
     def _norm(self, node: fx.Node) -> None:
         source = node.args[0]
@@ -182,7 +178,7 @@ class _Lowering:
         if waiting.residual:
             inputs.append(waiting.residual)
             affine.residual = self.program.spaces[waiting.residual]
-        self._emit(_run_affine(affine), inputs, name)
+        self._emit(affine, inputs, name)
 
     # pooling, and what changes no number
 
@@ -196,8 +192,7 @@ class _Lowering:
             raise UnsupportedError(f"{node.target}: {pool}")
         given, window = self.program.spaces[value], Window(*numbers)
         made = window.output(given, given.channels)
-        step = MaxPool(window, given, made)
-        self._emit(lambda x, _images: step(x), [value], self._value(node, made))
+        self._emit(MaxPool(window, given, made), [value], self._value(node, made))
 
     def _mean(self, node: fx.Node) -> None:
         source = node.args[0]
@@ -210,7 +205,7 @@ class _Lowering:
         given = self.program.spaces[value]
         name = self._value(node, Space(given.channels, 1, 1))
         self.means.add(name)
-        self._emit(lambda x, _images: mean_pixels(x, given), [value], name)
+        self._emit(MeanPixels(given), [value], name)
 
     def _flatten(self, node: fx.Node) -> None:
         value = self._ready(node.args[0])
@@ -245,7 +240,7 @@ class _Lowering:
             self._finish(node, relu=False)
         return self.names[node]
 
-    def _emit(self, run: Callable[..., Tensor], inputs: list[str], output: str) -> None:
+    def _emit(self, run: Either | Affine | MaxPool | MeanPixels, inputs: list[str], output: str):
         self.program.steps.append(Step(run, inputs, output))
 
     def _set_borders(self) -> None:
@@ -258,14 +253,6 @@ class _Lowering:
                 raise UnsupportedError("a padded convolution after a global average")
             if value != self.program.start:
                 out.border = max(out.border, window.border_out(given, out))
-
-
-def _run_affine(affine: Affine) -> Callable[..., Tensor]:
-    def run(y: Tensor, *rest: Tensor | int) -> Tensor:
-        *residual, images = rest
-        return affine(y, residual[0] if residual else None, images)
-
-    return run
 
 
 _MODULES: dict[str, tuple[type[nn.Module], ...]] = {

@@ -1,7 +1,8 @@
-// Maps: Scalar [N, C, H + 2 border, W + 2 border, 16]; see products.cpp. The border is zero.
+// Maps: Scalar [C, N, H + 2 border, W + 2 border, 16]; see products.cpp. The border is zero.
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
@@ -13,6 +14,13 @@ constexpr int64_t lanes = 16;                 // images of a block
 constexpr int64_t width = Vec::size();        // numbers of a vector register
 constexpr int64_t registers = lanes / width;  // registers of a position
 
+// The pixels of one channel.
+struct Channel {
+  Scalar* start;  // nullptr if there is no map
+  int64_t block, line;  // numbers from one block of images, or line of pixels, to the next
+  Scalar* row(int64_t n, int64_t h) const { return start ? start + n * block + h * line : nullptr; }
+};
+
 struct Map {
   Scalar* data;
   int64_t blocks, channels, height, columns, border;
@@ -20,7 +28,12 @@ struct Map {
   // Pixel (h, w) of channel c in block n; the border is at -1, -2, ... and beyond height, columns.
   Scalar* at(int64_t n, int64_t c, int64_t h, int64_t w) const {
     const int64_t rows = height + 2 * border, line = columns + 2 * border;
-    return data + (((n * channels + c) * rows + h + border) * line + w + border) * lanes;
+    return data + (((c * blocks + n) * rows + h + border) * line + w + border) * lanes;
+  }
+
+  Channel channel(int64_t c) const {
+    const int64_t line = (columns + 2 * border) * lanes;
+    return {data ? at(0, c, 0, 0) : nullptr, (height + 2 * border) * line, line};
   }
 
   void zero_border(int64_t n, int64_t c) const {
@@ -34,8 +47,5 @@ struct Map {
 };
 
 inline Scalar total(const Vec& vector) {
-  Scalar numbers[width], sum = 0;
-  vector.store(numbers);
-  for (Scalar number : numbers) sum += number;
-  return sum;
+  return at::vec::vec_reduce_all<Scalar>([](const Vec& a, const Vec& b) { return a + b; }, vector);
 }

@@ -1,6 +1,6 @@
 """Activations as the kernels want them: maps of blocks of 16 images.
 
-A map is a tensor [N, C, H + 2 border, W + 2 border, 16]: N blocks of 16 images, which lie side by
+A map is a tensor [C, N, H + 2 border, W + 2 border, 16]: N blocks of 16 images, which lie side by
 side for each pixel of each channel. The border is zero in whatever a product reads, so that no
 kernel has to look where the edge is. The images that the last block has too many are zero as well.
 """
@@ -46,14 +46,20 @@ class Space:
         """Pixels of a channel, border included."""
         return (self.height + 2 * self.border) * self.row
 
+    def stride(self, blocks: int) -> int:
+        """Numbers from one channel to the next, of so many blocks of images."""
+        return LANES * blocks * self.plane
+
     def empty(self, blocks: int, like: Tensor) -> Tensor:
         """A map of this space, its numbers and border not set."""
-        shape = blocks, self.channels, self.height + 2 * self.border, self.row, LANES
+        shape = self.channels, blocks, self.height + 2 * self.border, self.row, LANES
         return torch.empty(shape, dtype=like.dtype)
 
     def view(self, data: Tensor) -> CMap:
         """``data`` for the kernels."""
-        return CMap(data.data_ptr(), len(data), self.channels, self.height, self.width, self.border)
+        return CMap(
+            data.data_ptr(), data.shape[1], self.channels, self.height, self.width, self.border
+        )
 
     def inside(self, data: Tensor) -> Tensor:
         """View of ``data`` without the border."""
@@ -65,7 +71,7 @@ class Space:
 
         Ordered by block, y, x. Pixels may lie in the border: -1 is one before the edge.
         """
-        n = torch.arange(blocks) * self.channels * self.plane
+        n = torch.arange(blocks) * self.plane
         line = (y + self.border) * self.row
         pixels = n[:, None, None] + line[:, None] + (x + self.border)
         return (LANES * pixels).flatten()
@@ -81,10 +87,10 @@ def to_map(images: Tensor, space: Space) -> Tensor:
     missing = -len(images) % LANES
     padding = (space.border,) * 4 + (0, 0, 0, missing)
     padded = torch.nn.functional.pad(images, padding)
-    return padded.view(-1, LANES, *padded.shape[1:]).permute(0, 2, 3, 4, 1).contiguous()
+    return padded.view(-1, LANES, *padded.shape[1:]).permute(2, 0, 3, 4, 1).contiguous()
 
 
 def to_images(data: Tensor, space: Space, images: int) -> Tensor:
     """A map -> [B, C, H, W] of the first B images. Differentiable."""
-    inside = space.inside(data).permute(0, 4, 1, 2, 3)
+    inside = space.inside(data).permute(1, 4, 0, 2, 3)
     return inside.reshape(-1, *inside.shape[2:])[:images]

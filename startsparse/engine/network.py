@@ -49,7 +49,7 @@ class SparseForm:
     def layers(self) -> dict[str, Product]:
         """The layers that could compute sparsely, because they have a mask."""
         masked = {name for name, _, _ in masked_weights(self.model)}
-        return {n: both[0] for n, both in self.program.products.items() if n in masked}
+        return {n: both.sparse for n, both in self.program.products.items() if n in masked}
 
     def compute_sparsely(self, names: Collection[str]) -> None:
         """Let exactly these layers compute sparsely; not while entered."""
@@ -74,7 +74,7 @@ class SparseForm:
         """Take weights, and their state in ``optimizer``, out of the model."""
         if self.entered:
             return
-        layers = {name: self.program.products[name][0] for name in self.program.sparse}
+        layers = {name: self.program.products[name].sparse for name in self.program.sparse}
         for name, weight, mask in masked_weights(self.model):
             if name not in layers:
                 continue
@@ -100,7 +100,7 @@ class SparseForm:
         for name, weight, _ in masked_weights(self.model):
             if name not in self.program.sparse:
                 continue
-            layer = self.program.products[name][0]
+            layer = self.program.products[name].sparse
             values, flat = layer.values, layer.flat
 
             def dense(vector: Tensor, values: Tensor = values, flat: Tensor = flat) -> Tensor:

@@ -1,6 +1,6 @@
 // Sparse products on maps whose innermost dimension is a block of 16 images.
 //
-// A map is [N, C, H, W, 16]: N blocks of 16 images, C channels. A *position* is one pixel of
+// A map is [C, N, H, W, 16]: C channels, N blocks of 16 images. A *position* is one pixel of
 // one block: 16 numbers that lie side by side, one per image, the same pixel of the same channel.
 // An *entry* is a stored weight: the row (output channel) it belongs to, its value, and how far its
 // input lies from that of the row's position. So every layer, of whatever kernel, stride and
@@ -20,10 +20,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
+#include <vector>
 
 namespace {
 
-constexpr int64_t tile = 4;  // positions at a time
+// Positions at a time: eight sums in registers hide the latency of a multiply-add.
+constexpr int64_t tile = std::max<int64_t>(1, 8 / registers);
+constexpr int64_t few = 64;  // positions that are all done before the next row's weights
 
 struct Entries {
   const int32_t* first;   // [blocks * rows + 1], of each (block, row)
@@ -37,46 +41,82 @@ struct Positions {
   int64_t count, group, row_stride;
 };
 
+// Where the T positions from `from` on find their input: base(t) + offset of the entry. If they lie
+// side by side, as in most of a stride-1 convolution, one pointer serves all.
 template <int64_t T>
-inline void gather_tile(const Scalar* in, Scalar* out, const int64_t* from, const int64_t* to,
-                        const int32_t* offset, const Scalar* value, int64_t entries, bool fresh) {
+struct Apart {
+  const Scalar* bases[T];
+  Apart(const Scalar* in, const int64_t* from) {
+    for (int64_t t = 0; t < T; t++) bases[t] = in + from[t];
+  }
+  const Scalar* base(int64_t t) const { return bases[t]; }
+};
+
+struct SideBySide {
+  const Scalar* first;
+  SideBySide(const Scalar* in, const int64_t* from) : first(in + from[0]) {}
+  const Scalar* base(int64_t t) const { return first + t * lanes; }
+};
+
+template <int64_t T>
+inline bool side_by_side(const int64_t* from) {
+  return from[T - 1] - from[0] == (T - 1) * lanes;
+}
+
+// The kernels stand alone, not inlined: only so does g++ keep all sums in registers.
+template <int64_t T, typename Bases>
+[[gnu::noinline]] void gather_tile(const Scalar* in, Scalar* out, const int64_t* from,
+                                   const int64_t* to, const int32_t* offset, const Scalar* value,
+                                   int64_t entries, bool fresh) {
   Vec sum[T][registers];
-  const Scalar* base[T];
-  for (int64_t t = 0; t < T; t++) {
-    base[t] = in + from[t];
+  const Bases at(in, from);
+  for (int64_t t = 0; t < T; t++)
     for (int64_t r = 0; r < registers; r++)
       sum[t][r] = fresh ? Vec(Scalar(0)) : Vec::loadu(out + to[t] + r * width);
-  }
   for (int64_t e = 0; e < entries; e++) {
     const Vec weight(value[e]);
     const int64_t k = offset[e];
     for (int64_t t = 0; t < T; t++)
       for (int64_t r = 0; r < registers; r++)
-        sum[t][r] = at::vec::fmadd(weight, Vec::loadu(base[t] + k + r * width), sum[t][r]);
+        sum[t][r] = at::vec::fmadd(weight, Vec::loadu(at.base(t) + k + r * width), sum[t][r]);
   }
   for (int64_t t = 0; t < T; t++)
     for (int64_t r = 0; r < registers; r++) sum[t][r].store(out + to[t] + r * width);
 }
 
-template <int64_t T>
-inline void weights_tile(const Scalar* in, const Scalar* d_out, const int64_t* from,
-                         const int64_t* to, const int32_t* offset, Scalar* sums, int64_t entries) {
+template <int64_t T, typename Bases>
+[[gnu::noinline]] void weights_tile(const Scalar* in, const Scalar* d_out, const int64_t* from,
+                                    const int64_t* to, const int32_t* offset, Scalar* sums,
+                                    int64_t entries) {
   Vec d[T][registers];
-  const Scalar* base[T];
-  for (int64_t t = 0; t < T; t++) {
-    base[t] = in + from[t];
+  const Bases at(in, from);
+  for (int64_t t = 0; t < T; t++)
     for (int64_t r = 0; r < registers; r++) d[t][r] = Vec::loadu(d_out + to[t] + r * width);
-  }
   for (int64_t e = 0; e < entries; e++) {
     const int64_t k = offset[e];
     Vec even = Vec::loadu(sums + e * width), odd(Scalar(0));
     for (int64_t t = 0; t < T; t++)
       for (int64_t r = 0; r < registers; r++) {
         Vec& sum = (t + r) % 2 ? odd : even;
-        sum = at::vec::fmadd(d[t][r], Vec::loadu(base[t] + k + r * width), sum);
+        sum = at::vec::fmadd(d[t][r], Vec::loadu(at.base(t) + k + r * width), sum);
       }
     (even + odd).store(sums + e * width);
   }
+}
+
+// f(number of positions, type of their bases, input, output) for the tiles from q0 to q1.
+template <typename F>
+inline void each_tile(const Positions& at, int64_t q0, int64_t q1, F f) {
+  constexpr std::integral_constant<int64_t, tile> whole;
+  constexpr std::integral_constant<int64_t, 1> single;
+  int64_t q = q0;
+  for (; q + tile <= q1; q += tile) {
+    if (side_by_side<tile>(at.in + q))
+      f(whole, std::type_identity<SideBySide>(), at.in + q, at.out + q);
+    else
+      f(whole, std::type_identity<Apart<tile>>(), at.in + q, at.out + q);
+  }
+  for (; q < q1; q++) f(single, std::type_identity<SideBySide>(), at.in + q, at.out + q);
 }
 
 // f(place) for every place from begin to end where the mask is true.
@@ -110,61 +150,67 @@ void count_entries(const bool* mask, int64_t rows, int64_t channels, int64_t tap
   });
 }
 
-// Fills offset and flat (the place in the mask) of each entry; first: [blocks * rows + 1] summed
-// counts.
+// Fills flat, the place in the mask of each entry; first: [blocks * rows + 1] summed counts.
 void list_entries(const bool* mask, int64_t rows, int64_t channels, int64_t taps, int64_t size,
-                  int64_t channel_stride, const int64_t* tap, const int32_t* first,
-                  int32_t* offset, int32_t* flat) {
+                  const int32_t* first, int32_t* flat) {
   at::parallel_for(0, rows, 8, [&](int64_t row0, int64_t row1) {
     for (int64_t row = row0; row < row1; row++)
       for (int64_t c = 0, block = 0; c < channels; c += size, block++) {
         const int64_t start = row * channels * taps, last = std::min(c + size, channels);
         int32_t entry = first[block * rows + row];
-        each_true(mask, start + c * taps, start + last * taps, [&](int64_t place) {
-          const int64_t here = place - start;
-          offset[entry] = here / taps * channel_stride + tap[here % taps];
-          flat[entry++] = place;
-        });
+        each_true(mask, start + c * taps, start + last * taps,
+                  [&](int64_t place) { flat[entry++] = place; });
       }
   });
 }
 
 // The same entries by input channel, for the gradient of the input: row and channel change places.
-// first, flat: of the forward entries. tap: [taps] offsets, or `no_tap` for one that is left out.
+// flat: of the forward entries. tap: [taps], `no_tap` for one that is left out.
 constexpr int64_t no_tap = INT64_MIN;
 
-void count_transposed(Entries forward, const int32_t* flat, int64_t channels, int64_t taps,
-                      const int64_t* tap, int64_t size, int32_t* counts) {
+void count_transposed(Entries forward, const int32_t* flat, int32_t channels, int32_t taps,
+                      const int64_t* tap, int32_t size, int32_t* counts) {
   for (int64_t row = 0; row < forward.rows; row++)
     for (int64_t block = 0; block < forward.blocks; block++) {
       const int32_t* bounds = forward.first + block * forward.rows + row;
       for (int32_t e = bounds[0]; e < bounds[1]; e++) {
-        const int64_t here = flat[e] - row * channels * taps;
+        const int32_t here = flat[e] - row * channels * taps;
         if (tap[here % taps] != no_tap) counts[row / size * channels + here / taps]++;
       }
     }
 }
 
-// next: [blocks * channels] summed counts, which are moved on. Fills offset, and order: which
-// forward entry it is.
-void list_transposed(Entries forward, const int32_t* flat, int64_t channels, int64_t taps,
-                     const int64_t* tap, int64_t size, int64_t row_stride, int32_t* next,
-                     int32_t* offset, int32_t* order) {
+// next: [blocks * channels] summed counts, which are moved on. Fills order: which forward entry it
+// is.
+void list_transposed(Entries forward, const int32_t* flat, int32_t channels, int32_t taps,
+                     const int64_t* tap, int32_t size, int32_t* next, int32_t* order) {
   for (int64_t row = 0; row < forward.rows; row++)
     for (int64_t block = 0; block < forward.blocks; block++) {
       const int32_t* bounds = forward.first + block * forward.rows + row;
       for (int32_t e = bounds[0]; e < bounds[1]; e++) {
-        const int64_t here = flat[e] - row * channels * taps, k = here % taps;
-        if (tap[k] == no_tap) continue;
-        const int32_t place = next[row / size * channels + here / taps]++;
-        offset[place] = row * row_stride + tap[k];
-        order[place] = e;
+        const int32_t here = flat[e] - row * channels * taps;
+        if (tap[here % taps] != no_tap) order[next[row / size * channels + here / taps]++] = e;
       }
     }
 }
 
-// value: [entries]; in, out: maps; every row is written at every position.
-void gather(const Scalar* in, Scalar* out, const Scalar* value, Entries entries, Positions at) {
+// Of entry e, whose place in the mask is f = flat[order[e]] (order nullptr: flat[e]): the input
+// channel is f / divisor % modulus, and begins at stride times that.
+void set_offsets(const int32_t* flat, const int32_t* order, int64_t entries, int64_t divisor,
+                 int64_t modulus, int64_t stride, const int64_t* tap, int64_t taps,
+                 int32_t* offset) {
+  const uint32_t d = divisor, m = modulus, k = taps;  // much faster to divide by than 64 bits
+  at::parallel_for(0, entries, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t e = begin; e < end; e++) {
+      const uint32_t f = flat[order ? order[e] : e];
+      offset[e] = f / d % m * stride + tap[f % k];
+    }
+  });
+}
+
+// value: [entries]; in, out: maps; every row is written at every position, or added to what is there.
+void gather(const Scalar* in, Scalar* out, const Scalar* value, Entries entries, Positions at,
+            bool add) {
   if (at.count == 0) return;
   const int64_t groups = (at.count + at.group - 1) / at.group;
   const int64_t parts = std::min(entries.rows, (4 * at::get_num_threads() + groups - 1) / groups);
@@ -177,54 +223,54 @@ void gather(const Scalar* in, Scalar* out, const Scalar* value, Entries entries,
         for (int64_t row = row0; row < row1; row++) {
           const int32_t* bounds = entries.first + block * entries.rows + row;
           const int64_t count = bounds[1] - bounds[0];
-          if (count == 0 && block > 0) continue;
+          const bool fresh = block == 0 && !add;
+          if (count == 0 && !fresh) continue;
           const int32_t* offset = entries.offset + bounds[0];
           const Scalar* values = value + bounds[0];
           Scalar* to = out + row * at.row_stride;
-          int64_t q = q0;
-          for (; q + tile <= q1; q += tile)
-            gather_tile<tile>(in, to, at.in + q, at.out + q, offset, values, count, block == 0);
-          for (; q < q1; q++)
-            gather_tile<1>(in, to, at.in + q, at.out + q, offset, values, count, block == 0);
+          each_tile(at, q0, q1, [&](auto t, auto bases, const int64_t* from, const int64_t* where) {
+            gather_tile<t, typename decltype(bases)::type>(in, to, from, where, offset, values,
+                                                           count, fresh);
+          });
         }
     }
   });
 }
 
-// gradient: [entries]; scratch: [entries * width()].
+// gradient: [entries]; scratch: [scratch_size(entries, positions)].
 void weights(const Scalar* in, const Scalar* d_out, Scalar* gradient, Scalar* scratch,
              Entries entries, Positions at) {
   const int64_t parts = std::min(entries.rows, int64_t(4 * at::get_num_threads()));
+  // Of few positions all are done before the next row: so its sums stay in the cache.
+  const int64_t group = at.count <= few ? few : at.group;
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    std::vector<Scalar> own;
     const int64_t row0 = entries.rows * begin / parts, row1 = entries.rows * end / parts;
-    for (int64_t block = 0; block < entries.blocks; block++) {
-      const int32_t* bounds = entries.first + block * entries.rows;
-      std::fill(scratch + bounds[row0] * width, scratch + bounds[row1] * width, Scalar(0));
-    }
-    for (int64_t q0 = 0; q0 < at.count; q0 += at.group) {
-      const int64_t q1 = std::min(at.count, q0 + at.group);
+    for (int64_t q0 = 0; q0 < at.count; q0 += group) {
+      const int64_t q1 = std::min(at.count, q0 + group);
       for (int64_t block = 0; block < entries.blocks; block++)
         for (int64_t row = row0; row < row1; row++) {
           const int32_t* bounds = entries.first + block * entries.rows + row;
           const int64_t count = bounds[1] - bounds[0];
           if (count == 0) continue;
           const int32_t* offset = entries.offset + bounds[0];
-          Scalar* sums = scratch + bounds[0] * width;
+          if (at.count <= few) own.resize(std::max<size_t>(own.size(), count * width));
+          Scalar* sums = at.count <= few ? own.data() : scratch + bounds[0] * width;
+          if (q0 == 0) std::fill(sums, sums + count * width, Scalar(0));
           const Scalar* d = d_out + row * at.row_stride;
-          int64_t q = q0;
-          for (; q + tile <= q1; q += tile)
-            weights_tile<tile>(in, d, at.in + q, at.out + q, offset, sums, count);
-          for (; q < q1; q++) weights_tile<1>(in, d, at.in + q, at.out + q, offset, sums, count);
+          each_tile(at, q0, q1, [&](auto t, auto bases, const int64_t* from, const int64_t* where) {
+            weights_tile<t, typename decltype(bases)::type>(in, d, from, where, offset, sums, count);
+          });
+          if (q1 == at.count)
+            for (int64_t e = 0; e < count; e++)
+              gradient[bounds[0] + e] = total(Vec::loadu(sums + e * width));
         }
-    }
-    for (int64_t block = 0; block < entries.blocks; block++) {
-      const int32_t* bounds = entries.first + block * entries.rows;
-      for (int64_t e = bounds[row0]; e < bounds[row1]; e++)
-        gradient[e] = total(Vec::loadu(scratch + e * width));
     }
   });
 }
 
-int64_t vector_width() { return width; }
+int64_t scratch_size(int64_t entries, int64_t positions) {
+  return positions <= few ? 0 : entries * width;
+}
 
 }  // extern "C"

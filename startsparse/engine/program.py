@@ -1,23 +1,16 @@
 """A network as a list of steps on maps, which `lowering` makes of it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from startsparse.engine.entries import Window
-from startsparse.engine.layers import Product
+from startsparse.engine.layers import Affine, Gradients, MaxPool, MeanPixels, Product, added
 from startsparse.engine.maps import Space, to_images, to_map
-
-
-@dataclass
-class Step:
-    """One step: ``run(*tensors, images)`` of the values named ``inputs`` makes ``output``."""
-
-    run: Callable[..., Tensor]
-    inputs: list[str]
-    output: str
 
 
 class DenseProduct:
@@ -27,9 +20,31 @@ class DenseProduct:
         """Use the weight of ``layer`` as it is at each call."""
         self.layer, self.window, self.given, self.made = layer, window, given, made
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What learns."""
+        return [self.layer.weight]
+
+    def forward(self, x: Tensor, images: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # noqa: ARG002
         """The product; its border is zero."""
-        inside = self.given.inside(x).permute(0, 4, 2, 3, 1)  # channels_last is the fast layout
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = self._compute(x)
+        return y.detach(), (x, y)
+
+    def backward(
+        self, kept: tuple[Tensor, Tensor], d_y: Tensor, into: Gradients | None
+    ) -> tuple[Gradients, Gradients]:
+        """``into`` None: the gradient of x is not needed."""
+        x, y = kept
+        weight = self.layer.weight
+        wanted = [t for t, want in ((x, into is not None), (weight, weight.requires_grad)) if want]
+        gradients = list(torch.autograd.grad(y, wanted, d_y)) if wanted else []
+        d_x = None if into is None else added(gradients.pop(0).contiguous(), into[0])
+        return [d_x], gradients or [None]
+
+    def _compute(self, x: Tensor) -> Tensor:
+        inside = self.given.inside(x).permute(1, 4, 2, 3, 0)  # channels_last is the fast layout
         images = inside.reshape(-1, *inside.shape[2:]).permute(0, 3, 1, 2)
         weight, stride = self.layer.weight, self.window.stride
         if weight.dim() == 2:
@@ -42,17 +57,48 @@ class DenseProduct:
 
 
 @dataclass
+class Either:
+    """A layer's product in both forms: sparse if ``name`` is in ``chosen``, which may change."""
+
+    name: str
+    chosen: set[str]
+    sparse: Product
+    dense: DenseProduct
+
+    @property
+    def now(self) -> Product | DenseProduct:
+        """The form that computes."""
+        return self.sparse if self.name in self.chosen else self.dense
+
+
+@dataclass
+class Step:
+    """``run.forward(*values named inputs, images)`` makes the value named ``output``."""
+
+    run: Either | Affine | MaxPool | MeanPixels
+    inputs: list[str]
+    output: str
+
+    @property
+    def now(self) -> Any:
+        """What runs: see `layers`."""
+        return self.run.now if isinstance(self.run, Either) else self.run
+
+
+@dataclass
 class Program:
     """The steps, and what they are made of.
 
     Attributes:
-        products: layer name -> its product, sparse and dense; `sparse` says which one runs.
+        products: layer name -> its product in both forms; `sparse` has the names that run sparsely.
         spaces: value -> the space of its map.
+        start, result: the values that images come in and logits go out as.
+        flat: whether images come in as maps of one pixel.
     """
 
     flat: bool = False
     steps: list[Step] = field(default_factory=list)
-    products: dict[str, tuple[Product, DenseProduct]] = field(default_factory=dict)
+    products: dict[str, Either] = field(default_factory=dict)
     sparse: set[str] = field(default_factory=set)
     spaces: dict[str, Space] = field(default_factory=dict)
     start: str = ""
@@ -60,14 +106,55 @@ class Program:
 
     def __call__(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, classes], as the network."""
+        parameters = [p for step in self.steps for p in step.now.parameters if p is not None]
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+            return _Run.apply(self, images, *parameters)
+        return self._forward(images, keep=False)[0]
+
+    def _forward(self, images: Tensor, keep: bool) -> tuple[Tensor, list]:
+        """Logits; and what the backward of each step needs, if ``keep``."""
         if self.flat:
             images = images.flatten(1)[:, :, None, None]
-        values = {self.start: to_map(images, self.spaces[self.start])}
+        values, kept = {self.start: to_map(images, self.spaces[self.start])}, []
         last_use = {name: i for i, step in enumerate(self.steps) for name in step.inputs}
         for i, step in enumerate(self.steps):
             inputs = [values[name] for name in step.inputs]
-            values[step.output] = step.run(*inputs, len(images))
+            values[step.output], needed = step.now.forward(*inputs, len(images))
+            if keep:
+                kept.append(needed)
             for name in step.inputs:
                 if last_use[name] == i:
                     values.pop(name, None)
-        return to_images(values[self.result], self.spaces[self.result], len(images)).flatten(1)
+        result = values[self.result]
+        return to_images(result, self.spaces[self.result], len(images)).flatten(1), kept
+
+    def _backward(self, kept: list, d_logits: Tensor) -> dict[nn.Parameter, Tensor]:
+        """Parameter -> gradient. Uses ``kept`` up."""
+        d_result = to_map(d_logits[:, :, None, None], self.spaces[self.result])
+        maps, gradients = {self.result: d_result}, {}
+        for step in reversed(self.steps):
+            into = [maps.pop(name, None) for name in step.inputs]
+            if step.inputs == [self.start] and isinstance(step.run, Either):
+                into = None  # nobody asks for the gradient of the images
+            made, learned = step.now.backward(kept.pop(), maps.pop(step.output), into)
+            maps.update(zip(step.inputs, made))
+            for parameter, gradient in zip(step.now.parameters, learned):
+                if parameter is not None and gradient is not None:
+                    gradients[parameter] = added(gradient, gradients.get(parameter))
+        return gradients
+
+
+class _Run(torch.autograd.Function):
+    """A program as one function: autograd between its steps would take longer than small layers."""
+
+    @staticmethod
+    def forward(ctx, program: Program, images: Tensor, *parameters: nn.Parameter) -> Tensor:
+        logits, ctx.kept = program._forward(images, keep=True)
+        ctx.program, ctx.parameters = program, parameters
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_logits: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.program._backward(ctx.kept, d_logits)
+        return None, None, *(gradients.get(parameter) for parameter in ctx.parameters)
