@@ -306,3 +306,21 @@ def test_kernels_are_built_once(monkeypatch, tmp_path):
     build.library(torch.float32)
     assert built.stat().st_mtime_ns == at
     build.library.cache_clear()
+
+
+@pytest.mark.parametrize("arch", WIDTHS)
+@pytest.mark.parametrize("dense", ["none", "some"])
+def test_single_images(arch, dense):
+    model = network(arch)
+    model(batch()[0])  # running statistics that are not 0 and 1
+    model.eval()
+    form = sparse_form(model, without=list(sparse_layers(model))[::2] if dense == "some" else ())
+    images = batch(3)[0]
+    with torch.inference_mode(), form.within():
+        one_by_one = form(images)
+        together = form.program(images)
+    assert (one_by_one - together).abs().max() < 1e-10
+    with torch.no_grad(), form.within():  # after a change of the weights
+        for parameter in [*model.parameters(), *(x.values for x in form.layers.values())]:
+            parameter.mul_(1.1)
+        assert (form(images) - form.program(images)).abs().max() < 1e-10

@@ -14,7 +14,8 @@ from startsparse.atomic import replacing
 from startsparse.errors import UserError
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("products.cpp", "layers.cpp")
+_SOURCES = ("products.cpp", "layers.cpp", "planes.cpp")
+_HEADERS = ("maps.h", "norm.h")
 _SCALARS = {torch.float32: "float", torch.float64: "double"}
 # What PyTorch calls the instructions of this CPU -> how its vector types and g++ are told.
 _FLAGS = {
@@ -38,7 +39,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
         NoCompilerError: no C++ compiler, or it fails; says in one line why.
     """
     command = _command(dtype)
-    sources = [_FOLDER / name for name in (*_SOURCES, "maps.h")]
+    sources = [_FOLDER / name for name in (*_SOURCES, *_HEADERS)]
     key = repr((command, torch.__version__, [path.read_bytes() for path in sources]))
     digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
     path = _cache() / f"{_SCALARS[dtype]}-{digest}.so"

@@ -91,7 +91,7 @@ class Entries:
     ):  # fmt: skip
         self.first, self.rows, self.flat, self.order = first, rows, flat, order
         self.offset = torch.empty_like(flat if order is None else order)
-        self._taps, self._divisor, self._modulus = taps, divisor, modulus
+        self._taps, self._divisor, self.modulus = taps, divisor, modulus
         self._stride = 0
         per_row = len(self) / (len(first) - 1)
         self.group = _TILE * min(32, max(1, round(_PER_GROUP / max(per_row, 1e-9))))
@@ -103,7 +103,7 @@ class Entries:
         """For the kernels, where an input channel begins ``stride`` numbers after the last one."""
         if stride != self._stride:
             order = None if self.order is None else at(self.order)
-            sizes = (_int(n) for n in (len(self), self._divisor, self._modulus, stride))
+            sizes = (_int(n) for n in (len(self), self._divisor, self.modulus, stride))
             library(torch.float32).set_offsets(
                 *(at(self.flat), order, *sizes), at(self._taps), _int(len(self._taps)),
                 at(self.offset),

@@ -154,7 +154,7 @@ class Affine:
     def forward(self, y: Tensor, *rest: Tensor | int) -> tuple[Tensor, tuple]:
         """Of y, and a residual if there is one; images that are not there become zero."""
         *residual, images = rest
-        norm, statistics = self._norm(y, images)
+        norm, statistics = self.norm_for(y, images)
         z = self.made.empty(y.shape[1], y)
         other = self.residual.view(residual[0]) if residual else NO_MAP
         library(y.dtype).affine(
@@ -189,7 +189,7 @@ class Affine:
             gradients.append(added(d_residual, into[1]))
         return gradients, [d_gamma, d_beta]
 
-    def _norm(self, y: Tensor, images: int) -> tuple[CNorm, Tensor]:
+    def norm_for(self, y: Tensor, images: int) -> tuple[CNorm, Tensor]:
         """For the kernels; and the memory that it points to: mean and inverse deviation."""
         norm = self.norm
         statistics = y.new_empty(2, self.given.channels)

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from startsparse.engine.build import library
 from startsparse.engine.layers import Product
 from startsparse.engine.lowering import lower
+from startsparse.engine.single import SingleImage
 from startsparse.masks import masked_weights
+
+FEW = 4  # images up to which inference is faster one by one
 
 
 class SparseForm:
@@ -38,6 +41,7 @@ class SparseForm:
         self.program = lower(model, shape)
         library(next(model.parameters()).dtype)
         self.entered = False
+        self._single: SingleImage | None = None
         self._listed: dict[str, tuple[Tensor, int]] = {}  # mask and version that entries are of
 
     @property
@@ -58,7 +62,12 @@ class SparseForm:
 
     def __call__(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> logits [B, classes], as the model in the mode that it is in."""
-        return self.program(images)
+        few = len(images) <= FEW and not torch.is_grad_enabled() and not self.model.training
+        if not few or not self.entered:
+            return self.program(images)
+        if self._single is None and SingleImage.fits(self.program):
+            self._single = SingleImage(self.program, self.model)
+        return (self._single or self.program)(images)
 
     @contextmanager
     def within(self, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
@@ -115,7 +124,7 @@ class SparseForm:
             if optimizer is not None:
                 _exchange(optimizer, values, weight, dense)
             layer.values = nn.Parameter(torch.empty(0))
-        self.entered = False
+        self.entered, self._single = False, None
 
     def _list(self, name: str, layer: Product, mask: Tensor) -> None:
         """List the entries of ``mask``, unless that was done and it has not changed since."""

@@ -1,0 +1,121 @@
+// Single images: a map is [C, H + 2 border, W + 2 border], and a vector holds pixels side by side.
+//
+// A convolution of stride 1 is `gather` of products.cpp over runs of 16 pixels of the whole plane,
+// lines and borders alike: what it makes has lines as long as its input's, whose last pixels mean
+// nothing. A stride is taken out of the input first: `split` deals pixels to one plane per phase.
+
+#include "maps.h"
+#include "norm.h"
+
+#include <cmath>
+#include <vector>
+
+struct Plane {
+  Scalar* data;  // pixel (0, 0) of channel 0
+  int64_t channels, height, columns, channel, line;  // numbers from one channel, or line, to the next
+
+  Scalar* row(int64_t c, int64_t h) const { return data + c * channel + h * line; }
+};
+
+namespace {
+
+template <typename F>
+inline void each_channel(const Plane& z, F f) {
+  const int64_t grain = std::max<int64_t>(1, 4096 / (z.height * z.columns));
+  at::parallel_for(0, z.channels, grain, [&](int64_t c0, int64_t c1) {
+    for (int64_t c = c0; c < c1; c++) f(c);
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+// y: sy * sx planes in the place of each of x, of lines and pixels i, i + s, i + 2s, ...; x.height
+// and x.columns say how far x may be read, the rest is zero.
+void split(Plane x, int64_t sy, int64_t sx, Plane y) {
+  each_channel(x, [&](int64_t c) {
+    for (int64_t i = 0; i < sy; i++)
+      for (int64_t j = 0; j < sx; j++)
+        for (int64_t h = 0; h < y.height; h++) {
+          Scalar* to = y.row((c * sy + i) * sx + j, h);
+          const int64_t line = h * sy + i;
+          for (int64_t w = 0; w < y.columns; w++)
+            to[w] = line < x.height && w * sx + j < x.columns ? x.row(c, line)[w * sx + j] : 0;
+        }
+  });
+}
+
+// z = norm(y) (+ residual), then ReLU if asked for; by running statistics, or without a norm.
+void plane_affine(Plane y, Norm norm, Plane residual, bool relu, Plane z) {
+  const Scalar least = relu ? 0 : -INFINITY, epsilon = norm.epsilon;
+  const int64_t grain = std::max<int64_t>(1, 4096 / (z.height * z.columns));
+  at::parallel_for(0, z.channels, grain, [&](int64_t c0, int64_t c1) {
+    std::vector<Scalar> scale(c1 - c0, 1), shift(c1 - c0, 0);
+    if (norm.beta) std::copy(norm.beta + c0, norm.beta + c1, shift.begin());
+    if (norm.mode == running)
+      for (int64_t c = c0; c < c1; c++) {
+        Scalar factor = 1 / std::sqrt(norm.running_variance[c] + epsilon);
+        if (norm.gamma) factor *= norm.gamma[c];
+        scale[c - c0] = factor;
+        shift[c - c0] -= norm.running_mean[c] * factor;
+      }
+    for (int64_t c = c0; c < c1; c++) {
+      const Scalar a = scale[c - c0], b = shift[c - c0];
+      for (int64_t h = 0; h < z.height; h++) {
+        const Scalar *from = y.row(c, h), *other = residual.data ? residual.row(c, h) : nullptr;
+        Scalar* to = z.row(c, h);
+        for (int64_t w = 0; w < z.columns; w++)
+          to[w] = std::max(from[w] * a + b + (other ? other[w] : 0), least);
+      }
+    }
+  });
+}
+
+void plane_max_pool(Plane x, int64_t kernel, int64_t stride, int64_t padding, Plane y) {
+  each_channel(y, [&](int64_t c) {
+    for (int64_t oh = 0; oh < y.height; oh++)
+      for (int64_t ow = 0; ow < y.columns; ow++) {
+        const int64_t top = oh * stride - padding, left = ow * stride - padding;
+        Scalar best = -INFINITY;
+        for (int64_t h = std::max<int64_t>(top, 0); h < std::min(top + kernel, x.height); h++)
+          for (int64_t w = std::max<int64_t>(left, 0); w < std::min(left + kernel, x.columns); w++)
+            best = std::max(best, x.row(c, h)[w]);
+        y.row(c, oh)[ow] = best;
+      }
+  });
+}
+
+void plane_mean(Plane x, Plane y) {
+  each_channel(x, [&](int64_t c) {
+    Scalar sum = 0;
+    for (int64_t h = 0; h < x.height; h++) {
+      Scalar line = 0;
+      for (int64_t w = 0; w < x.columns; w++) line += x.row(c, h)[w];
+      sum += line;
+    }
+    *y.row(c, 0) = sum / (x.height * x.columns);
+  });
+}
+
+// A linear layer of one image: y[row] = sum of value * x[offset].
+void dot(const Scalar* x, const Scalar* value, const int32_t* first, const int32_t* offset,
+         int64_t blocks, int64_t rows, Scalar* y) {
+  at::parallel_for(0, rows, 64, [&](int64_t row0, int64_t row1) {
+    for (int64_t row = row0; row < row1; row++) {
+      Scalar even = 0, odd = 0;
+      for (int64_t block = 0; block < blocks; block++) {
+        const int32_t* bounds = first + block * rows + row;
+        int32_t e = bounds[0];
+        for (; e + 1 < bounds[1]; e += 2) {
+          even += value[e] * x[offset[e]];
+          odd += value[e + 1] * x[offset[e + 1]];
+        }
+        if (e < bounds[1]) even += value[e] * x[offset[e]];
+      }
+      y[row] = even + odd;
+    }
+  });
+}
+
+}  // extern "C"

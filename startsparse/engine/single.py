@@ -1,0 +1,193 @@
+"""Inference of one image at a time, for batches too small to fill blocks of 16 images.
+
+The same steps on maps [C, H + 2 border, W + 2 border] of one image; `planes.cpp` says how. All
+memory is there before the first image, so that an image is a list of kernel calls and no more.
+"""
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor, nn
+
+from startsparse.engine.build import library
+from startsparse.engine.entries import Entries, Positions, Window, forward_entries
+from startsparse.engine.layers import Affine, MaxPool, MeanPixels
+from startsparse.engine.maps import LANES, Space, at
+from startsparse.engine.program import Either, Program
+
+_int = ctypes.c_int64
+
+
+class CPlane(ctypes.Structure):
+    """`Plane` of planes.cpp."""
+
+    _fields_ = [("data", ctypes.c_void_p)] + [
+        (name, _int) for name in ("channels", "height", "columns", "channel", "line")
+    ]
+
+
+_NO_PLANE = CPlane(None, 0, 0, 0, 0, 0)
+
+
+class _Plane:
+    """The map of one image, zeros at first; ``line`` and ``channel`` are strides."""
+
+    def __init__(self, space: Space, line: int, channel: int, dtype: torch.dtype, beyond: int = 0):
+        """``beyond``: numbers after the last channel that a kernel may read."""
+        self.space, self.line, self.channel = space, line, channel
+        self.memory = torch.zeros(space.channels * channel + beyond, dtype=dtype)
+        self.first = space.border * line + space.border  # pixel (0, 0)
+
+    @property
+    def inside(self) -> Tensor:
+        """View [C, H, W], without the border."""
+        shape = self.space.channels, self.space.height, self.space.width
+        return self.memory.as_strided(shape, (self.channel, self.line, 1), self.first)
+
+    def view(self, up: int = 0, left: int = 0) -> CPlane:
+        """For the kernels; with ``up`` or ``left``, from so many pixels before the first to the
+        end of the border.
+        """
+        space, start = self.space, self.first - up * self.line - left
+        more = space.border if up or left else 0
+        address = self.memory.data_ptr() + start * self.memory.element_size()
+        sizes = space.height + up + more, space.width + left + more
+        return CPlane(address, space.channels, *sizes, self.channel, self.line)
+
+
+class SingleImage:
+    """The network of a program, in evaluation, for one image at a time."""
+
+    def __init__(self, program: Program, model: nn.Module):
+        """Read parameters, masks and running statistics where they are at this moment."""
+        self.program = program
+        self.dtype = next(model.parameters()).dtype
+        self.kernels = library(self.dtype)
+        self._calls: list[tuple] = []  # kernel, its arguments
+        self._held: list[object] = []  # what they point to
+        self._dense: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # weight, places, their values
+        self._planes = {program.start: self._padded(program.start)}
+        for step in program.steps:
+            make = {
+                Either: self._product,
+                Affine: self._affine,
+                MaxPool: self._max_pool,
+                MeanPixels: self._mean,
+            }[type(step.run)]
+            self._planes[step.output] = make(step.run, step.inputs, step.output)
+
+    @staticmethod
+    def fits(program: Program) -> bool:
+        """Whether every BatchNorm has running statistics."""
+        affine = [step.run for step in program.steps if isinstance(step.run, Affine)]
+        return all(a.norm is None or a.norm.running_mean is not None for a in affine)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> logits [B, classes]."""
+        for weight, places, values in self._dense:
+            torch.index_select(weight.detach().reshape(-1), 0, places, out=values)
+        if self.program.flat:
+            images = images.flatten(1)[:, :, None, None]
+        given, made = self._planes[self.program.start], self._planes[self.program.result]
+        logits = images.new_empty(len(images), made.space.channels)
+        given, made = given.inside, made.inside[:, 0, 0]
+        for image, row in zip(images, logits):
+            given.copy_(image)
+            for kernel, arguments in self._calls:
+                kernel(*arguments)
+            row.copy_(made)
+        return logits
+
+    def _call(self, kernel: str, *arguments: object) -> None:
+        self._calls.append((getattr(self.kernels, kernel), arguments))
+
+    def _padded(self, name: str) -> _Plane:
+        """A map with its border, where a product may read."""
+        space = self.program.spaces[name]
+        # A run of positions may end a tile late, and then reads up to a kernel further.
+        beyond = (space.border * 2 + 1) * (space.row + 1) + 2 * _RUN
+        return _Plane(space, space.row, space.plane, self.dtype, beyond)
+
+    def _product(self, both: Either, inputs: list[str], _output: str) -> _Plane:
+        x, layer = self._planes[inputs[0]], both.sparse
+        window, made = layer.window, Space(layer.made.channels, layer.made.height, layer.made.width)
+        listed, values = self._entries(both)
+        if (made.height, made.width, *window.kernel) == (1, 1, 1, 1):
+            y, first = _Plane(made, 1, 1, self.dtype), x.view(*window.padding)
+            entries = _with_taps(listed, torch.zeros(1, dtype=torch.int64))
+            view = entries.view(x.channel)
+            self._call("dot", ctypes.c_void_p(first.data), at(values), ctypes.c_void_p(view.first),
+                       ctypes.c_void_p(view.offset), *map(_int, (view.blocks, view.rows)),
+                       at(y.memory))  # fmt: skip
+            self._held += [entries, values]
+            return y
+        start, line, stride = self._split(x, window, made)
+        down, right = (torch.arange(k) for k in window.kernel)
+        (sy, sx), phase = window.stride, stride // math.prod(window.stride)
+        taps = (down % sy * sx)[:, None] + right % sx
+        taps = taps * phase + (down // sy * line)[:, None] + right // sx
+        entries = _with_taps(listed, taps.flatten())
+        count = -(-made.height * line // LANES)
+        y = _Plane(made, line, LANES * count, self.dtype)
+        places = LANES * torch.arange(count)
+        positions = Positions(places, places, stride, y.channel)
+        self._call(
+            "gather", ctypes.c_void_p(start), at(y.memory), at(values), entries.view(stride),
+            positions.view(entries.group), ctypes.c_bool(False),
+        )  # fmt: skip
+        self._held += [entries, values, positions]
+        return y
+
+    def _split(self, x: _Plane, window: Window, made: Space) -> tuple[int, int, int]:
+        """Where the first tap of the first position is, and the strides of lines and channels."""
+        view = x.view(*window.padding)
+        if window.stride == (1, 1):
+            return view.data, x.line, x.channel
+        (sy, sx), (ky, kx) = window.stride, window.kernel
+        height, width = made.height + (ky - 1) // sy, made.width + (kx - 1) // sx
+        phases = Space(x.space.channels * sy * sx, height, width)
+        y = _Plane(phases, width, height * width, self.dtype, (ky + 1) * width + 2 * _RUN)
+        self._call("split", view, _int(sy), _int(sx), y.view())
+        self._held.append(y)
+        return y.memory.data_ptr(), y.line, y.channel * sy * sx
+
+    def _entries(self, both: Either) -> tuple[Entries, Tensor]:
+        if both.name in self.program.sparse:
+            return both.sparse.entries, both.sparse.values.detach()
+        layer = both.dense.layer
+        mask = getattr(layer, "weight_mask", None)
+        mask = torch.ones_like(layer.weight, dtype=torch.bool) if mask is None else mask
+        mask = mask.contiguous().view(*mask.shape[:2], *both.sparse.window.kernel)
+        listed = forward_entries(mask, both.sparse.given)
+        values = torch.empty(len(listed), dtype=self.dtype)
+        self._dense.append((layer.weight, listed.flat, values))
+        return listed, values
+
+    def _affine(self, affine: Affine, inputs: list[str], output: str) -> _Plane:
+        y, *residual = (self._planes[name] for name in inputs)
+        z = self._padded(output)
+        norm = affine.norm_for(y.memory, 1)
+        other = residual[0].view() if residual else _NO_PLANE
+        self._call("plane_affine", y.view(), norm[0], other, ctypes.c_bool(affine.relu), z.view())
+        self._held.append(norm)
+        return z
+
+    def _max_pool(self, pool: MaxPool, inputs: list[str], output: str) -> _Plane:
+        y = self._padded(output)
+        self._call("plane_max_pool", self._planes[inputs[0]].view(), *pool.numbers, y.view())
+        return y
+
+    def _mean(self, _mean: MeanPixels, inputs: list[str], output: str) -> _Plane:
+        y = self._padded(output)
+        self._call("plane_mean", self._planes[inputs[0]].view(), y.view())
+        return y
+
+
+_RUN = 8 * LANES  # pixels that a kernel does at a time
+
+
+def _with_taps(listed: Entries, taps: Tensor) -> Entries:
+    """The same entries for a map whose taps lie elsewhere."""
+    channels = listed.modulus
+    return Entries(listed.first, listed.rows, listed.flat, None, taps, len(taps), channels)
