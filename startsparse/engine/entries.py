@@ -157,15 +157,16 @@ def forward_positions(window: Window, given: Space, made: Space, blocks: int) ->
     )
 
 
-def forward_entries(mask: Tensor, given: Space) -> Entries:
+def forward_entries(mask: Tensor, given: Space, blocked: bool = True) -> Entries:
     """Entries of a weight that reads the map ``given``.
 
     Args:
         mask: bool [out, in, ky, kx], contiguous.
+        blocked: False: all input channels are one block, and entries are in the mask's own order.
     """
     rows, channels, *kernel = mask.shape
     count = int(mask.count_nonzero())
-    size = _block_size(kernel, rows, channels, count)
+    size = _block_size(kernel, rows, channels, count) if blocked else channels
     tap = torch.arange(kernel[0])[:, None] * given.row + torch.arange(kernel[1])
     tap = (LANES * tap).flatten()
     sizes = [_int(n) for n in (rows, channels, len(tap), size)]

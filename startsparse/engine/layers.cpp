@@ -181,8 +181,10 @@ inline void zero_borders(const Map& x, int64_t c) {
 
 extern "C" {
 
-// z = norm(y) (+ residual), then ReLU if asked for.
-void affine(Map y, Norm norm, Map residual, bool relu, int64_t last, Map z) {
+// z = norm(y) (+ residual), then ReLU if asked for. `first` asks for y = ReLU(y + before) before all
+// that, in place; before: [channels], or nullptr for 0.
+void affine(Map y, bool first, const Scalar* before, Norm norm, Map residual, bool relu,
+            int64_t last, Map z) {
   const Pixels p(y, last, std::max({y.border, residual.border, z.border}));
   const double count = p.count();
   const auto apply = residual.data ? relu ? affine_channel<true, true> : affine_channel<true, false>
@@ -190,6 +192,7 @@ void affine(Map y, Norm norm, Map residual, bool relu, int64_t last, Map z) {
                                    : affine_channel<false, false>;
   each_channel(y, [&](int64_t c) {
     const Channel from = y.channel(c);
+    if (first) affine_channel<false, true>(from, 1, before ? before[c] : 0, {}, from, p);
     norm.mean[c] = 0, norm.inverse[c] = 1;
     if (norm.mode != plain) {
       double mean, variance;
@@ -211,14 +214,14 @@ void affine(Map y, Norm norm, Map residual, bool relu, int64_t last, Map z) {
   });
 }
 
-// Backward of `affine`: d_y, d_residual, and d_gamma and d_beta [channels].
+// Backward of `affine`: d_y, d_residual, and d_gamma, d_beta and d_before [channels].
 //
 // g = d_z where z > 0 (everywhere without ReLU); d_beta = sum g; d_gamma = sum g * normalised y. In
 // mode batch y moves mean and deviation: d_y = scale * (g - d_beta / count - normalised y * d_gamma
 // / count); else d_y = scale * g. Without a z, y tells where it is positive; a residual with ReLU
 // needs it. d_y or d_residual may be d_z itself.
-void affine_backward(Map d_z, Map z, Map y, Norm norm, bool relu, int64_t last, Map d_y,
-                     Map d_residual, Scalar* d_gamma, Scalar* d_beta) {
+void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, int64_t last, Map d_y,
+                     Map d_residual, Scalar* d_gamma, Scalar* d_beta, Scalar* d_before) {
   const Pixels p(y, last, std::max({d_z.border, z.border, y.border, d_y.border, d_residual.border}));
   const double count = p.count();
   const auto sums_of = !relu   ? gradient_sums<Gate::open>
@@ -238,8 +241,12 @@ void affine_backward(Map d_z, Map z, Map y, Norm norm, bool relu, int64_t last, 
       constant = -scale * sum / count;
     }
     zero_borders(d_y, c);
-    apply(d, result, from, mean, scale, shift, slope, constant, d_y.channel(c),
-          d_residual.channel(c), p);
+    const Channel to = d_y.channel(c);
+    apply(d, result, from, mean, scale, shift, slope, constant, to, d_residual.channel(c), p);
+    if (first) {  // y is now what that ReLU made
+      gradient_channel<Gate::by_z>(to, from, from, 0, 1, 0, 0, 0, to, {}, p);
+      d_before[c] = sum_of(to, p);
+    }
   });
 }
 

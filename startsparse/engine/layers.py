@@ -139,35 +139,48 @@ class Affine:
     """z = relu(y * scale + shift + residual), where scale and shift are those of a BatchNorm.
 
     ReLU and residual may be missing, and so may the BatchNorm: then ``shift`` is a bias or zero.
+    With ``relu_first``, relu(y + bias) takes the place of y.
     """
 
-    def __init__(self, norm: nn.Module | None, bias: nn.Parameter | None, relu: bool, space: Space):
+    def __init__(
+        self,
+        norm: nn.Module | None,
+        bias: nn.Parameter | None,
+        relu: bool,
+        space: Space,
+        relu_first: bool = False,
+    ):
         """``norm`` is a BatchNorm, whose running statistics are kept up to date here."""
-        self.norm, self.bias, self.relu = norm, bias, relu
+        self.norm, self.bias, self.relu, self.relu_first = norm, bias, relu, relu_first
         self.given, self.made, self.residual = space, space, space
 
     @property
     def parameters(self) -> list[nn.Parameter | None]:
-        """Scale and shift, or None."""
-        return [None, self.bias] if self.norm is None else [self.norm.weight, self.norm.bias]
+        """Scale, shift, and bias before the first ReLU; or None."""
+        if self.norm is None:
+            return [None, self.bias, None]
+        return [self.norm.weight, self.norm.bias, self.bias if self.relu_first else None]
 
     def forward(self, y: Tensor, *rest: Tensor | int) -> tuple[Tensor, tuple]:
-        """Of y, and a residual if there is one; images that are not there become zero."""
+        """Of y, and a residual if there is one; images that are not there become zero.
+
+        With ``relu_first`` y is overwritten.
+        """
         *residual, images = rest
         norm, statistics = self.norm_for(y, images)
         z = self.made.empty(y.shape[1], y)
         other = self.residual.view(residual[0]) if residual else NO_MAP
         library(y.dtype).affine(
-            self.given.view(y), norm, other, _bool(self.relu), _last(images), self.made.view(z)
+            *(self.given.view(y), *self.first(), norm, other, _bool(self.relu), _last(images)),
+            self.made.view(z),
         )
-        return z, (
-            y,
-            z if residual and self.relu else None,
-            bool(residual),
-            images,
-            norm,
-            statistics,
-        )
+        result = z if residual and self.relu else None
+        return z, (y, result, bool(residual), images, norm, statistics)
+
+    def first(self) -> tuple[ctypes.c_bool, ctypes.c_void_p]:
+        """Whether a ReLU comes first, and the bias before it, for the kernels."""
+        bias = self.bias if self.relu_first else None
+        return _bool(self.relu_first), ctypes.c_void_p(_pointer(bias))
 
     def backward(self, kept: tuple, d_z: Tensor, into: Gradients) -> tuple[Gradients, Gradients]:
         """The gradient of y is always the first: nothing else reads y."""
@@ -178,23 +191,23 @@ class Affine:
             d_residual = d_z if same else self.residual.empty(y.shape[1], y)
         in_place = self.given == self.made and d_residual is not d_z
         d_y = d_z if in_place else self.given.empty(y.shape[1], y)
-        d_gamma, d_beta = y.new_empty(2, self.given.channels)
+        learned = y.new_empty(3, self.given.channels).unbind()
         library(y.dtype).affine_backward(
             self.made.view(d_z), NO_MAP if z is None else self.made.view(z), self.given.view(y),
-            norm, _bool(self.relu), _last(images), self.given.view(d_y),
-            self.residual.view(d_residual) if has_residual else NO_MAP, at(d_gamma), at(d_beta),
+            _bool(self.relu_first), norm, _bool(self.relu), _last(images), self.given.view(d_y),
+            self.residual.view(d_residual) if has_residual else NO_MAP, *map(at, learned),
         )  # fmt: skip
         gradients = [d_y]
         if has_residual:
             gradients.append(added(d_residual, into[1]))
-        return gradients, [d_gamma, d_beta]
+        return gradients, [*learned[:2], learned[2] if self.relu_first else None]
 
     def norm_for(self, y: Tensor, images: int) -> tuple[CNorm, Tensor]:
         """For the kernels; and the memory that it points to: mean and inverse deviation."""
         norm = self.norm
         statistics = y.new_empty(2, self.given.channels)
         own = [_pointer(row) for row in statistics]
-        pointers = [_pointer(parameter) for parameter in self.parameters]
+        pointers = [_pointer(parameter) for parameter in self.parameters[:2]]
         if norm is None:
             return CNorm(*pointers, None, None, 0.0, 0.0, _PLAIN, *own), statistics
         batch = norm.training or norm.running_mean is None

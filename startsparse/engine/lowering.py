@@ -31,6 +31,7 @@ class _Pending:
     norm: nn.Module | None = None
     bias: nn.Parameter | None = None
     residual: str | None = None
+    relu_first: bool = False
 
 
 def lower(model: nn.Module, shape: tuple[int, int, int]) -> Program:
@@ -130,13 +131,14 @@ class _Lowering:
     def _norm(self, node: fx.Node) -> None:
         source = node.args[0]
         waiting = self.pending.get(source)
-        if waiting and (waiting.norm or waiting.residual or waiting.bias is not None):
+        late = waiting and (waiting.norm or waiting.residual or waiting.bias is not None)
+        if late and not waiting.relu_first:
             self._finish(source, relu=False)
             waiting = None
-        value = waiting.value if waiting else self._ready(source)
-        self.pending.pop(source, None)
-        self.pending[node] = _Pending(value, norm=self.model.get_submodule(node.target))
-        self._finish_unless(node, ("relu", "add"))
+        waiting = self.pending.pop(source, None) or _Pending(self._ready(source))
+        waiting.norm = self.model.get_submodule(node.target)
+        self.pending[node] = waiting
+        self._finish_unless(node, () if waiting.relu_first else ("relu", "add"))
 
     def _add(self, node: fx.Node) -> None:
         if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
@@ -158,18 +160,26 @@ class _Lowering:
         source = node.args[0]
         if source not in self.pending:
             raise UnsupportedError("a ReLU without a product before it")
-        self._finish(source, relu=True, alias=node)
+        waiting = self.pending[source]
+        if waiting.norm or waiting.residual or not self._leads_to(node, ("norm",)):
+            self._finish(source, relu=True, alias=node)
+            return
+        self.pending[node] = self.pending.pop(source)
+        waiting.relu_first = True
 
     def _finish_unless(self, node: fx.Node, kinds: tuple[str, ...]) -> None:
         """Go on collecting if the only user of ``node`` is one of ``kinds``."""
-        users = list(node.users)
-        if len(users) != 1 or users[0].op == "output" or self._kind(users[0]) not in kinds:
+        if not self._leads_to(node, kinds):
             self._finish(node, relu=False)
+
+    def _leads_to(self, node: fx.Node, kinds: tuple[str, ...]) -> bool:
+        users = list(node.users)
+        return len(users) == 1 and users[0].op != "output" and self._kind(users[0]) in kinds
 
     def _finish(self, node: fx.Node, *, relu: bool, alias: fx.Node | None = None) -> None:
         waiting = self.pending.pop(node)
         given = self.program.spaces[waiting.value]
-        affine = Affine(waiting.norm, waiting.bias, relu, given)
+        affine = Affine(waiting.norm, waiting.bias, relu, given, waiting.relu_first)
         made = Space(given.channels, given.height, given.width)
         name = f"{(alias or node).name}/done"
         self.program.spaces[name] = affine.made = made

@@ -66,7 +66,8 @@ class SparseForm:
         if not few or not self.entered:
             return self.program(images)
         if self._single is None and SingleImage.fits(self.program):
-            self._single = SingleImage(self.program, self.model)
+            with torch.inference_mode(False):  # else its memory is for that mode alone
+                self._single = SingleImage(self.program, self.model)
         return (self._single or self.program)(images)
 
     @contextmanager
@@ -78,6 +79,7 @@ class SparseForm:
         finally:
             self.leave(optimizer)
 
+    @torch.inference_mode(False)  # parameters have to keep count of their changes
     @torch.no_grad()
     def enter(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Take weights, and their state in ``optimizer``, out of the model."""

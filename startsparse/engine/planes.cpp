@@ -8,7 +8,6 @@
 #include "norm.h"
 
 #include <cmath>
-#include <vector>
 
 struct Plane {
   Scalar* data;  // pixel (0, 0) of channel 0
@@ -46,27 +45,28 @@ void split(Plane x, int64_t sy, int64_t sx, Plane y) {
   });
 }
 
-// z = norm(y) (+ residual), then ReLU if asked for; by running statistics, or without a norm.
-void plane_affine(Plane y, Norm norm, Plane residual, bool relu, Plane z) {
-  const Scalar least = relu ? 0 : -INFINITY, epsilon = norm.epsilon;
+// As `affine` of layers.cpp, by running statistics or without a norm; y stays as it is.
+void plane_affine(Plane y, bool first, const Scalar* before, Norm norm, Plane residual, bool relu,
+                  Plane z) {
+  const Scalar least = relu ? 0 : -INFINITY, least_first = first ? 0 : -INFINITY;
+  const Scalar epsilon = norm.epsilon;
   const int64_t grain = std::max<int64_t>(1, 4096 / (z.height * z.columns));
   at::parallel_for(0, z.channels, grain, [&](int64_t c0, int64_t c1) {
-    std::vector<Scalar> scale(c1 - c0, 1), shift(c1 - c0, 0);
-    if (norm.beta) std::copy(norm.beta + c0, norm.beta + c1, shift.begin());
-    if (norm.mode == running)
-      for (int64_t c = c0; c < c1; c++) {
-        Scalar factor = 1 / std::sqrt(norm.running_variance[c] + epsilon);
-        if (norm.gamma) factor *= norm.gamma[c];
-        scale[c - c0] = factor;
-        shift[c - c0] -= norm.running_mean[c] * factor;
-      }
     for (int64_t c = c0; c < c1; c++) {
-      const Scalar a = scale[c - c0], b = shift[c - c0];
+      const Scalar offset = before ? before[c] : 0;
+      Scalar scale = 1, shift = norm.beta ? norm.beta[c] : 0;
+      if (norm.mode == running) {
+        scale = 1 / std::sqrt(norm.running_variance[c] + epsilon);
+        if (norm.gamma) scale *= norm.gamma[c];
+        shift -= norm.running_mean[c] * scale;
+      }
       for (int64_t h = 0; h < z.height; h++) {
         const Scalar *from = y.row(c, h), *other = residual.data ? residual.row(c, h) : nullptr;
         Scalar* to = z.row(c, h);
-        for (int64_t w = 0; w < z.columns; w++)
-          to[w] = std::max(from[w] * a + b + (other ? other[w] : 0), least);
+        for (int64_t w = 0; w < z.columns; w++) {
+          const Scalar v = std::max(from[w] + offset, least_first) * scale + shift;
+          to[w] = std::max(other ? v + other[w] : v, least);
+        }
       }
     }
   });
@@ -98,22 +98,17 @@ void plane_mean(Plane x, Plane y) {
   });
 }
 
-// A linear layer of one image: y[row] = sum of value * x[offset].
+// A linear layer of one image: y[row] = sum of value * x[offset]; first: [rows + 1].
 void dot(const Scalar* x, const Scalar* value, const int32_t* first, const int32_t* offset,
-         int64_t blocks, int64_t rows, Scalar* y) {
+         int64_t rows, Scalar* y) {
   at::parallel_for(0, rows, 64, [&](int64_t row0, int64_t row1) {
     for (int64_t row = row0; row < row1; row++) {
-      Scalar even = 0, odd = 0;
-      for (int64_t block = 0; block < blocks; block++) {
-        const int32_t* bounds = first + block * rows + row;
-        int32_t e = bounds[0];
-        for (; e + 1 < bounds[1]; e += 2) {
-          even += value[e] * x[offset[e]];
-          odd += value[e + 1] * x[offset[e + 1]];
-        }
-        if (e < bounds[1]) even += value[e] * x[offset[e]];
-      }
-      y[row] = even + odd;
+      Scalar sum[4] = {0, 0, 0, 0};
+      int32_t e = first[row];
+      for (; e + 4 <= first[row + 1]; e += 4)
+        for (int64_t i = 0; i < 4; i++) sum[i] += value[e + i] * x[offset[e + i]];
+      for (; e < first[row + 1]; e++) sum[0] += value[e] * x[offset[e]];
+      y[row] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
   });
 }

@@ -56,6 +56,21 @@ class _Plane:
         return CPlane(address, space.channels, *sizes, self.channel, self.line)
 
 
+class _Copy:
+    """Some of a parameter's values in another order, as they are at each `refresh`."""
+
+    def __init__(self, source: nn.Parameter, places: Tensor):
+        self.source, self.places = source, places
+        self.values = torch.empty(len(places), dtype=source.dtype)
+        self._version = -1
+
+    def refresh(self) -> None:
+        if self.source._version != self._version:
+            whole = self.source.detach().reshape(-1)
+            torch.index_select(whole, 0, self.places, out=self.values)
+            self._version = self.source._version
+
+
 class SingleImage:
     """The network of a program, in evaluation, for one image at a time."""
 
@@ -66,7 +81,7 @@ class SingleImage:
         self.kernels = library(self.dtype)
         self._calls: list[tuple] = []  # kernel, its arguments
         self._held: list[object] = []  # what they point to
-        self._dense: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # weight, places, their values
+        self._copies: list[_Copy] = []
         self._planes = {program.start: self._padded(program.start)}
         for step in program.steps:
             make = {
@@ -85,8 +100,8 @@ class SingleImage:
 
     def __call__(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> logits [B, classes]."""
-        for weight, places, values in self._dense:
-            torch.index_select(weight.detach().reshape(-1), 0, places, out=values)
+        for copy in self._copies:
+            copy.refresh()
         if self.program.flat:
             images = images.flatten(1)[:, :, None, None]
         given, made = self._planes[self.program.start], self._planes[self.program.result]
@@ -112,16 +127,13 @@ class SingleImage:
     def _product(self, both: Either, inputs: list[str], _output: str) -> _Plane:
         x, layer = self._planes[inputs[0]], both.sparse
         window, made = layer.window, Space(layer.made.channels, layer.made.height, layer.made.width)
-        listed, values = self._entries(both)
         if (made.height, made.width, *window.kernel) == (1, 1, 1, 1):
-            y, first = _Plane(made, 1, 1, self.dtype), x.view(*window.padding)
-            entries = _with_taps(listed, torch.zeros(1, dtype=torch.int64))
-            view = entries.view(x.channel)
-            self._call("dot", ctypes.c_void_p(first.data), at(values), ctypes.c_void_p(view.first),
-                       ctypes.c_void_p(view.offset), *map(_int, (view.blocks, view.rows)),
-                       at(y.memory))  # fmt: skip
-            self._held += [entries, values]
-            return y
+            return self._linear(both, x, made)
+        sparse = both.name in self.program.sparse
+        listed = layer.entries if sparse else forward_entries(self._mask(both), layer.given)
+        values = (
+            layer.values.detach() if sparse else self._copy(both.dense.layer.weight, listed.flat)
+        )
         start, line, stride = self._split(x, window, made)
         down, right = (torch.arange(k) for k in window.kernel)
         (sy, sx), phase = window.stride, stride // math.prod(window.stride)
@@ -139,6 +151,34 @@ class SingleImage:
         self._held += [entries, values, positions]
         return y
 
+    def _linear(self, both: Either, x: _Plane, made: Space) -> _Plane:
+        mask, layer = self._mask(both), both.sparse
+        listed = forward_entries(mask, layer.given, blocked=False)
+        if both.name in self.program.sparse:
+            values = self._copy(layer.values, layer.flat.argsort())  # by place, as listed here
+        else:
+            values = self._copy(both.dense.layer.weight, listed.flat)
+        y, first = _Plane(made, 1, 1, self.dtype), x.view(*layer.window.padding)
+        entries = _with_taps(listed, torch.zeros(1, dtype=torch.int64))
+        view = entries.view(x.channel)
+        pointers = (ctypes.c_void_p(p) for p in (view.first, view.offset))
+        self._call(
+            "dot", ctypes.c_void_p(first.data), at(values), *pointers, _int(view.rows), at(y.memory)
+        )
+        self._held += [entries, values]
+        return y
+
+    def _mask(self, both: Either) -> Tensor:
+        layer = both.dense.layer
+        mask = getattr(layer, "weight_mask", None)
+        mask = torch.ones_like(layer.weight, dtype=torch.bool) if mask is None else mask
+        return mask.contiguous().view(*mask.shape[:2], *both.sparse.window.kernel)
+
+    def _copy(self, source: nn.Parameter, places: Tensor) -> Tensor:
+        copy = _Copy(source, places)
+        self._copies.append(copy)
+        return copy.values
+
     def _split(self, x: _Plane, window: Window, made: Space) -> tuple[int, int, int]:
         """Where the first tap of the first position is, and the strides of lines and channels."""
         view = x.view(*window.padding)
@@ -152,24 +192,13 @@ class SingleImage:
         self._held.append(y)
         return y.memory.data_ptr(), y.line, y.channel * sy * sx
 
-    def _entries(self, both: Either) -> tuple[Entries, Tensor]:
-        if both.name in self.program.sparse:
-            return both.sparse.entries, both.sparse.values.detach()
-        layer = both.dense.layer
-        mask = getattr(layer, "weight_mask", None)
-        mask = torch.ones_like(layer.weight, dtype=torch.bool) if mask is None else mask
-        mask = mask.contiguous().view(*mask.shape[:2], *both.sparse.window.kernel)
-        listed = forward_entries(mask, both.sparse.given)
-        values = torch.empty(len(listed), dtype=self.dtype)
-        self._dense.append((layer.weight, listed.flat, values))
-        return listed, values
-
     def _affine(self, affine: Affine, inputs: list[str], output: str) -> _Plane:
         y, *residual = (self._planes[name] for name in inputs)
         z = self._padded(output)
         norm = affine.norm_for(y.memory, 1)
         other = residual[0].view() if residual else _NO_PLANE
-        self._call("plane_affine", y.view(), norm[0], other, ctypes.c_bool(affine.relu), z.view())
+        relu = ctypes.c_bool(affine.relu)
+        self._call("plane_affine", y.view(), *affine.first(), norm[0], other, relu, z.view())
         self._held.append(norm)
         return z
 
