@@ -36,6 +36,7 @@ SETTINGS = {
     "mlp": ("uniform", 128, (1, 28, 28), (0.1, 0.05, 0.01)),
 }
 PAIRS = {"resnet18": 5, "vgg16": 7, "mlp": 60}
+INFERENCE = 0.05  # density of the networks that are evaluated
 
 
 def network(arch: str, density: float) -> nn.Module:
@@ -112,6 +113,15 @@ def sparseprop(model: nn.Module, images: Tensor) -> nn.Module | None:
     return model
 
 
+def sparse_form(arch: str, density: float, images: Tensor) -> tuple[nn.Module, SparseForm]:
+    """The masked network and its sparse form; layers that are slower so stay dense."""
+    model = network(arch, density).to(memory_format=torch.channels_last)
+    form = SparseForm(model, SETTINGS[arch][2])
+    found = choose(form, images, 10)
+    form.compute_sparsely([name for name, times in found.layers.items() if times > 1])
+    return model, form
+
+
 def stored(form: SparseForm, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
     """Bytes of weights, gradients and momentum over those of dense ones; and the index lists'."""
     sizes = {name: mask.numel() for name, _, mask in masks.masked_weights(form.model)}
@@ -136,7 +146,8 @@ class Table:
         base: Callable[[], float],
     ) -> float:  # fmt: skip
         """Measure ``mine`` against ``base``; returns the base's seconds."""
-        seconds, dense_seconds, ratio = interleaved(mine, base, PAIRS[arch])
+        pairs = PAIRS[arch] * (5 if form.startswith("inference") else 1)
+        seconds, dense_seconds, ratio = interleaved(mine, base, pairs)
         name = f"{arch} {density:g}, {form}"
         row = 1e3 * dense_seconds, 1e3 * seconds, 1 / ratio
         print("{:<31} {:9.1f} {:8.1f} {:13.2f}".format(name, *row), flush=True)
@@ -179,12 +190,8 @@ def main(save: bool = False) -> None:
         base, batch = dense(arch, images)
         base_step = step(base, sgd(base), batch)
         for density in densities:
-            model = network(arch, density)
-            other = sparseprop(model, images)
-            model.to(memory_format=torch.channels_last)
-            form, optimizer = SparseForm(model, shape), sgd(model)
-            found = choose(form, images, 10)
-            form.compute_sparsely([n for n, times in found.layers.items() if times > 1])
+            model, form = sparse_form(arch, density, images)
+            other, optimizer = sparseprop(network(arch, density), images), sgd(model)
 
             started = time.perf_counter()
             for name, _, mask in masks.masked_weights(model):
@@ -206,14 +213,12 @@ def main(save: bool = False) -> None:
             if other is not None:
                 theirs = step(other, sgd(other), images)
                 table.add(arch, density, "SparseProp", theirs, base_step)
-            if density == 0.05:
-                model.eval(), base.eval()
-                with form.within():
-                    for count in (1, 64):
-                        name = f"inference {count}"
-                        mine = inference(form, images[:count])
-                        table.add(arch, density, name, mine, inference(base, batch[:count]))
-                base.train()
+        model, form = sparse_form(arch, INFERENCE, images)
+        model.eval(), base.eval()
+        with form.within():
+            for count in (1, 64):
+                mine, theirs = inference(form, images[:count]), inference(base, batch[:count])
+                table.add(arch, INFERENCE, f"inference {count}", mine, theirs)
     if save:
         table.save()
 
