@@ -17,6 +17,7 @@ from startsparse.engine import entries
 from startsparse.engine.build import library
 from startsparse.engine.entries import Entries, Positions, Window
 from startsparse.engine.maps import LANES, NO_MAP, Space, at
+from startsparse.engine.whole import ENOUGH, Whole
 
 _bool, _int = ctypes.c_bool, ctypes.c_int64
 
@@ -40,6 +41,7 @@ class Product:
         """Compute the map ``made`` from the map ``given``, whose borders are wide enough."""
         self.window, self.given, self.made = window, given, made
         self.values = nn.Parameter(torch.empty(0))
+        self.whole: Whole | None = None
         self.phases = entries.backward_phases(window)
         # Pixels that no tap reaches get no gradient: with a stride above the kernel, say.
         self.skips = any(k < s for k, s in zip(window.kernel, window.stride))
@@ -48,6 +50,11 @@ class Product:
     def set_mask(self, mask: Tensor) -> None:
         """List the entries of ``mask``, bool of the weight's shape [out, in, (ky, kx)]."""
         mask = mask.contiguous().view(*mask.shape[:2], *self.window.kernel)
+        self.whole = None
+        if mask.count_nonzero() >= max(1, ENOUGH * mask.numel()):
+            self.whole = Whole(mask, self.window, self.given, self.made)
+            self.flat = self.whole.flat
+            return
         self.entries = entries.forward_entries(mask, self.given)
         self.flat = self.entries.flat
         self.transposed = [
@@ -56,9 +63,11 @@ class Product:
 
     def lists(self) -> list[Tensor]:
         """All that is stored beside the values to find their places."""
+        places = [t for pair in self._places[1] for t in (pair.given, pair.made)]
+        if self.whole:
+            return [*places, *self.whole.lists()]
         parts = [self.entries, *self.transposed]
         tensors = [t for part in parts for t in (part.offset, part.first)]
-        places = [t for pair in self._places[1] for t in (pair.given, pair.made)]
         return [*tensors, *places, self.flat, *(part.order for part in self.transposed)]
 
     def positions(self, blocks: int) -> list[Positions]:
@@ -79,7 +88,11 @@ class Product:
         """The product; the border of what it makes is not set."""
         blocks = x.shape[1]
         y = self.made.empty(blocks, x)
-        _gather(x, y, self.values, self.entries, self.positions(blocks)[0])
+        places = self.positions(blocks)[0]
+        if self.whole:
+            self.whole.forward.gather(x, y, self.values.detach(), places, add=False)
+        else:
+            _gather(x, y, self.values, self.entries, places)
         return y, x
 
     def backward(
@@ -89,7 +102,9 @@ class Product:
         blocks = x.shape[1]
         forward, *backward = self.positions(blocks)
         d_values = None
-        if self.values.requires_grad:
+        if self.values.requires_grad and self.whole:
+            d_values = self.whole.forward.weights(x, d_y, forward)
+        elif self.values.requires_grad:
             d_values, part = torch.empty_like(self.values), self.entries
             kernels, places = library(x.dtype), forward.view(part.group)
             scratch = x.new_empty(kernels.scratch_size(_int(len(part)), _int(places.count)))
@@ -104,7 +119,9 @@ class Product:
             if self.skips:
                 d_x.zero_()
         values = self.values.detach()
-        for part, places in zip(self.transposed, backward):
+        for part, places in zip(self.whole.backward if self.whole else (), backward):
+            part.gather(d_y, d_x, values, places, add)
+        for part, places in zip(() if self.whole else self.transposed, backward):
             _gather(d_y, d_x, values.index_select(0, part.order), part, places, add)
         return [d_x], [d_values]
 

@@ -129,11 +129,11 @@ class SingleImage:
         window, made = layer.window, Space(layer.made.channels, layer.made.height, layer.made.width)
         if (made.height, made.width, *window.kernel) == (1, 1, 1, 1):
             return self._linear(both, x, made)
-        sparse = both.name in self.program.sparse
-        listed = layer.entries if sparse else forward_entries(self._mask(both), layer.given)
-        values = (
-            layer.values.detach() if sparse else self._copy(both.dense.layer.weight, listed.flat)
-        )
+        if both.name in self.program.sparse and not layer.whole:
+            listed, values = layer.entries, layer.values.detach()
+        else:
+            listed = forward_entries(self._mask(both), layer.given)
+            values = self._values(both, listed.flat)
         start, line, stride = self._split(x, window, made)
         down, right = (torch.arange(k) for k in window.kernel)
         (sy, sx), phase = window.stride, stride // math.prod(window.stride)
@@ -154,10 +154,7 @@ class SingleImage:
     def _linear(self, both: Either, x: _Plane, made: Space) -> _Plane:
         mask, layer = self._mask(both), both.sparse
         listed = forward_entries(mask, layer.given, blocked=False)
-        if both.name in self.program.sparse:
-            values = self._copy(layer.values, layer.flat.argsort())  # by place, as listed here
-        else:
-            values = self._copy(both.dense.layer.weight, listed.flat)
+        values = self._values(both, listed.flat)
         y, first = _Plane(made, 1, 1, self.dtype), x.view(*layer.window.padding)
         entries = _with_taps(listed, torch.zeros(1, dtype=torch.int64))
         view = entries.view(x.channel)
@@ -174,8 +171,13 @@ class SingleImage:
         mask = torch.ones_like(layer.weight, dtype=torch.bool) if mask is None else mask
         return mask.contiguous().view(*mask.shape[:2], *both.sparse.window.kernel)
 
-    def _copy(self, source: nn.Parameter, places: Tensor) -> Tensor:
-        copy = _Copy(source, places)
+    def _values(self, both: Either, flat: Tensor) -> Tensor:
+        """The weights at the places ``flat`` of the flattened mask."""
+        if both.name in self.program.sparse:
+            places, order = both.sparse.flat.sort()
+            copy = _Copy(both.sparse.values, order[torch.searchsorted(places, flat)])
+        else:
+            copy = _Copy(both.dense.layer.weight, flat)
         self._copies.append(copy)
         return copy.values
 
