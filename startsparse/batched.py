@@ -3,9 +3,11 @@
 Parameters and buffers of the networks are stacked, and `torch.func.vmap` runs all forward passes as
 one. Every network has its own weights, masks, data and order. Optimizers work on each number by
 itself, so one of them on the stacked tensors does what one for each network would do.
-`train_loop` does the same with one network after the other, in the project's own training loop.
+`train_loop` does the same with one network after the other, in the project's own training loop,
+where they may compute in their sparse forms (`batched_compute`).
 """
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from startsparse import parallel, training
 from startsparse.data.rows import Rows
+from startsparse.engine.network import SparseForm
 from startsparse.masks import keep_inside, mask_gradients, masked_weights
 
 
@@ -48,6 +51,7 @@ def train_loop(
     recipe: Recipe,
     epochs: int,
     first_epoch: int = 0,
+    forms: Sequence[SparseForm] = (),
 ) -> Tensor:
     """Train each network, in place, on its own part of the data; the optimizer starts anew.
 
@@ -56,6 +60,7 @@ def train_loop(
         parts: training data of each.
         epochs: how many.
         first_epoch: number of the first, from which the order of the data derives.
+        forms: sparse forms that compute in the networks' places (default: they do, masked).
 
     Returns:
         float64 [epochs, networks]: mean training loss.
@@ -68,19 +73,21 @@ def train_loop(
     for number, (model, rows) in enumerate(zip(models, parts)):
         keep_inside(model)
         optimizer = make_optimizer(list(model.parameters()), recipe)
-        for epoch in range(epochs):
-            sums = training.new_sums(device)
-            training.train_epoch(
-                model,
-                model,
-                rows,
-                optimizer,
-                lambda _: recipe.lr,
-                epoch=first_epoch + epoch,
-                sums=sums,
-                autocast=parallel.autocast(device, "off"),
-            )
-            losses[epoch, number] = training.means(sums)["loss"]
+        form = forms[number] if forms else model
+        with form.within(optimizer) if forms else contextlib.nullcontext():
+            for epoch in range(epochs):
+                sums = training.new_sums(device)
+                training.train_epoch(
+                    model,
+                    form,
+                    rows,
+                    optimizer,
+                    lambda _: recipe.lr,
+                    epoch=first_epoch + epoch,
+                    sums=sums,
+                    autocast=parallel.autocast(device, "off"),
+                )
+                losses[epoch, number] = training.means(sums)["loss"]
     return losses
 
 

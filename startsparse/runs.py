@@ -34,15 +34,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 import startsparse
 from startsparse.atomic import replacing, write_text
 from startsparse.commandline import flag, read_yaml, run_folder, write_yaml
+from startsparse.console import log
 from startsparse.errors import OptionError, UserError
 from startsparse.options import Options
-
-log = logging.getLogger("startsparse")
 
 # Options that a resumed run may be given anew: they do not change what is computed.
 FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
@@ -236,13 +234,6 @@ def _git(folder: Path, *command: str) -> str:
     return done.stdout.strip()
 
 
-class _Console(logging.Handler):
-    """Lines to standard output, between the progress bars."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record))
-
-
 def _log_to(path: Path) -> None:
     for handler in list(log.handlers):
         if isinstance(handler, logging.FileHandler):
@@ -251,9 +242,3 @@ def _log_to(path: Path) -> None:
     file = logging.FileHandler(path)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
-
-
-log.setLevel(logging.INFO)
-log.propagate = False
-if not log.handlers:
-    log.addHandler(_Console())

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from startsparse import batched, flow, parallel, pruning, ratios, training
+from startsparse import batched, batched_compute, flow, parallel, pruning, ratios, training
 from startsparse.atomic import write_text
 from startsparse.commandline import Truth, choice, default_is, from_flags
 from startsparse.data import data_root, tables
 from startsparse.data.rows import Rows
 from startsparse.data.tables import Table
+from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError, run_script
 from startsparse.masks import attach_masks, density_table, draw_masks, keep_inside, sparse_layers
 from startsparse.models import INITS, build, init_weights
@@ -79,6 +80,9 @@ class TabularOptions:
     """Epochs at the last density"""
     form: choice(batched.FORMS) = "batched"
     """Train all networks at once, or one after the other: the same within rounding"""
+    sparse_compute: choice(MODES) = "auto"
+    """Train one after the other, and compute and store only what is inside the masks; auto: at the
+    densities where a few steps are faster so. The same within rounding"""
     result_dir: str = "results/tabular"
     """Folder of results.csv, table.md and plot.png"""
 
@@ -205,7 +209,13 @@ def run(members: Sequence[Member], options: TabularOptions) -> pd.DataFrame:
             change_masks(member, density, level)
         epochs = options.final_epochs if density == levels[-1] else options.epochs
         models, parts = [m.model for m in present], [m.train for m in present]
-        batched.FORMS[options.form](models, parts, recipe, epochs, first_epoch)
+        forms = batched_compute.sparse_forms(
+            models, parts, recipe, mode=options.sparse_compute, form=options.form
+        )
+        if forms:
+            batched.train_loop(models, parts, recipe, epochs, first_epoch, forms)
+        else:
+            batched.FORMS[options.form](models, parts, recipe, epochs, first_epoch)
         first_epoch += epochs
         rows += [measure(member, density) for member in present]
     return pd.DataFrame(rows)

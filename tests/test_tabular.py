@@ -14,8 +14,9 @@ from startsparse.masks import masked_weights
 from startsparse.tabular import TabularOptions
 
 TINY = TabularOptions(
-    densities=(0.5, 0.3, 0.1), seeds=(1, 2), width=16, epochs=1, final_epochs=2, batch_size=128
-)
+    densities=(0.5, 0.3, 0.1), seeds=(1, 2), width=16, epochs=1, final_epochs=2, batch_size=128,
+    sparse_compute="off",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +162,12 @@ def test_a_start_is_left_as_it_was_drawn(table):
     assert all(torch.equal(before[k], v) for k, v in member.model.state_dict().items())
 
 
-def test_loop_and_batched_give_the_same_table(table):
+@pytest.mark.parametrize("other", [{"form": "loop"}, {"sparse_compute": "on"}])
+def test_however_it_is_computed_the_table_is_the_same(table, other):
     options = changed(starts=(1.0, 0.5), reset=(True,), optimizer="sgd", lr=0.02)
     rows = [
         tabular.run(tabular.make_members(table, options), options)
-        for options in (options, changed(**{**vars(options), "form": "loop"}))
+        for options in (options, changed(**{**vars(options), **other}))
     ]
     pd.testing.assert_frame_equal(*rows, atol=0.011)  # one row of the test set, at most
     assert rows[0]["density"].tolist() == rows[1]["density"].tolist()
@@ -235,7 +237,7 @@ def test_pictures(outcome, tmp_path, table):
 
 ARGV = [
     "--seeds", "1", "2", "--width", "8", "--epochs", "1", "--final-epochs", "1",
-    "--densities", "0.2", "--reset", "False", "True",
+    "--densities", "0.2", "--reset", "False", "True", "--sparse-compute", "on",
 ]  # fmt: skip
 
 

@@ -1,0 +1,112 @@
+"""Whether many small networks train masked, or one after the other in their sparse forms."""
+
+import copy
+import functools
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from startsparse.batched import FORMS, Recipe, train_loop
+from startsparse.console import log
+from startsparse.data.rows import Rows
+from startsparse.engine.build import NoCompilerError, library
+from startsparse.engine.choice import choose
+from startsparse.engine.network import SparseForm
+from startsparse.masks import density_table
+
+_STEPS = 4  # of each network, that a form is tried for
+
+
+def sparse_forms(
+    models: Sequence[nn.Module],
+    parts: Sequence[Rows],
+    recipe: Recipe,
+    *,
+    mode: str,
+    form: str,
+) -> list[SparseForm]:
+    """The sparse forms to give to `train_loop`, or [] if ``form`` is to train the networks masked.
+
+    Args:
+        models: networks of one shape and about the same density, which are left as they were.
+        parts: training data of each.
+        mode: on, off, or auto: both are tried for a few steps, and the faster is said and taken.
+        form: one of `FORMS`.
+
+    Raises:
+        UnsupportedError: a network has a part without a sparse form.
+    """
+    if mode == "off" or not _there_are_kernels(next(models[0].parameters()).dtype):
+        return []
+    shape = parts[0].features.shape[1], 1, 1
+    forms = [SparseForm(model, shape) for model in models]
+    layers = forms[0].layers if mode == "on" else _faster(forms, parts, recipe, form)
+    for each in forms if layers else ():
+        each.compute_sparsely(layers)
+    return forms if layers else []
+
+
+@functools.cache
+def _there_are_kernels(dtype: torch.dtype) -> bool:
+    """Says why, if there are none; once."""
+    try:
+        library(dtype)
+    except NoCompilerError as error:
+        log.info("sparse compute: off, %s", error)
+        return False
+    return True
+
+
+def _faster(
+    forms: Sequence[SparseForm], parts: Sequence[Rows], recipe: Recipe, form: str
+) -> frozenset[str]:
+    """The layers to compute sparsely; none if ``form`` is faster. The first network stands for all.
+
+    What `choose` finds is against that network alone, masked; so then all train in ``form``.
+    """
+    density = density_table(forms[0].model).iloc[-1]["density"]
+    images, labels = next(parts[0].epoch(0))
+    found, share = choose(forms[0], images, int(labels.max()) + 1), 1.0
+    if found.computes:
+        together = _seconds([f.model for f in forms], parts, recipe, FORMS[form])
+        alone = _seconds([forms[0].model], parts[:1], recipe, train_loop, forms=forms[:1])
+        share = len(forms) * alone / together
+    if share >= 1:
+        log.info("sparse compute: not at density %.3g, it would be slower", density)
+        return frozenset()
+    log.info(
+        "sparse compute: %d of %d layers at density %.3g, training takes %.2f of the masked time",
+        len(found.computes),
+        len(forms[0].layers),
+        density,
+        share,
+    )
+    return found.computes
+
+
+def _seconds(
+    models: Sequence[nn.Module],
+    parts: Sequence[Rows],
+    recipe: Recipe,
+    train: Callable,
+    **how: Sequence[SparseForm],
+) -> float:
+    """Of a few steps of each network, after as many that warm up; they are left as they were."""
+    before = [copy.deepcopy(model.state_dict()) for model in models]
+    few = [_first_rows(rows, _STEPS) for rows in parts]
+    train(models, few, recipe, 1, **how)
+    started = time.perf_counter()
+    train(models, few, recipe, 1, **how)
+    seconds = time.perf_counter() - started
+    for model, state in zip(models, before):
+        model.load_state_dict(state)
+    return seconds
+
+
+def _first_rows(rows: Rows, steps: int) -> Rows:
+    """The rows of so many steps."""
+    size, device = rows.batch_size, rows.labels.device
+    features, labels = rows.features[: steps * size], rows.labels[: steps * size]
+    return Rows(features, labels, batch_size=size, device=device, seed=rows.seed)
