@@ -93,12 +93,14 @@ class SparseForm:
             self._list(name, layer, mask)
             flat = layer.flat
             shape, stride = weight.shape, weight.stride()
-            layer.values = nn.Parameter(
-                weight.reshape(-1)[flat], requires_grad=weight.requires_grad
-            )
+
+            def vector(tensor: Tensor, flat: Tensor = flat) -> Tensor:
+                return tensor.reshape(-1).index_select(0, flat)
+
+            layer.values = nn.Parameter(vector(weight), requires_grad=weight.requires_grad)
             layer.values.dense = shape, stride
             if optimizer is not None:
-                _exchange(optimizer, weight, layer.values, lambda t, flat=flat: t.reshape(-1)[flat])
+                _exchange(optimizer, weight, layer.values, vector)
             weight.grad = None
             weight.data = weight.data.new_empty(0)
         self.entered = True
@@ -112,15 +114,15 @@ class SparseForm:
             if name not in self.program.sparse:
                 continue
             layer = self.program.products[name].sparse
-            values, flat = layer.values, layer.flat
+            values, flat = layer.values, layer.flat.long()
 
             def dense(vector: Tensor, values: Tensor = values, flat: Tensor = flat) -> Tensor:
                 shape, stride = values.dense
-                whole = torch.zeros(shape.numel(), dtype=vector.dtype)
-                whole[flat] = vector
-                return torch.empty_strided(shape, stride, dtype=vector.dtype).copy_(
-                    whole.view(shape)
-                )
+                whole = torch.zeros(shape.numel(), dtype=vector.dtype).scatter_(0, flat, vector)
+                whole = whole.view(shape)
+                if whole.stride() == stride:
+                    return whole
+                return torch.empty_strided(shape, stride, dtype=vector.dtype).copy_(whole)
 
             weight.data = dense(values)
             if optimizer is not None:

@@ -19,6 +19,7 @@
 #include "maps.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <type_traits>
 #include <vector>
@@ -192,17 +193,34 @@ inline void each_row(int64_t rows, F f) {
   }
 }
 
+// Every mask is looked at in words of eight; mostly all of them are false.
+inline uint64_t word(const bool* mask, int64_t size) {
+  static_assert(std::endian::native == std::endian::little);
+  uint64_t eight = 0;
+  std::memcpy(&eight, mask, std::min<int64_t>(size, 8));
+  return eight;
+}
+
 // f(place) for every place from begin to end where the mask is true.
 template <typename F>
 inline void each_true(const bool* mask, int64_t begin, int64_t end, F f) {
-  for (int64_t i = begin; i < end; i += 8) {
-    uint64_t eight = 1;
-    if (i + 8 <= end) std::memcpy(&eight, mask + i, 8);  // mostly all are false
-    if (eight == 0) continue;
-    for (int64_t j = i; j < std::min(i + 8, end); j++)
-      if (mask[j]) f(j);
-  }
+  for (int64_t i = begin; i < end; i += 8)
+    for (uint64_t left = i + 8 <= end ? word(mask + i, 8) : word(mask + i, end - i); left;
+         left &= left - 1)
+      f(i + std::countr_zero(left) / 8);
 }
+
+// Divides numbers of 32 bits by one that is not known when this is compiled, by a multiplication
+// (Lemire, Kaser and Kurz, 2019: Faster remainder by direct computation).
+struct Divisor {
+  uint64_t inverse;
+  uint32_t by;
+  explicit Divisor(uint32_t by) : inverse(UINT64_MAX / by + 1), by(by) {}
+  uint32_t quotient(uint32_t n) const {
+    return by == 1 ? n : static_cast<unsigned __int128>(inverse) * n >> 64;
+  }
+  uint32_t rest(uint32_t n) const { return n - quotient(n) * by; }
+};
 
 }  // namespace
 
@@ -215,10 +233,12 @@ void count_entries(const bool* mask, int64_t rows, int64_t channels, int64_t tap
   at::parallel_for(0, rows, 8, [&](int64_t row0, int64_t row1) {
     for (int64_t row = row0; row < row1; row++)
       for (int64_t c = 0, block = 0; c < channels; c += size, block++) {
-        int32_t count = 0;
         const bool* from = mask + (row * channels + c) * taps;
-        for (int64_t i = 0; i < std::min(size, channels - c) * taps; i++) count += from[i];
-        counts[block * rows + row] = count;
+        const int64_t places = std::min(size, channels - c) * taps;
+        int32_t count = 0;
+        int64_t i = 0;
+        for (; i + 8 <= places; i += 8) count += std::popcount(word(from + i, 8));
+        counts[block * rows + row] = count + std::popcount(word(from + i, places - i));
       }
   });
 }
@@ -230,41 +250,57 @@ void list_entries(const bool* mask, int64_t rows, int64_t channels, int64_t taps
     for (int64_t row = row0; row < row1; row++)
       for (int64_t c = 0, block = 0; c < channels; c += size, block++) {
         const int64_t start = row * channels * taps, last = std::min(c + size, channels);
-        int32_t entry = first[block * rows + row];
+        int32_t* to = flat + first[block * rows + row];
         each_true(mask, start + c * taps, start + last * taps,
-                  [&](int64_t place) { flat[entry++] = place; });
+                  [&](int64_t place) { *to++ = place; });
       }
   });
 }
 
-// The same entries by input channel, for the gradient of the input: row and channel change places.
-// flat: of the forward entries. tap: [taps], `no_tap` for one that is left out.
+}  // extern "C"
+
+namespace {
+
+// f(entry, (block of `size` rows, input channel)) for the forward entries whose tap is not `no_tap`:
+// by input channel, for the gradient of the input, where row and channel change places. Each block
+// of rows is done by one thread.
 constexpr int64_t no_tap = INT64_MIN;
 
-void count_transposed(Entries forward, const int32_t* flat, int32_t channels, int32_t taps,
-                      const int64_t* tap, int32_t size, int32_t* counts) {
-  for (int64_t row = 0; row < forward.rows; row++)
-    for (int64_t block = 0; block < forward.blocks; block++) {
-      const int32_t* bounds = forward.first + block * forward.rows + row;
-      for (int32_t e = bounds[0]; e < bounds[1]; e++) {
-        const int32_t here = flat[e] - row * channels * taps;
-        if (tap[here % taps] != no_tap) counts[row / size * channels + here / taps]++;
+template <typename F>
+inline void each_transposed(const Entries& forward, const int32_t* flat, int32_t channels,
+                            int32_t taps, const int64_t* tap, int32_t size, F f) {
+  const Divisor by_taps(taps);
+  const int64_t parts = (forward.rows + size - 1) / size;
+  const bool all = std::find(tap, tap + taps, no_tap) == tap + taps;
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin * size; row < std::min(forward.rows, end * size); row++)
+      for (int64_t block = 0; block < forward.blocks; block++) {
+        const int32_t* bounds = forward.first + block * forward.rows + row;
+        const int32_t start = row * channels * taps, base = row / size * channels;
+        for (int32_t e = bounds[0]; e < bounds[1]; e++) {
+          const uint32_t here = flat[e] - start, channel = by_taps.quotient(here);
+          if (all || tap[here - channel * taps] != no_tap) f(e, base + channel);
+        }
       }
-    }
+  });
 }
 
-// next: [blocks * channels] summed counts, which are moved on. Fills order: which forward entry it
-// is.
+}  // namespace
+
+extern "C" {
+
+// flat: of the forward entries. tap: [taps]. counts: [blocks of rows * channels].
+void count_transposed(Entries forward, const int32_t* flat, int32_t channels, int32_t taps,
+                      const int64_t* tap, int32_t size, int32_t* counts) {
+  each_transposed(forward, flat, channels, taps, tap, size,
+                  [&](int32_t, int32_t group) { counts[group]++; });
+}
+
+// next: the summed counts, which are moved on. Fills order: which forward entry it is.
 void list_transposed(Entries forward, const int32_t* flat, int32_t channels, int32_t taps,
                      const int64_t* tap, int32_t size, int32_t* next, int32_t* order) {
-  for (int64_t row = 0; row < forward.rows; row++)
-    for (int64_t block = 0; block < forward.blocks; block++) {
-      const int32_t* bounds = forward.first + block * forward.rows + row;
-      for (int32_t e = bounds[0]; e < bounds[1]; e++) {
-        const int32_t here = flat[e] - row * channels * taps;
-        if (tap[here % taps] != no_tap) order[next[row / size * channels + here / taps]++] = e;
-      }
-    }
+  each_transposed(forward, flat, channels, taps, tap, size,
+                  [&](int32_t e, int32_t group) { order[next[group]++] = e; });
 }
 
 // Of entry e, whose place in the mask is f = flat[order[e]] (order nullptr: flat[e]): the input
@@ -272,11 +308,11 @@ void list_transposed(Entries forward, const int32_t* flat, int32_t channels, int
 void set_offsets(const int32_t* flat, const int32_t* order, int64_t entries, int64_t divisor,
                  int64_t modulus, int64_t stride, const int64_t* tap, int64_t taps,
                  int32_t* offset) {
-  const uint32_t d = divisor, m = modulus, k = taps;  // much faster to divide by than 64 bits
+  const Divisor d(divisor), m(modulus), k(taps);
   at::parallel_for(0, entries, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t e = begin; e < end; e++) {
       const uint32_t f = flat[order ? order[e] : e];
-      offset[e] = f / d % m * stride + tap[f % k];
+      offset[e] = m.rest(d.quotient(f)) * stride + tap[k.rest(f)];
     }
   });
 }
