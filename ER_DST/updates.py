@@ -98,8 +98,11 @@ def step_masks(trainer: Trainer, step: int, *, plan: Schedule) -> None:
 
 
 def preserve_flow(model: nn.Module, seed: int, step: int) -> None:
-    """`flow.repair`, which removes the smallest weights, and a line on what it could not do."""
-    more = flow.repair(model, seed, step, by_magnitude=step > 0)
+    """`flow.repair`, which removes random edges, and a line on what it could not do.
+
+    The smallest weights would be those that the same update has just grown, which are 0.
+    """
+    more = flow.repair(model, seed, step, by_magnitude=False)
     if more:
         where = ", ".join(f"{name} {count}" for name, count in more.items())
         log.warning("warning: --flow-preservation: weights more than asked for: %s", where)

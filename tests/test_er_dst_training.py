@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import torch
 from dst_runs import CPU, STEPS, WEIGHTS, begin, counts, dead_units, masks, options, train
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ER_DST.topology import GROWTH, METHODS
-from ER_DST.updates import phase
+from ER_DST.topology import GROWTH, METHODS, update
+from ER_DST.updates import phase, preserve_flow
 from startsparse import checkpoint, flow
 from startsparse.errors import UserError
-from startsparse.masks import masked_weights, sparse_layers
+from startsparse.masks import attach_masks, draw_masks, keep_inside, masked_weights, sparse_layers
 from startsparse.trainer import Trainer
 
 PRUNE = [method for method in METHODS if METHODS[method].prune]
@@ -243,6 +244,27 @@ def test_flow_preservation_leaves_no_dead_unit(tmp_path, monkeypatch, method, gr
     assert len(repairs) == 2 * STEPS  # at the start and before every step but the first
     assert sum(dead > 0 for dead, *_ in repairs) > 1
     assert trainer.tables["topology"][-1]["density"] == pytest.approx(0.16, abs=0.05)
+
+
+def test_repair_does_not_undo_growth():
+    """Of the edges that make room for others, as many have just been grown as chance has it."""
+    removed, new, expected = 0, 0, 0.0
+    settings = {"density": 1.0, "prune": "magnitude", "growth": "random", "within_initial": False}
+    for seed in range(20):
+        model = nn.Sequential(nn.Linear(100, 100))
+        attach_masks(model, draw_masks({"0": (100, 100)}, [0.03], seed, "exact"))
+        keep_inside(model)
+        old = masks(model)["0"]
+        update(model, "DST", fraction=0.5, seed=seed, step=7, **settings)
+        moved = masks(model)["0"]
+        preserve_flow(model, seed, step=7)
+        gone = moved & ~masks(model)["0"]
+        spare = moved & (moved.sum(0) > 1) & (moved.sum(1, keepdim=True) > 1)
+        removed += int(gone.sum())
+        new += int((gone & ~old).sum())
+        expected += float(gone.sum() * (spare & ~old).sum() / spare.sum())
+    assert removed > 100
+    assert abs(new - expected) < 3 * (removed / 4) ** 0.5
 
 
 def test_without_it_units_die(tmp_path):
