@@ -8,6 +8,7 @@ nowhere, or comes from nowhere. Here each gets one edge, at the price of edges t
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,8 +30,10 @@ def preserve_flow(mask: Tensor, draw: torch.Generator, priority: Tensor | None =
     are removed, one at a time, whose two units both keep another edge.
 
     Such a removal ends at a *minimal* edge cover, in which no edge can be spared, and that is not
-    always a *minimum* one of `needed` edges. So a mask of few edges may grow, though the same
-    number placed otherwise would do; one of at least out + in - 1 edges never grows.
+    always a *minimum* one of `needed` edges. Where it ends too early, pairs of random edges are
+    replaced by one, so that a mask of at least `needed` edges never grows. With a ``priority``,
+    edges only go: they are trained, and two of them are worth more than a new one. Then a mask of
+    few edges may grow; one of at least out + in - 1 edges never does.
 
     Args:
         mask: bool [out, in, *kernel], on any device. Where nothing is dead it is only read.
@@ -64,7 +67,10 @@ def preserve_flow(mask: Tensor, draw: torch.Generator, priority: Tensor | None =
     # makes at most two others impossible.
     removed = _removable(spare[order[: 3 * count]], out_degree, in_degree, count)
     mask[removed.unbind(1)] = False
-    return count - len(removed)
+    more = count - len(removed)
+    if more and priority is None:
+        more -= _rejoin(mask, more, draw)
+    return more
 
 
 def _ends(dead: Tensor, count: int, units: int, draw: torch.Generator) -> Tensor:
@@ -88,6 +94,34 @@ def _removable(spare: Tensor, out_degree: Tensor, in_degree: Tensor, most: int) 
             in_degree[input_] -= 1
             rows.append(row)
     return spare[torch.tensor(rows, dtype=torch.int64)]
+
+
+def _rejoin(mask: Tensor, most: int, draw: torch.Generator) -> int:
+    """Replace two edges by one, ``most`` times or as often as possible, in a minimal edge cover.
+
+    Such a cover is made of stars: one unit of each edge has no other edge. An input that shares
+    its output is joined with an output that shares its input, and both lose the edge they had. If
+    nothing shares an output, or an input, there are as many edges as inputs, or outputs: `needed`.
+
+    Returns:
+        How often.
+    """
+    edges = mask.nonzero().cpu()
+    edges = edges[torch.randperm(len(edges), generator=draw)]
+    shares_output, shares_input = (_repeated(edges, side)[:most] for side in (0, 1))
+    count = min(len(shares_output), len(shares_input))
+    shares_output, shares_input = shares_output[:count], shares_input[:count]
+    mask[shares_output.unbind(1)] = False
+    mask[shares_input.unbind(1)] = False
+    kernel = [torch.randint(size, (count,), generator=draw) for size in mask.shape[2:]]
+    mask[(shares_input[:, 0], shares_output[:, 1], *kernel)] = True
+    return count
+
+
+def _repeated(edges: Tensor, side: int) -> Tensor:
+    """Rows of ``edges`` [n, dims] whose unit on ``side`` has an edge in an earlier row."""
+    first = np.unique(edges[:, side].numpy(), return_index=True)[1]
+    return edges[np.delete(np.arange(len(edges)), first)]
 
 
 @torch.no_grad()
