@@ -14,8 +14,8 @@ from ER_DST.initializers import init_weights, ortho_repair
 from ER_DST.options import DSTOptions
 from ER_DST.sparse_inits import find_snip, pruner_ratio
 from ER_DST.topology import remember
-from ER_DST.updates import phase, preserve_flow
-from startsparse import data, er, flops, flow, masks, parallel, recipe, runs
+from ER_DST.updates import check_flow, phase, preserve_flow
+from startsparse import data, er, flops, masks, parallel, recipe, runs
 from startsparse.commandline import own_names, parse
 from startsparse.errors import OptionError, run_script
 from startsparse.trainer import Trainer
@@ -37,11 +37,14 @@ def train(options: DSTOptions) -> None:
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
-        check_flow(*plan(options, recipe.expected_shape(options)), options)
+        model, planned = plan(options, recipe.expected_shape(options))
+        check_flow(model, planned, options)
 
     devices = parallel.choose_devices(options.multigpu)
     images = recipe.load_data(options, devices[0])
     model, requested = network(options, images, devices[0], folder)
+    if not planned:
+        check_flow(model, requested, options)
 
     run = runs.open_run(options, folder)
     if options.searches:
@@ -71,32 +74,6 @@ def plan(options: DSTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, f
         )
     asks_pruner = options.er_sparse_method == "snip" or options.searches
     return model, {} if asks_pruner else er.requested_densities(model, options)
-
-
-def check_flow(model: nn.Module, requested: dict[str, float], options: DSTOptions) -> None:
-    """Say where flow preservation needs more weights than are asked for."""
-    if not (options.sparse and options.flow_preservation):
-        return
-    layers = masks.sparse_layers(model)
-    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
-    needs = {name: flow.needed(layer.weight.shape) for name, layer in layers.items()}
-    asked = {name: density * sizes[name] for name, density in requested.items()}
-    short = [f"{n} {asked[n]:.0f} of {needs[n]}" for n in asked if asked[n] < needs[n]]
-    if short:
-        log.warning(
-            "warning: --flow-preservation: layers with fewer weights than units at the start, "
-            "which get more: %s",
-            ", ".join(short),
-        )
-    final, least = options.requested * sum(sizes.values()), sum(needs.values())
-    if final < least:
-        log.warning(
-            "warning: --flow-preservation: it needs %d weights, density %g has %.0f: it will not "
-            "be reached",
-            least,
-            options.requested,
-            final,
-        )
 
 
 def network(

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from ER_DST.options import DSTOptions
-from ER_DST.topology import Schedule, add_to_momentum, update
-from startsparse import flops, flow
+from ER_DST.topology import METHODS, Schedule, add_to_momentum, prune_uniformly, update
+from startsparse import er, flops, flow
 from startsparse.errors import UserError
 from startsparse.masks import density_table, keep_inside, masked_weights, sparse_layers
+from startsparse.pruning import layer_counts
 from startsparse.trainer import Phase, Trainer
 
 log = logging.getLogger("startsparse")
@@ -106,6 +107,50 @@ def preserve_flow(model: nn.Module, seed: int, step: int) -> None:
     if more:
         where = ", ".join(f"{name} {count}" for name, count in more.items())
         log.warning("warning: --flow-preservation: weights more than asked for: %s", where)
+
+
+def check_flow(model: nn.Module, requested: dict[str, float], options: DSTOptions) -> None:
+    """Say, before training, where flow preservation needs more weights than are asked for.
+
+    What global pruning leaves in a layer is for its scores to say: of GraNet's and GMP's final
+    density only the total is checked.
+
+    Args:
+        requested: the density asked of each layer at the start; {}: not known yet.
+    """
+    if not (requested and options.flow_preservation):
+        return
+    layers, dense = sparse_layers(model), er.dense_layers(model, options)
+    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
+    # A layer without a mask keeps all its weights.
+    needs = {n: sizes[n] if n in dense else flow.needed(layers[n].weight.shape) for n in layers}
+    start = {name: density * sizes[name] for name, density in requested.items()}
+    _warn_thin("start", start, needs)
+    final = options.requested * sum(sizes.values())
+    if options.prunes and METHODS[options.method].prune is prune_uniformly:
+        masked = [name for name in layers if name not in dense]
+        shapes, left = [layers[n].weight.shape for n in masked], [start[n] for n in masked]
+        counts = layer_counts("uniform", shapes, left, round(final) - sum(sizes[n] for n in dense))
+        _warn_thin("end", dict(zip(masked, counts)), needs)
+    if final < sum(needs.values()):
+        log.warning(
+            "warning: --flow-preservation: it needs %d weights, density %g has %.0f: it will not "
+            "be reached",
+            sum(needs.values()),
+            options.requested,
+            final,
+        )
+
+
+def _warn_thin(when: str, weights: dict[str, float], needs: dict[str, int]) -> None:
+    short = [f"{n} {w:.0f} of {needs[n]}" for n, w in weights.items() if w < needs[n]]
+    if short:
+        log.warning(
+            "warning: --flow-preservation: layers with fewer weights than units at the %s, which "
+            "get more: %s",
+            when,
+            ", ".join(short),
+        )
 
 
 def describe(model: nn.Module, before: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -7,15 +7,15 @@ import sys
 import pytest
 import torch
 import yaml
-from dst_runs import PUBLISHED, options, train
+from dst_runs import CPU, PUBLISHED, options, some_data, train
 from script_runs import ROOT, same
 
 from ER_DST import main as script
 from ER_DST.options import DSTOptions
-from startsparse import models, recipe
+from startsparse import models, recipe, runs
 from startsparse.commandline import write_yaml
 from startsparse.errors import OptionError
-from startsparse.masks import sparse_layers
+from startsparse.masks import masked_weights, sparse_layers
 from startsparse.ratios import layer_densities
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -371,6 +371,45 @@ def test_layers_too_thin_for_flow_preservation_are_named_before_training(monkeyp
     assert 0 < len(short) < len(shapes)
     assert said[0].split("more: ")[1] == ", ".join(short)
     assert f"it needs {total} weights, density 0.0001 has 1472: it will not be reached" in said[1]
+
+
+@pytest.mark.parametrize("method", ["GraNet_uniform", "GMP_uniform"])
+def test_layers_that_uniform_pruning_makes_too_thin_are_named(monkeypatch, capsys, method):
+    flags = ["--model", "resnet20", "--final-density", "0.02", "--flow-preservation", "True"]
+    said = said_before_data(monkeypatch, capsys, *flags, "--method", method)
+    # 0.02 of 3 x 9 x 16, 16 x 32, 32 x 64 and 64 x 10 weights
+    assert said == [
+        "warning: --flow-preservation: layers with fewer weights than units at the end, which get "
+        "more: conv1 9 of 16, stages.1.0.shortcut.0 10 of 32, stages.2.0.shortcut.0 41 of 64, "
+        "fc 13 of 64"
+    ]
+    # What is dense stays so, and the others have less.
+    said = said_before_data(monkeypatch, capsys, *flags, "--method", method, "--last-layer-dense")
+    (said,) = said
+    assert said.endswith(
+        " conv1 7 of 16, stages.1.0.shortcut.0 9 of 32, stages.2.0.shortcut.0 36 of 64"
+    )
+
+
+@pytest.mark.parametrize("sparse_init", ["snip", "ER_snip"])
+def test_layers_that_a_search_makes_too_thin_are_named(tmp_path, monkeypatch, capsys, sparse_init):
+    def stop(*_):
+        raise Stopped
+
+    monkeypatch.setattr(recipe, "load_data", lambda *_: some_data())
+    monkeypatch.setattr(runs, "open_run", stop)
+    flags = ["--model", "mlp", "--width", "8", "--init-density", "0.1", "--final-density", "0.1"]
+    flags += ["--sparse", "--sparse-init", sparse_init, "--flow-preservation", "True"]
+    with pytest.raises(Stopped):
+        script.main(flags)
+    said = [line for line in capsys.readouterr().out.splitlines() if "fewer weights" in line]
+    asked = options(er_sparse_method=sparse_init, er_sparse_init=0.1, final_density=0.1)
+    model, requested = script.network(asked, some_data(), CPU)
+    units = {"hidden.0": 16, "hidden.3": 8, "hidden.6": 8, "classifier": 8}
+    left = {name: requested[name] * w.numel() for name, w, _ in masked_weights(model)}
+    thin = [f"{n} {w:.0f} of {units[n]}" for n, w in left.items() if w < units[n]]
+    assert len(thin) > 1
+    assert [line.split("start, which get more: ")[1] for line in said] == [", ".join(thin)]
 
 
 @pytest.mark.parametrize(

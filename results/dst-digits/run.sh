@@ -12,7 +12,7 @@ commands() {
     for flow in False True; do
       while read -r name init density method; do
         echo --name $name --sparse-init $init --init-density $density --method $method \
-          --data digits --model vgg11 --width 16 --sparse --final-density 0.01 \
+          --config configs/digits.yaml --sparse-compute off --model vgg11 --width 16 --sparse --final-density 0.01 \
           --flow-preservation $flow --seed $seed \
           --log-dir runs/dst-digits/$init-$flow --result-dir ../results/dst-digits --resume auto
       done <<'END'
