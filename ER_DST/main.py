@@ -3,6 +3,7 @@
 cd ER_DST && python main.py [--config FILE.yaml] [options]; --help lists them.
 """
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,13 +43,14 @@ def train(options: DSTOptions) -> None:
 
     devices = parallel.choose_devices(options.multigpu)
     images = recipe.load_data(options, devices[0])
-    model, requested = network(options, images, devices[0], folder)
+    model, requested, spent = network(options, images, devices[0], folder)
     if not planned:
         check_flow(model, requested, options)
 
     run = runs.open_run(options, folder)
     if options.searches:
         run.write_json("ratios.json", requested)
+        run.write_json("search.json", {"flops": spent})
     trainer = Trainer(model, images, options, run, devices, lambda: flops.densities(model))
     if options.evaluate:
         recipe.say_accuracies(trainer)
@@ -57,7 +59,8 @@ def train(options: DSTOptions) -> None:
     trainer.load()
     recipe.show_start(trainer, requested)
     trainer.run_phases([phase(options, len(images.train))])
-    recipe.finish(trainer, options.requested, requested, trainer.test())
+    result = trainer.test() | {"search_flops": spent}
+    recipe.finish(trainer, options.requested, requested, result)
 
 
 def plan(options: DSTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, float]]:
@@ -78,24 +81,29 @@ def plan(options: DSTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, f
 
 def network(
     options: DSTOptions, images: data.Data, device: torch.device, folder: Path | None = None
-) -> tuple[nn.Module, dict[str, float]]:
-    """The initialised network on ``device``, sparse as asked for; the density asked of each layer.
+) -> tuple[nn.Module, dict[str, float], float]:
+    """The initialised network on ``device``, sparse as asked for.
 
     ``folder`` is that of a run which is continued: a ratio that it has found is read from there.
+
+    Returns:
+        The network; the density asked of each layer; the FLOPs that the search for them took.
     """
     model, requested = plan(options, images.shape)
     init_weights(model, options.init, options.seed)
     model.to(device, memory_format=torch.channels_last)
+    spent = 0.0
     if not options.sparse:
-        return model, {}
+        return model, {}, spent
     if options.er_sparse_method == "snip":
-        find_snip(model, options, images)
+        spent = find_snip(model, options, images)
         requested = flops.densities(model)
     else:
-        if options.searches and folder and (folder / "ratios.json").exists():
+        if options.searches and folder and (folder / "search.json").exists():
             requested = er.read_densities(folder / "ratios.json")
+            spent = json.loads((folder / "search.json").read_text())["flops"]
         elif options.searches:
-            found = pruner_ratio(model, options, images)
+            found, spent = pruner_ratio(model, options, images)
             requested = er.requested_densities(model, options, found)
         er.attach_er_masks(model, requested, options)
     if options.flow_preservation:
@@ -106,7 +114,7 @@ def network(
             log.info("ortho-repair: %s %.4g -> %.4g", name, before, after)
     if options.moves:
         remember(model, momentum=options.grows and options.growth == "momentum")
-    return model, requested
+    return model, requested, spent
 
 
 if __name__ == "__main__":

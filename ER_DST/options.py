@@ -42,7 +42,8 @@ class DSTOptions(Options):
     """Density of the initial mask, in (0, 1]: kept weights of all weights"""
     er_sparsity_file: Annotated[str, called("ratios-from"), default_is("none")] = ""
     """Run folder, checkpoint or JSON of layer densities whose ratio is taken: by --sparse-init
-    network, and by ER_snip, ER_synflow and ER_imp instead of pruning here"""
+    network, and by ER_snip, ER_synflow and ER_imp instead of pruning here. Of a run that found a
+    ratio by a pruner it is that one (ratios.json), else that of its network (layers.json)"""
     weight_decay: Annotated[float, called("l2", "--wd", "--weight-decay")] = 5e-4
     """Weight decay"""
     batch_size: Annotated[int, called("batch-size", "-b")] = 100

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from startsparse import er, flops, parallel, training
 from startsparse.data import Data
@@ -20,21 +20,28 @@ log = logging.getLogger("startsparse")
 KEEP = 0.8  # of the weights, at each pruning of ER_imp
 
 
-def find_snip(model: nn.Module, options: Options, data: Data) -> None:
-    """Put the mask of --init-density that SNIP finds beside the weights, and zero the others."""
+def find_snip(model: nn.Module, options: Options, data: Data) -> float:
+    """Put the mask of --init-density that SNIP finds beside the weights, and zero the others.
+
+    Returns:
+        The FLOPs that this takes: of its passes, forward and backward, as `flops.training` counts.
+    """
     full_masks(model, options)
-    _prune(model, "snip", options, data)
+    return _prune(model, "snip", options, data)
 
 
-def pruner_ratio(model: nn.Module, options: Options, data: Data) -> dict[str, float]:
+def pruner_ratio(model: nn.Module, options: Options, data: Data) -> tuple[dict[str, float], float]:
     """Layer -> density, in the mask of --init-density that the pruner of --sparse-init finds.
 
     It works on a copy of ``model``, dense, on ``data``'s device.
+
+    Returns:
+        The densities, and the FLOPs that finding them takes, as for `find_snip`.
     """
     network = copy.deepcopy(model)
     full_masks(network, options)
-    PRUNER_RATIOS[options.er_sparse_method](network, options, data)
-    return flops.densities(network)
+    spent = PRUNER_RATIOS[options.er_sparse_method](network, options, data)
+    return flops.densities(network), spent
 
 
 def full_masks(model: nn.Module, options: Options) -> None:
@@ -48,31 +55,50 @@ def full_masks(model: nn.Module, options: Options) -> None:
     attach_masks(model, ones)
 
 
-def _prune(model: nn.Module, pruner: str, options: Options, data: Data) -> None:
-    prune(
-        model,
-        pruner,
-        weights_left(model, options.er_sparse_init),
-        seed=options.seed,
-        level=0,
-        batch=lambda: next(iter(data.train.epoch(0))),
-        shape=data.shape.input,
-    )
+def _prune(model: nn.Module, pruner: str, options: Options, data: Data) -> float:
+    forward, spent = _forward_flops(model, data), 0.0
+
+    def count(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        nonlocal spent  # each forward pass has its backward pass
+        examples = 1 if data.shape.nodes else len(inputs[0])
+        spent += examples * flops.training(forward, flops.densities(model))
+
+    hook = model.register_forward_pre_hook(count)
+    try:
+        prune(
+            model,
+            pruner,
+            weights_left(model, options.er_sparse_init),
+            seed=options.seed,
+            level=0,
+            batch=lambda: next(iter(data.train.epoch(0))),
+            shape=data.shape.input,
+        )
+    finally:
+        hook.remove()
+    return spent
 
 
-def _snip(model: nn.Module, options: Options, data: Data) -> None:
-    _prune(model, "snip", options, data)
+def _forward_flops(model: nn.Module, data: Data) -> dict[str, float]:
+    device = next(model.parameters()).device
+    return flops.forward_flops(model, torch.zeros(data.shape.input, device=device))
 
 
-def _synflow(model: nn.Module, options: Options, data: Data) -> None:
-    _prune(model, "synflow", options, data)
+def _snip(model: nn.Module, options: Options, data: Data) -> float:
+    return _prune(model, "snip", options, data)
 
 
-def _imp(model: nn.Module, options: Options, data: Data) -> None:
+def _synflow(model: nn.Module, options: Options, data: Data) -> float:
+    return _prune(model, "synflow", options, data)
+
+
+def _imp(model: nn.Module, options: Options, data: Data) -> float:
     """--imp-epochs of training at --lr, prune by a fifth, back to the start, and again."""
     device = next(model.parameters()).device
     first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     densities = geometric(1.0, KEEP, options.er_sparse_init)
+    forward, spent = _forward_flops(model, data), 0.0
+    inputs = options.imp_epochs * (len(data.train) if data.shape.nodes else data.train.examples)
     for level, density in enumerate(densities):
         optimizer = make_optimizer(model, options)
         for epoch in range(level * options.imp_epochs, (level + 1) * options.imp_epochs):
@@ -90,15 +116,17 @@ def _imp(model: nn.Module, options: Options, data: Data) -> None:
                 clip_norm=options.clip_norm,
                 title=f"ER_imp {level + 1}/{len(densities)}",
             )
+        spent += inputs * flops.training(forward, flops.densities(model))
         accuracy = 100 * training.means(sums)["accuracy"]
         log.info("ER_imp: train %.2f %%, pruning to density %.4f", accuracy, density)
         prune(model, "mag", weights_left(model, density), seed=options.seed, level=level)
         masks = {name: mask.clone() for name, _, mask in masked_weights(model)}
         model.load_state_dict(first)
         attach_masks(model, masks)
+    return spent
 
 
-PRUNER_RATIOS: dict[str, Callable[[nn.Module, Options, Data], None]] = {
+PRUNER_RATIOS: dict[str, Callable[[nn.Module, Options, Data], float]] = {
     "ER_imp": _imp,
     "ER_synflow": _synflow,
     "ER_snip": _snip,

@@ -59,12 +59,15 @@ def read_densities(path: Path) -> dict[str, float]:
     """Density of each layer of a saved network.
 
     Args:
-        path: a run folder, a checkpoint, or JSON, layer -> density or {"density": ...}.
+        path: a run folder, a checkpoint, or JSON, layer -> density or {"density": ...}. Of a folder
+            it is ratios.json, the ratio that the run has found, or else layers.json, the network.
 
     Raises:
         OptionError: the file is missing or holds something else.
     """
-    path = path / "layers.json" if path.is_dir() else path
+    if path.is_dir():
+        found = path / "ratios.json"
+        path = found if found.exists() else path / "layers.json"
     if not path.exists():
         raise OptionError(f"--er-sparsity-file: {path} does not exist")
     if path.suffix == ".json":

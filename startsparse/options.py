@@ -71,7 +71,8 @@ class Options:
     er_sparse_init: float = 0.2
     """Density of the random mask, in (0, 1]: kept weights of all weights"""
     er_sparsity_file: Annotated[str, default_is("none")] = ""
-    """Run folder, checkpoint or JSON of layer densities that --er-sparse-method network copies"""
+    """Run folder, checkpoint or JSON of layer densities that --er-sparse-method network copies; of
+    a run that found a ratio by a pruner it is that one (ratios.json), not its last (layers.json)"""
     er_budget: choice(ratios.BUDGETS) = "exact"
     """exact: the density asked for; clip: the clipped, lower one of the paper's research code"""
     er_sampling: choice(masks.SAMPLINGS) = "bernoulli"

@@ -76,6 +76,7 @@ def summary(
 
 def text(summary: dict[str, float], folder: Path) -> str:
     """A `summary` for people."""
+    search = summary.get("search_flops")
     rows = {
         "requested density": f"{summary['requested']:.4f}",
         "realised density": f"{summary['density']:.4f}",
@@ -87,6 +88,7 @@ def text(summary: dict[str, float], folder: Path) -> str:
         f"{summary['inference_flops_share']:.4f} of dense",
         "FLOPs of training": f"{summary['training_flops']:.4g} in all, "
         f"{summary['training_flops_share']:.4f} of dense",
+        **({"FLOPs of the search": f"{search:.4g} before training"} if search else {}),
         "seconds": f"{summary['seconds']:.0f}",
         "run folder": str(folder.resolve()),
         "picture": str(folder.resolve() / "curves.png"),

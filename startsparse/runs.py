@@ -11,6 +11,7 @@
     ticket.safetensors: the strong lottery ticket; levels/: those of all levels
     random_mask.csv   the random mask that tickets lie in; shuffles.csv: tickets shuffled
     density.csv       one row per layer; layers.json: the same for --er-sparsity-file
+    ratios.json       the layer-wise ratio that a pruner found in this run; search.json: its FLOPs
     curves.png        curves, and the density per layer
     dense_weights.pt  soft thresholds, edge-popup: the weights as a plain network has them
     export/           what startsparse.export writes

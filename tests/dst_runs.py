@@ -61,7 +61,7 @@ def options(**values) -> DSTOptions:
 def begin(folder: Path, options: DSTOptions) -> tuple[Trainer, Phase]:
     """A trainer as main.py makes it, and its one phase."""
     images = some_data()
-    model, _ = script.network(options, images, CPU, folder)
+    model, *_ = script.network(options, images, CPU, folder)
     trainer = Trainer(model, images, options, NoRun(folder), [CPU], lambda: flops.densities(model))
     return trainer, phase(options, STEPS)
 

@@ -38,8 +38,9 @@ def found(tmp_path_factory):
         (folders[method] / "layers.json").write_text(json.dumps(JSON))
         asked = combined(folders, method)
         if asked.searches:
-            _, requested = script.network(asked, some_data(), CPU)
+            _, requested, spent = script.network(asked, some_data(), CPU)
             (folders[method] / "ratios.json").write_text(json.dumps(requested))
+            (folders[method] / "search.json").write_text(json.dumps({"flops": spent}))
     return folders
 
 
@@ -145,7 +146,7 @@ def test_every_initialisation_of_every_mask(found, init, sparse_init):
     seen = []
     for repaired in (False, True):
         asked = combined(found, sparse_init, init=init, ortho_repair=repaired)
-        model, requested = script.network(asked, some_data(), CPU, found[sparse_init])
+        model, requested, _ = script.network(asked, some_data(), CPU, found[sparse_init])
         assert sum(counts(model).values()) == WEIGHTS // 2
         assert list(requested) == list(sparse_layers(model))
         for _, weight, mask in masked_weights(model):
@@ -159,7 +160,7 @@ def test_every_initialisation_of_every_mask(found, init, sparse_init):
 @pytest.mark.parametrize("flow", [False, True])
 def test_initial_weights_are_scaled_by_the_densities_that_came_out(flow):
     asked = options(init="bimodal", er_sparse_init=0.2, flow_preservation=flow, is_prune=False)
-    model, _ = script.network(asked, some_data(), CPU)
+    model, *_ = script.network(asked, some_data(), CPU)
     assert (dead_units(model) == 0) == flow
     for _, weight, mask in masked_weights(model):
         std = (len(weight) / int(mask.sum())) ** 0.5  # 1 / sqrt(fan_in * density)
@@ -169,7 +170,7 @@ def test_initial_weights_are_scaled_by_the_densities_that_came_out(flow):
 @pytest.mark.parametrize("sparse_init", SPARSE_INITS)
 def test_the_mask_has_the_layer_densities_of_its_name(found, sparse_init):
     asked = combined(found, sparse_init)
-    model, requested = script.network(asked, some_data(), CPU, found[sparse_init])
+    model, requested, _ = script.network(asked, some_data(), CPU, found[sparse_init])
     sizes = {name: layer.weight.numel() for name, layer in sparse_layers(model).items()}
     realised = {name: count / sizes[name] for name, count in counts(model).items()}
     for name, density in requested.items():
@@ -191,7 +192,7 @@ def test_snip_keeps_its_mask_and_er_snip_draws_its_ratio_anew(found):
     assert counts(own) == counts(drawn)
     assert any((mask != masks(drawn)[name]).any() for name, mask in masks(own).items())
     # SNIP looks at the weights and at a batch: the largest |w dL/dw| of the dense network.
-    dense, _ = script.network(options(sparse=False), some_data(), CPU)
+    dense, *_ = script.network(options(sparse=False), some_data(), CPU)
     images, labels = next(iter(some_data().train.epoch(0)))
     dense.train()
     torch.nn.functional.cross_entropy(dense(images), labels).backward()
@@ -211,16 +212,19 @@ def test_er_imp_trains_from_the_start_before_each_pruning(monkeypatch):
 
     monkeypatch.setattr(training, "train_epoch", watch)
     asked = options(er_sparse_method="ER_imp", imp_epochs=2, final_density=0.2)
-    model, requested = script.network(asked, some_data(), CPU)
-    dense, _ = script.network(options(sparse=False), some_data(), CPU)
+    model, requested, spent = script.network(asked, some_data(), CPU)
+    dense, *_ = script.network(options(sparse=False), some_data(), CPU)
     first = dense.state_dict()
     assert [epoch for epoch, _ in begun] == list(range(8))  # 4 levels, each order of data once
-    kept = []
+    kept, by_hand = [], 0
     for _, state in begun[::2]:
         masks = {n.removesuffix("_mask"): m for n, m in state.items() if n.endswith("weight_mask")}
         kept.append(sum(int(mask.sum()) for mask in masks.values()))
+        first_layer = int(masks["hidden.0.weight"].sum())
+        by_hand += 2 * 64 * 2 * (3 * kept[-1] - first_layer)  # epochs, images, a multiply-add
         for name, value in first.items():
             assert torch.equal(state[name], value * masks.get(name, 1)), name
+    assert spent == pytest.approx(by_hand, rel=1e-12)
     assert kept == [WEIGHTS, *(round(d * WEIGHTS) for d in (0.8, 0.64, 0.512))]
     # The search leaves no trace in the network itself but its ratio.
     for name, weight, mask in masked_weights(model):

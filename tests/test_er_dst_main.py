@@ -262,11 +262,25 @@ def test_er_imp_prunes_here_and_its_ratio_can_be_read_from_the_run(run_dst, tmp_
         assert densities[name] * size == pytest.approx(asked[name] * size, abs=1)
     assert asked["hidden.0"] < min(asked[name] for name in list(SIZES)[1:])  # the largest layer
 
-    for source in (imp, imp / "layers.json", imp / "best.pt"):
+    search = json.loads((imp / "search.json").read_text())["flops"]
+    assert result(imp)["search_flops"] == search > result(imp)["training_flops"]
+    summary = f"FLOPs of the search  {search:.4g} before training"
+    assert summary in (imp / "log.txt").read_text()
+
+    # A run that has found a ratio gives that one, though its network is another.
+    changed = {name: {"density": density / 2} for name, density in densities.items()}
+    changed["classifier"]["density"] = 0.01
+    (imp / "layers.json").write_text(json.dumps(changed))
+    layers = {name: row["density"] for name, row in changed.items()}
+    ratios_of = {imp: asked, imp / "best.pt": densities, imp / "layers.json": layers}
+    for source, ratio in ratios_of.items():
         again = parsed(*static, "--sparse-init", "ER_imp", "--ratios-from", str(source))
         assert not again.searches
         _, requested = script.plan(again, data.SHAPES["digits"])
-        assert requested == pytest.approx(densities, rel=1e-6)
+        share = requested["hidden.3"] / requested["classifier"]
+        assert share == pytest.approx(ratio["hidden.3"] / ratio["classifier"], rel=1e-6)
+        if source != imp / "layers.json":
+            assert requested == pytest.approx(ratio, rel=1e-6)
     (tmp_path / "mine.json").write_text(json.dumps(dict.fromkeys(SIZES, 0.1) | {"hidden.0": 0.05}))
     mine = ["--sparse-init", "ER_synflow", "--ratios-from", str(tmp_path / "mine.json")]
     folder = run_dst(*static, *mine, "--init-density", "0.2", where="mine")

@@ -404,7 +404,7 @@ def test_layers_that_a_search_makes_too_thin_are_named(tmp_path, monkeypatch, ca
         script.main(flags)
     said = [line for line in capsys.readouterr().out.splitlines() if "fewer weights" in line]
     asked = options(er_sparse_method=sparse_init, er_sparse_init=0.1, final_density=0.1)
-    model, requested = script.network(asked, some_data(), CPU)
+    model, requested, _ = script.network(asked, some_data(), CPU)
     units = {"hidden.0": 16, "hidden.3": 8, "hidden.6": 8, "classifier": 8}
     left = {name: requested[name] * w.numel() for name, w, _ in masked_weights(model)}
     thin = [f"{n} {w:.0f} of {units[n]}" for n, w in left.items() if w < units[n]]

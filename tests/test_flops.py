@@ -1,11 +1,16 @@
 """FLOPs by hand: of layers, of passes, and of a training whose density changes."""
 
+import json
+
 import pytest
+import script_runs
+import slt_runs
 import torch
-from dst_runs import STEPS, begin, options, train
+from dst_runs import CPU, STEPS, begin, options, some_data, train
 from torch import nn
 
-from startsparse import flops
+from ER_DST.main import network as network_of
+from startsparse import flops, scores
 from startsparse.masks import attach_masks, masked_weights
 from startsparse.models import build
 from STR.thresholds import soften
@@ -163,3 +168,73 @@ def test_dense_training_costs_all(tmp_path):
     assert (costs["inference_flops_share"], costs["training_flops_share"]) == (1.0, 1.0)
     assert costs["inference_flops"] == 2 * 288
     assert costs["training_flops"] == pytest.approx(2 * STEPS * 16 * DENSE)
+
+
+# --- of the other scripts -------------------------------------------------------------------------
+
+# digits: 3072 -> 16 -> 16 -> 16 -> 10, and 1293 images to train with
+WIDE = {"hidden.0": 49_152, "hidden.3": 256, "hidden.6": 256, "classifier": 160}
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_fixed_mask_of_str_by_hand(run):
+    folder = run(*script_runs.MLP, "--conv-type", "ConvMask", "--er-sparse-init", "0.3")
+    saved = script_runs.weights(folder)
+    kept = {name: int(saved[f"{name}.weight_mask"].sum()) for name in WIDE}
+    found, spent, dense = summary_of(folder), step_flops(kept), step_flops(WIDE)
+    assert found["training_flops"] == pytest.approx(1293 * spent, rel=1e-12)
+    assert found["training_flops_share"] == pytest.approx(spent / dense, rel=1e-12)
+    assert found["inference_flops"] == pytest.approx(2 * sum(kept.values()), rel=1e-12)
+    assert sum(kept.values()) < 0.31 * sum(WIDE.values())
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_edge_popup_by_hand(tmp_path):
+    """Scores have gradients in all of the random mask, and inputs through what is in use."""
+    folder = slt_runs.slt(tmp_path, *slt_runs.MLP, "--er-init-density", "0.5", "--sparsity", "0.1")
+    spent, used = 0, []
+    for level in (1, 2):
+        found = slt_runs.ticket(folder, level)
+        used.append({name: int(found.found[f"{name}.weight"].sum()) for name in WIDE})
+        inside = sum(int(mask.sum()) for mask in found.er_masks.values())
+        spent += 2 * 1293 * 2 * (2 * sum(used[-1].values()) - used[-1]["hidden.0"] + inside)
+    assert sum(used[0].values()) > 1.5 * sum(used[1].values())
+    found = summary_of(folder)
+    assert found["training_flops"] == pytest.approx(spent, rel=1e-12)
+    assert found["training_flops_share"] == pytest.approx(
+        spent / (4 * 1293 * step_flops(WIDE)), rel=1e-12
+    )
+    assert found["inference_flops"] == pytest.approx(2 * sum(used[1].values()), rel=1e-12)
+
+
+# --- of the search for a mask ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sparse_init", ["snip", "ER_snip"])
+def test_snip_costs_a_dense_step(sparse_init):
+    *_, spent = network_of(options(er_sparse_method=sparse_init), some_data(), CPU)
+    assert spent == 16 * DENSE
+
+
+def test_synflow_costs_a_pass_of_one_example_at_each_density(monkeypatch):
+    passes, synflow = [], scores.synflow
+
+    def watch(model, shape):
+        passes.append(weights_left(model))
+        return synflow(model, shape)
+
+    monkeypatch.setattr(scores, "synflow", watch)
+    *_, spent = network_of(options(er_sparse_method="ER_synflow"), some_data(), CPU)
+    assert len(passes) > 50
+    assert sum(passes[0].values()) == 288
+    assert sum(passes[-1].values()) < 150
+    assert spent == pytest.approx(sum(map(step_flops, passes)), rel=1e-12)
+
+
+def test_a_random_mask_costs_nothing():
+    *_, spent = network_of(options(), some_data(), CPU)
+    assert spent == 0
