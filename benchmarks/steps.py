@@ -63,6 +63,7 @@ def timed_step(
     memory_format: torch.memory_format = torch.channels_last,
     lr: float = 1e-3,
     compiled: bool = False,
+    after_backward: Callable[[int], None] | None = None,
 ) -> Callable[[], float]:
     """A function that does one training step of ``model``, and returns its seconds."""
     model.to(device, memory_format=memory_format)
@@ -82,6 +83,7 @@ def timed_step(
             epoch=0,
             sums=sums,
             autocast=autocast,
+            after_backward=after_backward,
         )  # reads the sums at its end, and so waits for the device
         return time.perf_counter() - started
 

@@ -1,10 +1,11 @@
-"""One update of the masks, and an ordinary masked step, divided by a training step.
+"""One update of the masks, and an ordinary step of ER_DST, divided by its dense training step.
 
 VGG16 for 32x32 images (14.7 million weights), batch 128. The update is GraNet's, from density
-0.0102 to 0.01: global pruning, then drop and grow of half of the weights in every layer. A round is
-a dense step, a masked step, and one update by each growth rule; medians over rounds. The peak
-memory is that of training steps with an update in each, over that of dense ones. Goals: update at
-most 0.5 on the CPU and 2 on a GPU; masked step at most 1.02; memory at most 1.15.
+0.0102 to 0.01: global pruning, then drop and grow of half of the weights in every layer, with and
+without flow preservation. An ordinary step moves no mask; growth by momentum sums up the gradients
+in it. A round is a dense step, an ordinary step and an update of each kind; medians over rounds.
+The peak memory is that of training steps with an update in each, over that of dense ones. Goals:
+update at most 0.5 on the CPU and 2 on a GPU; ordinary step at most 1.02; memory at most 1.15.
 """
 
 import multiprocessing
@@ -12,18 +13,48 @@ import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from benchmarks.steps import OneBatch, devices, make_step
+from benchmarks.steps import OneBatch, devices, timed_step
+from ER_DST.main import network
+from ER_DST.options import DSTOptions
 from ER_DST.topology import GROWTH, add_to_momentum, remember, update
-from ER_DST.updates import describe
-from startsparse import models, parallel, training
+from ER_DST.updates import describe, schedule, step_masks
+from startsparse import flow, models, parallel, training
+from startsparse.data import Shape
 from startsparse.masks import attach_masks, draw_masks, keep_inside, masked_weights, sparse_layers
 
 
-def move_masks(model: nn.Module, optimizer: torch.optim.Optimizer, growth: str, step: int) -> None:
+def make_step(growth: str, device: torch.device) -> Callable[[], float]:
+    """A function that does one step without an update, "" dense, and returns its seconds."""
+    options = DSTOptions(
+        arch="vgg16",
+        sparse=bool(growth),
+        growth=growth or "gradient",
+        er_sparse_method="uniform",
+        er_sparse_init=0.01,
+        final_density=0.01,
+    )
+    shape = SimpleNamespace(shape=Shape(classes=10, channels=3, size=32))
+    model, *_ = network(options, shape, device)
+    trainer, plan = SimpleNamespace(model=model, options=options), schedule(options, 1000)
+
+    def move_nothing(_: int) -> None:
+        step_masks(trainer, 1, plan=plan)
+
+    return timed_step(model, options, device, after_backward=move_nothing if growth else None)
+
+
+def move_masks(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    growth: str,
+    step: int,
+    preserve_flow: bool = False,
+) -> None:
     """One update as a run makes it, with all that it writes down."""
     before = {name: mask.clone() for name, _, mask in masked_weights(model)}
     update(
@@ -37,17 +68,23 @@ def move_masks(model: nn.Module, optimizer: torch.optim.Optimizer, growth: str, 
         seed=1,
         step=step,
     )
+    if preserve_flow:
+        flow.repair(model, 1, step, by_magnitude=False)
     keep_inside(model, optimizer)
     describe(model, before)
 
 
-def make_update(growth: str, device: torch.device) -> Callable[[], float]:
+def make_update(
+    growth: str, device: torch.device, preserve_flow: bool = False
+) -> Callable[[], float]:
     """A function that makes one update, always from the same masks, and returns its seconds."""
     model = models.build("vgg16", classes=10)
     models.init_weights(model, "kaiming_normal", 1)
     shapes = {name: layer.weight.shape for name, layer in sparse_layers(model).items()}
     attach_masks(model, draw_masks(shapes, [0.0102] * len(shapes), 1, "exact"))
     model.to(device, memory_format=torch.channels_last)
+    if preserve_flow:  # as the update before has left it
+        flow.repair(model, 1, 0, by_magnitude=False)
     remember(model, momentum=True)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -63,7 +100,7 @@ def make_update(growth: str, device: torch.device) -> Callable[[], float]:
                 mask.copy_(mask_before)
         _wait(device)
         started = time.perf_counter()
-        move_masks(model, optimizer, growth, 1)
+        move_masks(model, optimizer, growth, 1, preserve_flow)
         _wait(device)
         return time.perf_counter() - started
 
@@ -114,24 +151,27 @@ def _wait(device: torch.device) -> None:
 def main() -> None:
     for device in devices():
         # Memory first: a new process begins with the peak of the one that started it.
-        print(f"{'VGG16, ' + device.type:<20} {'MiB':>8} {'ratio':>6}")
+        print(f"{'VGG16, ' + device.type:<24} {'MiB':>8} {'ratio':>6}")
         dense_peak = None
         for growth in ("", *GROWTH):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own_process:
                 mine = own_process.submit(peak, growth, device).result()
             dense_peak = dense_peak or mine
             name = f"memory, {growth or 'dense'}"
-            print(f"{name:<20} {mine:8.0f} {mine / dense_peak:6.3f}", flush=True)
+            print(f"{name:<24} {mine:8.0f} {mine / dense_peak:6.3f}", flush=True)
 
         rounds = 5 if device.type == "cpu" else 50
-        names = ["dense step", "masked step", *(f"update, {growth}" for growth in GROWTH)]
-        dense, masked = (make_step(c, device, arch="vgg16") for c in ("DenseConv", "ConvMask"))
-        programs = [dense, masked, *(make_update(growth, device) for growth in GROWTH)]
-        times = torch.tensor([[f() for f in programs] for _ in range(1 + rounds)])[1:]
-        print(f"{'':<20} {'ms':>8} {'ratio':>6}")
-        for name, seconds in zip(names, times.T):
+        programs = {"dense step": make_step("", device)}
+        for growth in ("gradient", "momentum"):
+            programs[f"ordinary step, {growth}"] = make_step(growth, device)
+        for growth in GROWTH:
+            programs[f"update, {growth}"] = make_update(growth, device)
+            programs[f"update, {growth}, flow"] = make_update(growth, device, preserve_flow=True)
+        times = torch.tensor([[f() for f in programs.values()] for _ in range(1 + rounds)])[1:]
+        print(f"{'':<24} {'ms':>8} {'ratio':>6}")
+        for name, seconds in zip(programs, times.T):
             ratio = (seconds / times[:, 0]).median()
-            print(f"{name:<20} {1e3 * seconds.median():8.1f} {ratio:6.3f}")
+            print(f"{name:<24} {1e3 * seconds.median():8.1f} {ratio:6.3f}")
 
 
 if __name__ == "__main__":
