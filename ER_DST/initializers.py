@@ -49,7 +49,10 @@ def _bimodal(place: Place, draw: torch.Generator) -> Tensor:
 
 
 def _looks_linear(place: Place, draw: torch.Generator) -> Tensor:
-    """See `looks_linear`. It is not scaled by density, and a random mask cuts the mirror image."""
+    """See `looks_linear`. It is not scaled by density.
+
+    Only a dense network begins linear: a random mask is not mirrored, and cuts the mirror image.
+    """
     return looks_linear(place.shape, draw, first=place.first, last=place.last)
 
 

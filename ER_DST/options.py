@@ -34,7 +34,8 @@ class DSTOptions(Options):
     """Network"""
     init: Annotated[choice(INITS), called("init-method")] = "default"
     """Initial weights: Kaiming normal; normal, uniform or bimodal, scaled by the density of the
-    layer; looks-linear: mirrored orthogonal blocks"""
+    layer; looks-linear: mirrored orthogonal blocks, with which a dense mlp begins linear; random
+    masks are not mirrored and break that"""
     er_sparse_method: Annotated[choice(SPARSE_INITS, ratios.ALIASES), called("sparse-init")] = "ERK"
     """Initial mask: random with this layer-wise ratio; snip: the mask that SNIP finds; ER_snip,
     ER_synflow, ER_imp: random with the layer-wise ratio that this pruner finds"""

@@ -114,13 +114,18 @@ def test_float64_and_channels_last_get_the_same(how):
         assert torch.equal(weight.double(), same)
 
 
-def test_looks_linear_begins_linear():
+@pytest.mark.parametrize("dense", [True, False])
+def test_looks_linear_begins_linear_if_dense(dense):
     model = models.build("mlp", classes=3, channels=7, size=1, width=16)
+    if not dense:
+        shapes = {name: layer.weight.shape for name, layer in sparse_layers(model).items()}
+        attach_masks(model, draw_masks(shapes, [0.5] * len(shapes), 1, "exact"))
     init_weights(model, "looks-linear", 1)
     model.double().eval()
     draw = torch.Generator().manual_seed(1)
     x, y = (torch.randn(5, 7, dtype=torch.float64, generator=draw) for _ in range(2))
-    torch.testing.assert_close(model(x - 2 * y), model(x) - 2 * model(y), rtol=1e-9, atol=1e-12)
+    apart = model(x) - 2 * model(y)
+    assert torch.allclose(model(x - 2 * y), apart, rtol=1e-9, atol=1e-12) == dense
 
 
 def test_looks_linear_names_the_layer_of_odd_size():
