@@ -51,6 +51,18 @@ def some_data() -> Data:
     return Data(split(seed=1, rows=rows[0]), split(rows=rows[1]), split(rows=rows[2]), SHAPE)
 
 
+def random_data(shape: Shape, split: list[int], batch_size: int) -> Data:
+    """Noise of some shape, with labels in turn, to train with, validate and test on."""
+    size, count = (shape.size, shape.size, shape.channels), sum(split)
+    draw = torch.Generator().manual_seed(3)
+    images = torch.randint(256, (count, *size), dtype=torch.uint8, generator=draw)
+    labels = torch.arange(count) % shape.classes
+    channels = {"mean": (0.5,) * shape.channels, "std": (0.3,) * shape.channels}
+    part = partial(Batches, images, labels, **channels, batch_size=batch_size, device=CPU)
+    rows = torch.arange(count).split(split)
+    return Data(part(seed=1, rows=rows[0]), part(rows=rows[1]), part(rows=rows[2]), shape)
+
+
 def options(**values) -> DSTOptions:
     """Checked options of a small run."""
     made = DSTOptions(**SMALL | values)
@@ -58,17 +70,17 @@ def options(**values) -> DSTOptions:
     return made
 
 
-def begin(folder: Path, options: DSTOptions) -> tuple[Trainer, Phase]:
-    """A trainer as main.py makes it, and its one phase."""
-    images = some_data()
+def begin(folder: Path, options: DSTOptions, images: Data | None = None) -> tuple[Trainer, Phase]:
+    """A trainer as main.py makes it, and its one phase; ``images``: not `some_data`."""
+    images = images or some_data()
     model, *_ = script.network(options, images, CPU, folder)
     trainer = Trainer(model, images, options, NoRun(folder), [CPU], lambda: flops.densities(model))
-    return trainer, phase(options, STEPS)
+    return trainer, phase(options, len(images.train))
 
 
-def train(folder: Path, options: DSTOptions, look=None) -> Trainer:
+def train(folder: Path, options: DSTOptions, look=None, images: Data | None = None) -> Trainer:
     """The trainer after a whole run; ``look(trainer, step, masks before)`` after each update."""
-    trainer, whole = begin(folder, options)
+    trainer, whole = begin(folder, options, images)
 
     def watched(trainer: Trainer, step: int) -> None:
         rows, before = len(trainer.tables.get("topology", [])), masks(trainer.model)

@@ -1,4 +1,4 @@
-"""Every combination of methods, initial masks, growth and switches on a tiny network."""
+"""Combinations of all options on a tiny network: five in full, any three of eight, all networks."""
 
 import itertools
 import json
@@ -7,12 +7,14 @@ import pytest
 import torch
 from dst_runs import (
     CPU,
+    STEPS,
     WEIGHTS,
     begin,
     counts,
     dead_units,
     masks,
     options,
+    random_data,
     some_data,
     train,
 )
@@ -23,6 +25,7 @@ from ER_DST.options import SPARSE_INITS
 from ER_DST.topology import GROWTH, METHODS
 from ER_DST.updates import phase
 from startsparse import checkpoint, flops, ratios, training
+from startsparse.data import SHAPES
 from startsparse.masks import masked_weights, sparse_layers
 from startsparse.ratios import layer_densities
 
@@ -66,20 +69,42 @@ def quick(monkeypatch):
     monkeypatch.setattr(flops, "forward_flops", lambda *_: found)
 
 
+# What a run begins with and learns by, dealt out to the combinations of the rest.
+BEGINNINGS = [
+    {"init": init, "ortho_repair": ortho, "optimizer": optimizer}
+    for optimizer, ortho, init in itertools.product(("sgd", "adam"), (False, True), INITS)
+]
+
+
+def combinations(method, sparse_init):
+    """Options of all runs of a method and an initial mask."""
+    start = 3 * list(METHODS).index(method) + SPARSE_INITS.index(sparse_init)
+    for number, (growth, flow, within) in enumerate(
+        itertools.product(GROWTH, *[(False, True)] * 2)
+    ):
+        own = {"growth": growth, "flow_preservation": flow, "grow_within_init": within}
+        yield own | BEGINNINGS[(start + number) % len(BEGINNINGS)]
+
+
+def test_any_three_values_are_trained_together():
+    trained = [
+        {"method": method, "sparse_init": sparse_init, **own}
+        for method, sparse_init in itertools.product(METHODS, SPARSE_INITS)
+        for own in combinations(method, sparse_init)
+    ]
+    values = {name: {row[name] for row in trained} for name in trained[0]}
+    assert [len(v) for v in values.values()] == [5, len(SPARSE_INITS), 3, 2, 2, len(INITS), 2, 2]
+    for names in itertools.combinations(values, 3):
+        met = {tuple(row[name] for name in names) for row in trained}
+        assert met == set(itertools.product(*(values[name] for name in names)))
+
+
 @pytest.mark.parametrize("sparse_init", SPARSE_INITS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_combination_trains(found, quick, method, sparse_init):
-    for growth, flow, within in itertools.product(GROWTH, (False, True), (False, True)):
-        asked = combined(
-            found,
-            sparse_init,
-            method=method,
-            growth=growth,
-            flow_preservation=flow,
-            grow_within_init=within,
-            epochs=1,
-            update_frequency=3,
-        )
+    for own in combinations(method, sparse_init):
+        asked = combined(found, sparse_init, method=method, epochs=1, update_frequency=3, **own)
+        flow = asked.flow_preservation
         trainer = train(found[sparse_init], asked, check_update)
         assert [row["step"] for row in trainer.tables["topology"]] == [3]
         last, layers = counts(trainer.model), sparse_layers(trainer.model)
@@ -115,29 +140,64 @@ def check_update(trainer, _, before):
 def test_a_mask_that_is_not_pruned_stays_as_drawn_whatever_the_method(
     found, quick, sparse_init, flow
 ):
-    drawn = None
-    for method, growth, within in itertools.product(METHODS, GROWTH, (False, True)):
-        asked = combined(
-            found,
-            sparse_init,
-            method=method,
-            growth=growth,
-            grow_within_init=within,
-            flow_preservation=flow,
-            is_prune=False,
-            epochs=1,
-        )
-        trainer, whole = begin(found[sparse_init], asked)
+    number, drawn, within = 2 * SPARSE_INITS.index(sparse_init) + flow, None, (False, True)
+    static = {"flow_preservation": flow, "is_prune": False, "epochs": 1}
+    static |= BEGINNINGS[number % len(BEGINNINGS)]
+    whole = phase(combined(found, sparse_init, **static), STEPS)
+    assert not whole.each_step
+    for method, growth, inside in itertools.product(METHODS, GROWTH, within):
+        own = {"method": method, "growth": growth, "grow_within_init": inside}
+        asked = combined(found, sparse_init, **static, **own)
+        assert phase(asked, STEPS) == whole
+        assert (asked.requested, asked.prunes, asked.grows) == (0.5, False, False)
+    # The phases are equal, so one training is every training; networks, for values of each option.
+    for method, growth, inside in zip(METHODS, itertools.cycle(GROWTH), itertools.cycle(within)):
+        own = {"method": method, "growth": growth, "grow_within_init": inside}
+        asked = combined(found, sparse_init, **static, **own)
+        trainer, _ = begin(found[sparse_init], asked)
         drawn = drawn or masks(trainer.model)
         assert all(torch.equal(m, drawn[n]) for n, m in masks(trainer.model).items())
-        assert not whole.each_step
-        assert (asked.requested, asked.prunes, asked.grows) == (0.5, False, False)
-        assert whole == phase(combined(found, sparse_init, is_prune=False, epochs=1), 4)
-    trainer.run_phases([whole])  # the phases are equal, so one training is every training
+    trainer.run_phases([whole])
     assert all(torch.equal(m, drawn[n]) for n, m in masks(trainer.model).items())
     assert "topology" not in trainer.tables
     assert not (flow and dead_units(trainer.model))
     assert not any("initial_mask" in name for name in trainer.model.state_dict())
+
+
+NETWORKS = ("vgg16", "vgg19", "resnet18", "resnet20", "resnet34", "resnet50", "mlp")
+IMAGES = ("cifar10", "cifar100", "tiny-imagenet", "mnist", "digits")
+
+
+@pytest.mark.parametrize("number", range(len(NETWORKS) * len(IMAGES)))
+def test_every_network_trains_on_examples_like_every_set(tmp_path, monkeypatch, number):
+    """Narrow ones, for two steps with an update between, with masks and methods in turn."""
+    monkeypatch.setattr(checkpoint, "save", lambda *_: None)
+    own = [name for name in SPARSE_INITS if name != "network"]
+    arch, images = NETWORKS[number % len(NETWORKS)], IMAGES[number % len(IMAGES)]
+    asked = options(
+        arch=arch,
+        width=4,
+        set=images,
+        er_sparse_method=own[number % len(own)],
+        imp_epochs=1,
+        method=list(METHODS)[number // len(NETWORKS)],
+        final_density=0.25,
+        growth=list(GROWTH)[number % 3],
+        flow_preservation=bool(number % 2),
+        epochs=1,
+        update_frequency=1,
+    )
+    shape = SHAPES[images]
+    trainer = train(tmp_path, asked, images=random_data(shape, split=[8, 2, 2], batch_size=4))
+    row = trainer.tables["topology"][-1]
+    assert row["step"] == 1
+    assert row["dropped"] > 0
+    assert not (asked.flow_preservation and row["dead_units"])
+    assert 0.2 < row["density"] < 0.6
+    for _, weight, mask in masked_weights(trainer.model):
+        assert (weight[~mask] == 0).all()
+        assert weight.isfinite().all()
+    assert trainer.model(torch.zeros(2, *shape.input[1:])).shape == (2, shape.classes)
 
 
 @pytest.mark.parametrize("sparse_init", SPARSE_INITS)

@@ -67,7 +67,7 @@ def test_every_name_is_taken_in_any_capitalisation(spelling):
 
 
 @pytest.mark.parametrize(
-    "model", ["vgg16", "vgg19", "resnet18", "resnet20", "resnet34", "resnet50"]
+    "model", ["vgg16", "vgg19", "resnet18", "resnet20", "resnet34", "resnet50", "mlp"]
 )
 @pytest.mark.parametrize("images", ["cifar10", "cifar100", "tiny_imagenet", "mnist", "digits"])
 def test_every_network_is_planned_for_every_set(model, images):
