@@ -12,8 +12,8 @@ commands() {
     for flow in False True; do
       while read -r name init density method; do
         echo --name $name --sparse-init $init --init-density $density --method $method \
-          --config configs/digits.yaml --sparse-compute off --model vgg11 --width 16 --sparse --final-density 0.01 \
-          --flow-preservation $flow --seed $seed \
+          --config configs/digits.yaml --model vgg11 --width 16 --sparse --final-density 0.01 \
+          --flow-preservation $flow --seed $seed --sparse-compute off \
           --log-dir runs/dst-digits/$init-$flow --result-dir ../results/dst-digits --resume auto
       done <<'END'
 GraNet ERK 0.5 GraNet
@@ -40,3 +40,9 @@ commands | xargs -P 2 -L 1 python main.py
 python -m startsparse.report ../results/dst-digits/results.csv \
   --by er_sparse_method name flow_preservation --of density training_flops_share test_accuracy \
   --plot ../results/dst-digits/plot.png | tee ../results/dst-digits/table.md
+{ # of the tested networks
+  echo run,dead_outputs,dead_inputs
+  for run in runs/dst-digits/*/digits/*/seed-?; do
+    echo "$run,$(tail -n 1 "$run/density.csv" | cut -d , -f 7,8)"
+  done
+} > ../results/dst-digits/dead_units.csv
