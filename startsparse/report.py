@@ -129,7 +129,7 @@ def plot(means: pd.DataFrame, by: Sequence[str], of: str, path: Path) -> None:
     Args:
         by: the columns that make, in this order, the x axis, the colours, the panels and the line
             styles; at least the first. An axis of numbers is logarithmic and falls to the right, as
-            densities do; other values stand side by side.
+            densities do; other values stand side by side. Settings of one value too.
         of: the column to plot; an accuracy is shown in percent.
     """
     from matplotlib.figure import Figure  # slow to import, and needed at the end
@@ -139,18 +139,25 @@ def plot(means: pd.DataFrame, by: Sequence[str], of: str, path: Path) -> None:
     x, colour, panel, style = (name or "_" for name in (x, colour, panel, style))
     scale = 100 if "accuracy" in of else 1
     panels, colours, styles = (list(dict.fromkeys(means[c])) for c in (panel, colour, style))
-    figure = Figure(figsize=(2.5 + 4.5 * len(panels), 4.5), layout="constrained")
+    settings = sorted(
+        set(zip(means[colour], means[style])),
+        key=lambda pair: (colours.index(pair[0]), styles.index(pair[1])),
+    )
+    figure = Figure(figsize=(2.5 + 5.5 * len(panels), 6), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     numbers = pd.api.types.is_numeric_dtype(means[x])
     places = {value: i for i, value in enumerate(dict.fromkeys(means[x]))}
+    ticks = sorted(set(means[x]), reverse=True)
+    gap = min((a / b for a, b in itertools.pairwise(ticks)), default=2.0) if numbers else None
     lines = {}
     for axis, title in zip(axes, panels):
-        for i, (c, s) in enumerate(itertools.product(colours, styles)):
+        for i, (c, s) in enumerate(settings):
             rows = means[(means[panel] == title) & (means[colour] == c) & (means[style] == s)]
             if rows.empty:
                 continue
-            aside = 0.6 * ((i + 0.5) / (len(colours) * len(styles)) - 0.5)
-            at = rows[x] if numbers else rows[x].map(places) + aside
+            # Side by side, as they would hide each other.
+            aside = 0.6 * ((i + 0.5) / len(settings) - 0.5)
+            at = rows[x] * gap**-aside if numbers else rows[x].map(places) + aside
             lines[f"{c} {s}".strip()] = axis.errorbar(
                 at,
                 scale * rows[of],
@@ -168,14 +175,14 @@ def plot(means: pd.DataFrame, by: Sequence[str], of: str, path: Path) -> None:
         if numbers:
             axis.set_xscale("log")
             axis.invert_xaxis()
-            ticks = sorted(set(means[x]), reverse=True)
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
         else:
             axis.set_xticks(list(places.values()), list(places))
     axes[0].set_ylabel(of.replace("_", " ") + " (%)" * (scale == 100))
     if scale == 100:  # an interval of few seeds may reach far beyond what an accuracy can be
-        axes[0].set_ylim(max(0, 100 * means[of].min() - 10), 101)
+        lowest = (means[of] - means[f"{of}_ci95"].fillna(0)).min()
+        axes[0].set_ylim(max(0, 100 * lowest - 2), 101)
     title = ", ".join(name.replace("_", " ") for name in (colour, style) if name != "_")
     figure.legend(lines.values(), lines, loc="outside right upper", title=title, fontsize=8)
     with replacing(path) as temporary:

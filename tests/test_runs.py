@@ -96,6 +96,24 @@ def test_the_picture_is_a_picture(tmp_path):
     assert 0.01 < (pixels < 200).double().mean() < 0.5
 
 
+def test_no_point_hides_another_and_no_interval_is_cut(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    means = pd.DataFrame(
+        [(density, start, 0.97, 0.01 if density > 0.1 else 0.6)
+         for density in (0.5, 0.2, 0.1) for start in "abc"],
+        columns=["density", "start", "test_accuracy", "test_accuracy_ci95"],
+    )  # fmt: skip
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (figures.append(f), save(f, *a, **k)))
+    report.plot(means, ["density", "start"], "test_accuracy", tmp_path / "plot.png")
+    (axis,) = figures[0].axes
+    places = np.array([bars.lines[0].get_xdata() for bars in axis.containers])
+    assert (np.diff(places, axis=0) < 0).all()  # side by side, in order
+    assert (places.min(0)[:-1] > places.max(0)[1:]).all()  # each near its own density
+    assert axis.get_ylim()[0] <= 37
+
+
 def test_the_environment_says_versions():
     known = runs.environment()
     assert known["torch"] == torch.__version__
