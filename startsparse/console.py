@@ -1,6 +1,7 @@
 """The project's log, and the console that it speaks to."""
 
 import logging
+import sys
 
 from tqdm import tqdm
 
@@ -12,6 +13,7 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record))
+        sys.stdout.flush()  # where it is a file, that can be read while the run goes on
 
 
 log.setLevel(logging.INFO)

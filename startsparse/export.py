@@ -113,7 +113,7 @@ def _plain_state(folder: Path, select: str) -> tuple[dict[str, Tensor], Path]:
     """What the tested network computes with, and the file that says so."""
     path = folder / "dense_weights.pt"  # where weights are not what a layer computes with
     if not path.exists():
-        path = folder / ("best.pt" if select == "best" else "checkpoint.pt")
+        path = runs.selected_weights(folder, select)
     state = checkpoint.load(path)["model"]
     if any(name.endswith((".threshold_logit", ".weight_score")) for name in state):
         raise UserError(

@@ -114,6 +114,11 @@ def summary(folder: Path) -> dict[str, float] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def selected_weights(folder: Path, select: str) -> Path:
+    """The file of the weights that a run tests, by its --select."""
+    return folder / ("best.pt" if select == "best" else "checkpoint.pt")
+
+
 def find_run(options: Options) -> Path | None:
     """The folder of the run that --resume names; None if a new one is to be made.
 

@@ -24,7 +24,7 @@ from startsparse.engine.compute import Compute
 from startsparse.errors import UserError
 from startsparse.masks import density_table
 from startsparse.options import Options
-from startsparse.runs import Run
+from startsparse.runs import Run, selected_weights
 from startsparse.training import evaluate, first_bad_layer, means, new_sums, train_epoch
 
 log = logging.getLogger("startsparse")
@@ -198,8 +198,7 @@ class Trainer:
 
     def load_selected(self) -> None:
         """Put the weights of the selected epoch in place."""
-        name = "best.pt" if self.options.select == "best" else "checkpoint.pt"
-        path = self.run.folder / name
+        path = selected_weights(self.run.folder, self.options.select)
         checkpoint.load_model(self.model, checkpoint.load(path, self.device), path)
 
     def write_tables(self) -> None:
@@ -236,9 +235,11 @@ class Trainer:
             return
         batch = self.data.train.examples / len(self.data.train)
         dense = flops.training(self.forward_flops, dict.fromkeys(self.forward_flops, 1.0))
-        self.compute.decide(
+        decided = self.compute.decide(
             lambda: next(self.data.train.epoch(0))[0], self.data.shape.classes, batch * dense
         )
+        if decided:
+            self.save()  # made by timing: made again, it might be another
 
     def count_flops(self, done: int) -> None:
         """Count the steps up to the ``done``-th of this epoch at the densities of this moment.

@@ -11,7 +11,7 @@ from test_engine_network import batch, clock, network, optimizer_of, sparse_form
 from test_str_resume import Crash, crashing
 
 from ER_DST.topology import remember, update
-from startsparse import checkpoint
+from startsparse import checkpoint, trainer
 from startsparse.engine import build, compute
 from startsparse.masks import keep_inside, masked_weights
 from startsparse.trainer import Trainer
@@ -195,6 +195,40 @@ def test_auto_decides_at_the_start_and_when_the_density_has_changed(run, caplog,
     state = checkpoint.load(folder / "checkpoint.pt")["compute"]
     assert state["computes"]
     assert state["density"] == pytest.approx(0.02, rel=0.01)
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_decision_is_kept_from_the_moment_it_is_made(run, monkeypatch, epoch):
+    """Gone before the first step after it, at the start and after a pruning."""
+    monkeypatch.setattr(compute, "_SMALL", 0.0)
+    clock(monkeypatch, 2.0, 1.0)
+    argv = ["--arch", "mlp", "--width", "16", "--epochs", "1", "--final_prune_epoch", "1",
+            "--threshold-list", "0.02", "--set", "digits", "-b", "256"]  # fmt: skip
+    whole = run(*argv, where="whole")
+    densities, epochs, train = [], [], trainer.train_epoch
+    choose = compute.choose
+
+    def counted(form, *args):
+        densities.append(round(compute_density(form.model), 2))
+        return choose(form, *args)
+
+    def gone(*args, **kwargs):
+        epochs.append(1)
+        if len(epochs) == epoch:
+            raise Crash
+        train(*args, **kwargs)
+
+    monkeypatch.setattr(compute, "choose", counted)
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(trainer, "train_epoch", gone)
+        run(*argv, where="parts")
+    assert same(whole, run(*argv, "--resume", "auto", where="parts"))
+    assert densities == [0.2, 0.02]
+
+
+def compute_density(model):
+    masks = [mask for _, _, mask in masked_weights(model)]
+    return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
 def test_auto_does_not_try_what_takes_no_time(run, caplog, monkeypatch):

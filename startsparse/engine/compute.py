@@ -72,18 +72,22 @@ class Compute:
         entered = self.form is not None and self.form.entered
         return self.form(images) if entered else self.masked(images)
 
-    def decide(self, images: Callable[[], Tensor], classes: int, step_flops: float) -> None:
+    def decide(self, images: Callable[[], Tensor], classes: int, step_flops: float) -> bool:
         """Under auto, choose the layers that compute sparsely, if the last choice is old.
 
         Args:
             images: makes a batch of training images.
             step_flops: of a dense training step.
+
+        Returns:
+            Whether it chose.
         """
         if self.form is None or self.mode == "on" or step_flops < _SMALL or not self._is_old():
-            return
+            return False
         self._density = self._density_now()
         self.found = choose(self.form, images(), classes)
         self._say()
+        return True
 
     def state(self) -> dict:
         """What a checkpoint keeps of the decision."""
