@@ -6,8 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
-from startsparse import checkpoint
+from startsparse import checkpoint, runs
+from startsparse.commandline import read_values
 from startsparse.errors import OptionError, UserError
+from startsparse.flops import densities
 from startsparse.masks import density_table, keep_inside, masked_weights
 from startsparse.pruning import prune, weights_left
 from startsparse.trainer import Phase, Trainer
@@ -35,9 +37,16 @@ def phases(options: STROptions) -> list[Phase]:
 
 
 def begin(trainer: Trainer) -> None:
-    """Keep the state in which a run with levels begins: initial.pt, and rewind.pt for now."""
+    """Keep the state in which a run with levels begins: initial.pt, and rewind.pt for now.
+
+    With --start-from the initial.pt is that run's, if it has one: signs flip since initialisation.
+    """
     if trainer.options.threshold_list and not trainer.history and not trainer.place.step:
-        checkpoint.save(trainer.run.folder / "initial.pt", {"model": trainer.model.state_dict()})
+        state = {"model": trainer.model.state_dict()}
+        before = Path(trainer.options.start_from) / "initial.pt"
+        if trainer.options.start_from and before.exists():
+            state = checkpoint.load(before)
+        checkpoint.save(trainer.run.folder / "initial.pt", state)
         keep_rewind_point(trainer)
 
 
@@ -52,9 +61,10 @@ def check_levels(model: nn.Module, options: STROptions) -> None:
     for level, density in enumerate(options.threshold_list, 1):
         count = weights_left(model, density)
         if count > drawn:
+            remedy = "" if options.start_from else ", or add --er-sampling exact"
             raise OptionError(
                 f"--threshold-list: {density:g} asks for {count} weights, the first mask has "
-                f"{drawn}; ask for less, or add --er-sampling exact"
+                f"{drawn}; ask for less{remedy}"
             )
         if count < 0:
             raise OptionError(
@@ -91,23 +101,27 @@ def reference_masks(options: STROptions, level: int) -> State:
         raise OptionError(f"--target-expt-name: {error}") from None
 
 
-def start_from(model: nn.Module, options: STROptions) -> None:
-    """Begin with the selected weights, and the masks, of the run --start-from."""
-    path = Path(options.start_from) / "best.pt"
+def start_from(model: nn.Module, options: STROptions) -> dict[str, float]:
+    """Begin with the tested weights, and the masks, of the run --start-from.
+
+    Returns:
+        Layer -> density there.
+    """
+    folder = Path(options.start_from)
     try:
+        select = read_values(folder / "options.yaml").get("select", "best")
+        path = runs.selected_weights(folder, select)
         checkpoint.load_model(model, checkpoint.load(path), path)
     except UserError as error:
         raise OptionError(f"--start-from: {error}") from None
+    return densities(model)
 
 
 def prune_to(trainer: Trainer, *, level: int, density: float) -> None:
     """Shrink the masks to ``density`` by --pruner; pruning number ``level``, counted from 1."""
     model, options = trainer.model, trainer.options
     if options.pruner == "mask-ref":
-        masks = reference_masks(options, level)
-        for name, _, mask in masked_weights(model):
-            mask.copy_(masks[f"{name}.weight_mask"])
-        keep_inside(model)
+        take_masks(model, reference_masks(options, level))
         return
     try:
         prune(
@@ -123,6 +137,13 @@ def prune_to(trainer: Trainer, *, level: int, density: float) -> None:
         raise UserError(f"--pruner: {options.pruner} at density {density:g}: {error}") from None
 
 
+def take_masks(model: nn.Module, state: State) -> None:
+    """Put the masks of another network's state in place; weights outside become zero."""
+    for name, _, mask in masked_weights(model):
+        mask.copy_(state[f"{name}.weight_mask"])
+    keep_inside(model)
+
+
 def next_level(trainer: Trainer, *, level: int, density: float) -> None:
     """Record the level that was just trained, prune to the next density, and rewind."""
     last = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
@@ -130,7 +151,11 @@ def next_level(trainer: Trainer, *, level: int, density: float) -> None:
     trainer.model.load_state_dict(last)
     prune_to(trainer, level=level + 1, density=density)
     pruned = trainer.evaluate(trainer.data.valid)["accuracy"]
-    trainer.tables["levels"][-1]["valid_accuracy_pruned"] = pruned
+    # Both of the last epoch's weights, which are pruned; valid_accuracy is of the selected ones.
+    trainer.tables["levels"][-1] |= {
+        "valid_accuracy_unpruned": trainer.history[-1]["valid_accuracy"],
+        "valid_accuracy_pruned": pruned,
+    }
     trainer.write_tables()
     realised = density_table(trainer.model).iloc[-1]
     log.info(

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = recipe.load_data(options, devices[0])
     model, requested = network(options, images.shape)
     if options.start_from:
-        start_from(model, options)
+        requested = start_from(model, options)
     check_levels(model, options)
     model.to(devices[0], memory_format=torch.channels_last)
 

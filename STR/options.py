@@ -1,11 +1,12 @@
 """The options of STR/main.py."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 from torch import nn
 
-from startsparse import schedules
+from startsparse import runs, schedules
 from startsparse.commandline import choice, default_is
 from startsparse.errors import OptionError
 from startsparse.models import RESNET_TYPES
@@ -45,7 +46,8 @@ class STROptions(Options):
     target_expt_name: Annotated[str, default_is("none")] = ""
     """Run folder whose masks, level by level, --pruner mask-ref takes"""
     start_from: Annotated[str, default_is("none")] = ""
-    """Run folder whose weights and masks this run begins with"""
+    """Finished run whose tested weights and masks this run begins with: its folder. The density
+    asked for there takes the place of --er-sparse-init"""
     final_prune_epoch: int = 150
     """Epochs before each pruning of --threshold-list; the final --epochs come after the last"""
     rewind: choice(REWINDS) = "none"
@@ -89,6 +91,11 @@ class STROptions(Options):
 
     def check(self) -> None:
         """Raise `OptionError` for values that cannot be meant; names the option."""
+        if self.start_from:
+            result = runs.summary(Path(self.start_from))
+            if result is None:
+                raise OptionError(f"--start-from: {self.start_from} is no folder of a finished run")
+            self.er_sparse_init = result["requested"]
         super().check()
         if self.reset_weights:
             if self.rewind not in ("none", "weights"):

@@ -168,6 +168,11 @@ def run_folder(resume: str) -> Path:
 
 def read_yaml(kind: type[T], path: Path) -> T:
     """Options of a YAML file: field names with dashes or underscores, one value or list each."""
+    return from_values(kind, read_values(path), path)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """What a YAML file of options holds, by the names of the script that it is of."""
     try:
         content = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
@@ -177,7 +182,7 @@ def read_yaml(kind: type[T], path: Path) -> T:
         raise OptionError(f"{path}: is not YAML: {reason}") from None
     if not isinstance(content, dict):
         raise OptionError(f"{path}: should hold one 'option: value' per line")
-    return from_values(kind, content, path)
+    return content
 
 
 def from_values(kind: type[T], content: Mapping[str, Any], path: Path) -> T:

@@ -10,6 +10,9 @@ from script_runs import MLP, TINY, same, weights
 
 from startsparse.errors import OptionError
 from startsparse.trainer import Trainer
+from STR import iterative
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def test_levels_prune_to_exactly_what_was_asked(run):
@@ -87,18 +90,97 @@ def test_mask_ref_takes_the_masks_of_another_run(run):
 
 
 def test_start_from_begins_with_weights_and_masks_of_another_run(run, monkeypatch):
-    first = run(*MLP, "--er-sparse-method", "ERK", where="first")
+    plain = run(*MLP, "--er-sparse-method", "ERK", "--er-sparse-init", "0.5", where="plain")
+    short = [*MLP, "--final_prune_epoch", "1"]
+    # Above the default --er-sparse-init: what counts is the density of the other run.
+    level = ["--threshold-list", "0.4", "--epochs", "4", "--lr", "2", "--select", "last"]
+    level += ["--lr-policy", "constant"]
+    first = run(*short, *level, "--start-from", str(plain), where="first")
+    row = pd.read_csv(first / "levels.csv").iloc[0]
+    own = json.loads((plain / "summary.json").read_text())
+    assert (row["requested"], row["density"]) == (0.5, own["density"])
+    best, last = weights(plain, "best.pt"), weights(first)
+    assert equal(weights(first, "initial.pt"), best)  # plain has kept no initial state
+    assert not equal(weights(first, "best.pt"), last)
+
     begun = []
-    monkeypatch.setattr(Trainer, "run_phases", lambda trainer, _: begun.append(
-        {k: v.clone() for k, v in trainer.model.state_dict().items()}) or 1 / 0)  # fmt: skip
-    with pytest.raises(ZeroDivisionError):
-        run(*MLP, "--start-from", str(first))
-    best = weights(first, "best.pt")
-    assert all(torch.equal(begun[0][name], best[name]) for name in best)
-    with pytest.raises(OptionError, match="--start-from: .*no such checkpoint"):
+    phases = Trainer.run_phases
+
+    def look(trainer, *args):
+        begun.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
+        phases(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "run_phases", look)
+    second = run(*short, "--threshold-list", "0.3", "--start-from", str(first), where="second")
+    assert equal(begun[0], last)
+    assert equal(weights(second, "rewind.pt"), last)
+    levels = pd.read_csv(second / "levels.csv")
+    total = own["weights"]
+    assert levels["requested"].tolist() == [0.4, 0.3]
+    assert levels["kept"].tolist() == [round(0.4 * total), round(0.3 * total)]
+    density = pd.read_csv(second / "density.csv")
+    asked = [float(last[f"{layer}.weight_mask"].float().mean()) for layer in density["layer"][:-1]]
+    assert density["requested"].tolist()[:-1] == pytest.approx(asked)
+    # Signs have flipped since the first run began, not since it ended.
+    for k, share in enumerate(levels["flipped"]):
+        now, flips, kept = weights(second, f"levels/level-{k}.pt"), [0, 0], 0
+        for name in (name.removesuffix("_mask") for name in now if name.endswith("_mask")):
+            for i, before in enumerate((best, last)):
+                flips[i] += int((now[name] * before[name] < 0).sum())
+            kept += int(now[f"{name}_mask"].sum())
+        assert share == pytest.approx(flips[0] / kept)
+        assert flips[0] != flips[1]
+
+    with pytest.raises(OptionError, match="--start-from: nowhere is no folder of a finished run"):
         run(*MLP, "--start-from", "nowhere")
+    with pytest.raises(OptionError, match="--threshold-list: 0.45 should be above 0 and at most 0"):
+        run(*MLP, "--start-from", str(first), "--threshold-list", "0.45")
     with pytest.raises(OptionError, match="--start-from: .*does not fit the network"):
         run(*TINY, "--start-from", str(first))
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_what_is_kept_after_warm_up_comes_back_and_pruning_is_measured(run, monkeypatch):
+    states, measured = {}, []
+    save, prune_to = Trainer.save, iterative.prune_to
+
+    def keep(trainer):
+        state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        states[trainer.place.phase, trainer.place.epoch] = state
+        save(trainer)
+
+    def measure(trainer, **kwargs):
+        measured.append([trainer.evaluate(trainer.data.valid)["accuracy"]])
+        prune_to(trainer, **kwargs)
+        measured[-1].append(trainer.evaluate(trainer.data.valid)["accuracy"])
+
+    monkeypatch.setattr(Trainer, "save", keep)
+    monkeypatch.setattr(iterative, "prune_to", measure)
+    folder = run(*MLP, "--warmup-epochs", "1", "--rewind", "weights", "--final_prune_epoch", "3",
+                 "--threshold-list", "0.1", "0.03", "--lr", "0.5",
+                 "--prune-scheduler", "constant")  # fmt: skip
+
+    warm = states[0, 1]
+    assert not equal(weights(folder, "initial.pt"), warm)
+    assert equal(weights(folder, "rewind.pt"), warm)
+    for phase in (2, 3):
+        begun = states[phase, 0]
+        for name, value in begun.items():
+            if name.endswith("weight") and f"{name}_mask" in begun:
+                assert torch.equal(value, warm[name] * begun[f"{name}_mask"])
+            elif not name.endswith("_mask"):
+                assert torch.equal(value, warm[name])
+
+    levels = pd.read_csv(folder / "levels.csv")
+    pairs = levels[["valid_accuracy_unpruned", "valid_accuracy_pruned"]].to_numpy()
+    assert pairs[:2] == pytest.approx(torch.tensor(measured).numpy())
+    assert (pairs[:2, 0] > pairs[:2, 1]).all()
+    assert pd.isna(pairs[2]).all()
+    # What is pruned is not what is tested: the last epoch of a level, and its best.
+    assert (levels["valid_accuracy"] > levels["valid_accuracy_unpruned"]).any()
 
 
 def test_reset_weights_means_rewind_weights(run):
