@@ -1,10 +1,13 @@
 """What the tests of main.py share: small runs, how to compare them, the original commands."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from startsparse import checkpoint
 
@@ -32,6 +35,17 @@ def newest(where: Path) -> Path:
 
 def weights(folder: Path, name="checkpoint.pt") -> dict[str, torch.Tensor]:
     return checkpoint.load(folder / name)["model"]
+
+
+@contextmanager
+def steps() -> Iterator[list]:
+    """Grows with every step that an optimizer takes within it."""
+    taken = []
+    hook = register_optimizer_step_post_hook(lambda *_: taken.append(1))
+    try:
+        yield taken
+    finally:
+        hook.remove()
 
 
 def same(one: Path, other: Path) -> bool:

@@ -8,12 +8,15 @@ import time
 
 import pandas as pd
 import pytest
-from script_runs import MLP, ROOT, SOFT, TINY, newest, same
+from script_runs import MLP, ROOT, SOFT, TINY, newest, same, steps
 
+from startsparse import checkpoint
 from startsparse.errors import OptionError
 from startsparse.trainer import Trainer
 from STR import main as script
 from STR.options import CONV_TYPES
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 class Crash(BaseException):
@@ -21,17 +24,23 @@ class Crash(BaseException):
 
 
 @pytest.mark.parametrize("conv_type", CONV_TYPES)
-@pytest.mark.parametrize(("when", "count"), [("after", 1), ("before", 2), ("after", 3)])
-def test_resumed_equals_uninterrupted(run, monkeypatch, conv_type, when, count):
+def test_resumed_equals_uninterrupted(run, monkeypatch, conv_type):
     """Gone within the first epoch; at its end, with best.pt newer than checkpoint.pt; later."""
     argv = ["--conv-type", conv_type, *TINY, *SOFT, "--save-every", "4"]
-    whole = run(*argv, where="whole")
-    with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(Trainer, "save", crashing(when, count))
-        run(*argv, where="parts")
-    parts = run(*argv, "--resume", "auto", where="parts")
-    assert len(list(parts.parent.iterdir())) == 1
-    assert same(whole, parts)
+    with steps() as all_of_them:
+        whole = run(*argv, where="whole")
+    assert len(all_of_them) == 2 * 6
+    # A checkpoint within an epoch, then one at its end.
+    for when, count, left in (("after", 1, 2 + 6), ("before", 2, 2 + 6), ("after", 3, 2)):
+        where = f"{when}{count}"
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(Trainer, "save", crashing(when, count))
+            run(*argv, where=where)
+        with steps() as rest:
+            parts = run(*argv, "--resume", "auto", where=where)
+        assert len(rest) == left
+        assert len(list(parts.parent.iterdir())) == 1
+        assert same(whole, parts)
 
 
 def crashing(when, count, save=Trainer.save):
@@ -51,38 +60,50 @@ def crashing(when, count, save=Trainer.save):
 def test_resume_over_pruning_levels(run, monkeypatch):
     argv = [*MLP, "--threshold-list", "0.1", "0.05", "--final_prune_epoch", "1"]
     whole = run(*argv, where="whole")
-    for count in (2, 3):  # the checkpoint of a pruning, and of an epoch after it
-        for when in ("before", "after"):
-            where = f"{when}{count}"
-            with monkeypatch.context() as patch, pytest.raises(Crash):
-                patch.setattr(Trainer, "save", crashing(when, count))
-                run(*argv, where=where)
+    # The checkpoint of a pruning, and of an epoch after it; three epochs of 6 steps in all.
+    for count, when, left in (
+        (2, "before", 12),
+        (2, "after", 12),
+        (3, "before", 12),
+        (3, "after", 6),
+    ):
+        where = f"{when}{count}"
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(Trainer, "save", crashing(when, count))
+            run(*argv, where=where)
+        with steps() as rest:
             assert same(whole, run(*argv, "--resume", "auto", where=where))
+        assert len(rest) == left
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path, signum):
+def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path):
     argv = [*TINY, "--epochs", "3", "--save-every", "1"]
     whole = run(*argv, where="whole")
-    folders = ["--log-dir", str(tmp_path / "b/runs"), "--result-dir", str(tmp_path / "b")]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "STR/main.py", *argv, *folders],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not list((tmp_path / "b").rglob("checkpoint.pt")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.kill(process.pid, signum)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum
-    assert errors.count("\n") == 1
-    assert "continues" in errors
-    folder = newest(tmp_path / "b")
-    assert len(pd.read_csv(folder / "epochs.csv")) < 3 if (folder / "epochs.csv").exists() else True
-    script.main(["--resume", str(folder), "--result-dir", str(tmp_path / "b")])
-    assert same(whole, folder)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        where = tmp_path / str(int(signum))
+        folders = ["--log-dir", str(where / "runs"), "--result-dir", str(where)]
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "STR/main.py", *argv, *folders],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not list(where.rglob("checkpoint.pt")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.kill(process.pid, signum)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + signum
+        assert errors.count("\n") == 1
+        assert "continues" in errors
+        folder = newest(where)
+        place = checkpoint.load(folder / "checkpoint.pt")["place"]
+        done = 6 * place["epoch"] + place["step"]
+        assert 0 < done < 3 * 6
+        with steps() as rest:
+            script.main(["--resume", str(folder), "--result-dir", str(where)])
+        assert len(rest) == 3 * 6 - done
+        assert same(whole, folder)
 
 
 def test_a_finished_run_is_not_trained_again(run, monkeypatch, tmp_path):
