@@ -267,6 +267,36 @@ def test_synflow_rounds_fall_exponentially(monkeypatch):
     assert targets[-1] == 9
 
 
+def test_synflow_is_a_hundred_rounds_of_a_plain_loop():
+    """Scores by products of absolute matrices, entries sorted one by one."""
+    model = with_masks(mlp([8, 12, 10, 4], seed=5), 0.8)
+    weights = [w.detach().double().abs().numpy().copy() for _, w, _ in masked_weights(model)]
+    start = sum(int(mask.sum()) for _, _, mask in masked_weights(model))
+    for k in range(1, 101):
+        entries = []
+        for layer, weight in enumerate(weights):
+            below, above = np.ones(8), np.ones(4)
+            for other in weights[:layer]:
+                below = other @ below
+            for other in reversed(weights[layer + 1 :]):
+                above = above @ other
+            for i, j in zip(*np.nonzero(weight)):
+                entries.append((above[i] * weight[i, j] * below[j], layer, i, j))
+        entries.sort(key=lambda entry: -entry[0])
+        for _, layer, i, j in entries[round(start * (20 / start) ** (k / 100)) :]:
+            weights[layer][i, j] = 0
+    once = copy.deepcopy(model)
+    prune(model, "synflow", 20, seed=1, level=1, shape=(1, 8))
+    for (_, _, mask), weight in zip(masked_weights(model), weights):
+        assert np.array_equal(mask.numpy(), weight > 0)
+    assert sum((weight > 0).sum() for weight in weights) == 20
+    # A single round would have kept others.
+    scores.keep_top(once, scores.synflow(once, (1, 8)), 20)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(masks_of(once).values(), masks_of(model).values())
+    )
+
+
 # --- Random ---------------------------------------------------------------------------------------
 
 
