@@ -6,29 +6,26 @@ Running it again skips what is finished and resumes what was interrupted.
 
 import dataclasses
 import itertools
+import re
 import shlex
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
-from tqdm import tqdm
 
-from startsparse import report, runs
+from startsparse import report
 from startsparse.atomic import write_text
-from startsparse.commandline import choice, default_is, from_flags, parse
+from startsparse.commandline import choice, default_is, from_flags, normal, parse
 from startsparse.data import SETS
-from startsparse.errors import OptionError, UserError, run_script
-from startsparse.options import require_range
+from startsparse.errors import OptionError, run_script
+from startsparse.options import require_gpus, require_range
 from startsparse.schedules import geometric
+from STR.jobs import Job, run_all
 from STR.main import CONFIGS
 from STR.options import STROptions
 
-MAIN = Path(__file__).parent / "main.py"
 KEYS = ["er_sparse_method", "er_sparse_init", "pruner", "rewind"]  # what makes a setting
 
 
@@ -48,6 +45,10 @@ class SweepOptions:
     """Densities of the random masks; 1 is the dense start"""
     pruners: tuple[str, ...] = ("mag",)
     """What decides which weights go; --pruner of main.py"""
+    target_expt_name: Annotated[str, default_is("none")] = ""
+    """Run folder whose masks the pruner mask-ref takes. In it, and in the flags after --, each run
+    puts its own values for {seed}, {method}, {init} (density of the random mask) and {rewind}, as
+    in runs/imp/digits/{method}-{init}-mag-weights/seed-{seed}"""
     rewind: tuple[str, ...] = ("weights",)
     """What goes back after each pruning; --rewind of main.py"""
     keep: float = 0.8
@@ -61,10 +62,10 @@ class SweepOptions:
     """Folder of the run folders, and of what each run said"""
     result_dir: str = "results/imp"
     """Folder of results.csv, levels.csv, table.csv, table.md and plot.png"""
-    jobs: int = 1
+    jobs: Annotated[int | None, default_is("one for each of --devices")] = None
     """Runs at the same time"""
     devices: Annotated[str, default_is("the first GPU, if there is one")] = ""
-    """GPUs, as in 0,1; each run has one of them"""
+    """GPUs, as in 0,1; the runs of one time have them in turns, one each"""
     dry_run: bool = False
     """Print the commands and the number of epochs in all, and stop"""
 
@@ -72,47 +73,20 @@ class SweepOptions:
         """Raise `OptionError` for values that cannot be meant; names the option."""
         require_range(self, "keep", low=0, high=1, open_low=True, open_high=True)
         require_range(self, "target", low=0, high=1, open_low=True)
+        require_gpus(self, "devices")
+        gpus = self.devices.count(",") + 1
+        self.jobs = gpus if self.jobs is None else self.jobs
         require_range(self, "jobs", low=1)
+        if self.jobs < gpus:
+            raise OptionError(
+                f"--jobs: {self.jobs} uses only some of --devices {self.devices}; give at least "
+                f"{gpus}, or fewer devices"
+            )
         for name in ("seeds", "er_sparse_methods", "er_sparse_inits", "pruners", "rewind"):
             if not getattr(self, name):
                 raise OptionError(f"--{name.replace('_', '-')}: needs at least one value")
-
-
-@dataclasses.dataclass
-class Job:
-    """One run of main.py, parsed: bad flags are found before anything runs."""
-
-    argv: list[str]
-    options: STROptions
-    found: Path | None = None
-
-    @property
-    def epochs(self) -> int:
-        """Epochs in all."""
-        options = self.options
-        pruning = len(options.threshold_list) * options.final_prune_epoch
-        return options.warmup_epochs + pruning + options.epochs
-
-    @property
-    def folder(self) -> Path | None:
-        """Run folder, if it has begun."""
-        self.found = self.found or runs.find_run(self.options)
-        return self.found
-
-    @property
-    def finished(self) -> bool:
-        """Whether it has a result."""
-        return self.folder is not None and runs.summary(self.folder) is not None
-
-    @property
-    def title(self) -> str:
-        """What people call it."""
-        return f"{self.options.name}, seed {self.options.seed}"
-
-    @property
-    def log(self) -> Path:
-        """The file of what it says."""
-        return Path(self.options.log_dir) / f"{self.options.name}-seed-{self.options.seed}.log"
+        if self.target_expt_name and "mask-ref" not in map(normal, self.pruners):
+            raise OptionError("--target-expt-name: goes with --pruners mask-ref")
 
 
 def plan(options: SweepOptions, extra: list[str]) -> list[Job]:
@@ -142,81 +116,24 @@ def plan(options: SweepOptions, extra: list[str]) -> list[Job]:
         argv += ["--threshold-list", *map(str, densities)]
         argv += ["--name", f"{method}-{start:g}-{pruner}-{rewind}"]
         argv += ["--log-dir", options.log_dir, "--result-dir", options.result_dir]
-        argv += [*extra, "--resume", "auto"]
+        own = {"seed": seed, "method": method, "init": f"{start:g}", "rewind": rewind}
+        if options.target_expt_name and normal(pruner) == "mask-ref":
+            argv += ["--target-expt-name", _filled(options.target_expt_name, own)]
+        argv += [*(_filled(word, own) for word in extra), "--resume", "auto"]
         jobs.append(Job(argv, parse(STROptions, CONFIGS, argv)))
     return jobs
 
 
-def run_all(jobs: list[Job], options: SweepOptions) -> list[Job]:
-    """Run what is not finished; returns what failed. Children are stopped with this process."""
-    waiting, failed = [job for job in jobs if not job.finished], []
-    slots = (options.devices.split(",") * options.jobs)[: options.jobs]
-    running: dict[int, tuple[Job, subprocess.Popen, tqdm]] = {}
-    stopped: list[int] = []
-    handlers = {
-        signum: signal.signal(signum, lambda number, _frame: stopped.append(number))
-        for signum in (signal.SIGINT, signal.SIGTERM)
-    }
-    sweep = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="sweep", disable=None)
-    try:
-        while (waiting or running) and not stopped:
-            for slot in range(options.jobs):
-                if slot not in running and waiting:
-                    running[slot] = _start(waiting.pop(0), slots[slot], position=slot + 1)
-            time.sleep(0.5)
-            for slot, (job, process, bar) in list(running.items()):
-                _show(job, bar)
-                if process.poll() is not None:
-                    del running[slot]
-                    bar.close()
-                    sweep.update()
-                    tqdm.write(f"{job.title}: {'failed' if process.returncode else 'finished'}")
-                    if process.returncode:
-                        failed.append(job)
-    finally:
-        for _, process, _ in running.values():
-            process.terminate()  # saves its checkpoint
-        for _, process, bar in running.values():
-            process.wait()
-            bar.close()
-        sweep.close()
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-    if stopped:
-        error = UserError("stopped; the same command continues where the runs were")
-        error.exit_code = 128 + stopped[0]
-        raise error
-    return failed
+def _filled(word: str, values: dict[str, object]) -> str:
+    """``word`` with the values of the run for {seed} and the like."""
 
+    def value(match: re.Match) -> str:
+        if match[1] not in values:
+            known = ", ".join(f"{{{name}}}" for name in values)
+            raise OptionError(f"'{word}': there is no {match[0]}; choose from {known}")
+        return str(values[match[1]])
 
-def _start(job: Job, device: str, position: int) -> tuple[Job, subprocess.Popen, tqdm]:
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(MAIN), *job.argv, *(["--multigpu", device] if device else [])]
-    with job.log.open("a") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C comes here, and is passed on as SIGTERM
-        )
-    return (
-        job,
-        process,
-        tqdm(
-            total=job.epochs,
-            desc=job.title,
-            position=position,
-            leave=False,
-            unit="epoch",
-            disable=None,
-        ),
-    )
-
-
-def _show(job: Job, bar: tqdm) -> None:
-    path = job.folder and job.folder / "epochs.csv"
-    if path and path.exists():
-        bar.update(max(0, path.read_text().count("\n") - 1 - bar.n))
+    return re.sub(r"\{(\w+)\}", value, word)
 
 
 def collect(jobs: list[Job]) -> pd.DataFrame:
@@ -274,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(shlex.join(["python", "main.py", *job.argv]))
         print(f"{len(jobs)} runs, {sum(job.epochs for job in jobs)} epochs")
         return 0
-    failed = run_all(jobs, options)
+    failed = run_all(jobs, options.jobs, options.devices.split(","))
     table = collect(jobs)
     if len(table):
         print(write_report(table, Path(options.result_dir)))

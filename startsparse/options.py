@@ -166,8 +166,7 @@ class Options:
         modular.check(self.modulus, self.train_fraction)
         if self.valid_split == 0 and self.select == "best" and self.set not in OWN_PARTS:
             raise OptionError("--valid-split: 0 leaves nothing to choose by; add --select last")
-        if not re.fullmatch(r"(\d+(,\d+)*)?", self.multigpu):
-            raise OptionError(f"--multigpu: '{self.multigpu}' is no list of GPUs such as 0 or 0,1")
+        require_gpus(self, "multigpu")
         if self.compile and "," in self.multigpu:
             raise OptionError("--compile: works on one device; name one GPU in --multigpu")
         if "," in self.multigpu and SHAPES[self.set].nodes:
@@ -183,6 +182,13 @@ class Options:
         """Raise `OptionError` unless --evaluate says what to evaluate."""
         if self.evaluate and not self.resume:
             raise OptionError("--evaluate: name the run to evaluate with --resume")
+
+
+def require_gpus(options: Options, name: str) -> None:
+    """Raise `OptionError` unless the value lists GPUs, as in 0,1, or none."""
+    value = getattr(options, name)
+    if not re.fullmatch(r"(\d+(,\d+)*)?", value):
+        raise OptionError(f"{flag(name)}: '{value}' is no list of GPUs such as 0 or 0,1")
 
 
 def require_range(

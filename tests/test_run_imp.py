@@ -3,18 +3,24 @@
 import itertools
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
+from script_runs import weights
 
+from startsparse import checkpoint
 from startsparse.errors import OptionError
 from startsparse.schedules import geometric
-from STR import run_imp
+from STR import jobs, run_imp
+from STR import main as script
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "STR/configs/digits.yaml")
@@ -71,6 +77,11 @@ def test_the_dense_start_is_not_repeated_for_every_ratio():
     [
         (["--keep", "1"], "--keep: 1.0 should be above 0 and below 1"),
         (["--jobs", "0"], "--jobs: 0 should be at least 1"),
+        (["--devices", "cpu"], "--devices: 'cpu' is no list of GPUs such as 0 or 0,1"),
+        (["--devices", "0,1", "--jobs", "1"], "--jobs: 1 uses only some of --devices 0,1"),
+        (["--pruners", "mask-ref"], "--target-expt-name: goes with --pruner mask-ref, and that"),
+        (["--target-expt-name", "r"], "--target-expt-name: goes with --pruners mask-ref"),
+        (["--", "--name", "{sead}"], "'{sead}': there is no {sead}; choose from {seed}, {method}"),
         (["--seeds"], "--seeds: needs at least one value"),
         (["--er-sparse-inits", "0.01"], "--er-sparse-inits: 0.01 has no level below it"),
         (["--densities", "0.5"], "--er-sparse-inits: 0.3 has no level below it"),
@@ -108,6 +119,61 @@ def test_a_sweep_reports_and_is_not_run_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("run again"))
     assert run_imp.main(sweep) == 0
 
+    # The masks of each seed's run, in the same table; the runs in this process, to save time.
+    def launch(job, _device):
+        script.main(job.argv)
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(jobs, "_launch", launch)
+    target = f"{tmp_path}/runs/digits/{{method}}-{{init}}-mag-{{rewind}}/seed-{{seed}}"
+    more = ["--pruners", "mag", "mask-ref", "--target-expt-name", target, "--seeds", "1", "2"]
+    assert run_imp.main(argv(tmp_path, *TWO, *more)) == 0
+    for seed in (1, 2):
+        mine, theirs = (
+            weights(tmp_path / f"runs/digits/balanced-0.5-{pruner}-weights/seed-{seed}")
+            for pruner in ("mask-ref", "mag")
+        )
+        masks = [name for name in mine if name.endswith("_mask")]
+        assert all(torch.equal(mine[name], theirs[name]) for name in masks)
+    assert len(pd.read_csv(tmp_path / "levels.csv")) == 2 * 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], [None] * 3),
+        (["--devices", "0,1"], ["0", "1", "0"]),
+        (["--devices", "2", "--jobs", "2"], ["2", "2", "2"]),
+    ],
+)
+def test_every_device_has_a_run(tmp_path, monkeypatch, options, expected):
+    given, at_once = [], []
+
+    class Process:
+        """Ends at the second look."""
+
+        def __init__(self, command, **_):
+            options = dict(itertools.pairwise(command))
+            given.append(options.get("--multigpu"))
+            at_once.append(self)
+            self.returncode, self.looks = 0, 0
+
+        def poll(self):
+            self.looks += 1
+            most.append(len(at_once))
+            if self.looks == 2:
+                at_once.remove(self)
+                return 0
+            return None
+
+    most = []
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    assert run_imp.main(argv(tmp_path, *TWO, "--seeds", "1", "2", "3", *options)) == 0
+    assert given == expected
+    assert max(most) == (2 if options else 1)
+
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys):
     # A file where the first run's folder has to be.
@@ -121,41 +187,103 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys):
     assert set(levels["er_sparse_method"]) == {"uniform"}
 
 
-def begun(tmp_path, sweep):
+LONG = ["--final_prune_epoch", "20"]  # so that there is a middle to be stopped in
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """levels.csv of the sweep that nothing stops."""
+    where = tmp_path_factory.mktemp("whole")
+    assert run_imp.main([*argv(where, *TWO), *LONG]) == 0
+    return (where / "levels.csv").read_bytes()
+
+
+def trained(where):
+    """The sweep as a process, once its run has trained on: a checkpoint is newer than before."""
+    before = changed(where)
     process = subprocess.Popen(
-        [sys.executable, ROOT / "STR/run_imp.py", *sweep],
+        [sys.executable, ROOT / "STR/run_imp.py", *argv(where, *TWO), *LONG],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while not list(tmp_path.rglob("checkpoint.pt")):
+    while changed(where) == before:
         assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+        time.sleep(0.01)
     return process
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_levels(tmp_path):
-    whole = tmp_path / "whole"
-    assert run_imp.main(argv(whole, *TWO)) == 0
-    parts, moments = tmp_path / "parts", random.Random(1)
-    for _ in range(2):
-        process = begun(parts, argv(parts, *TWO))
-        time.sleep(moments.uniform(0, 1.5))
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        pids = [int(pid) for pid in children.read_text().split()] if children.exists() else []
-        for pid in (process.pid, *pids):
-            os.kill(pid, signal.SIGKILL)
-        process.communicate()
-    assert run_imp.main(argv(parts, *TWO)) == 0
-    assert (whole / "levels.csv").read_bytes() == (parts / "levels.csv").read_bytes()
+def changed(where):
+    return [path.stat().st_mtime_ns for path in where.rglob("checkpoint.pt")]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_children_cleanly(tmp_path, signum):
-    # Long enough that the signal comes while the first run trains.
-    sweep = [*argv(tmp_path, *TWO), "--final_prune_epoch", "10000"]
-    process = begun(tmp_path, sweep)
-    process.send_signal(signum)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum
-    assert "the same command continues" in errors
+def run_of(where):
+    (folder,) = where.glob("runs/digits/*/seed-*")
+    return folder
+
+
+def place(where):
+    """Epochs that the checkpoint has, and the next step after them."""
+    state = checkpoint.load(run_of(where) / "checkpoint.pt")
+    return len(state["history"]), state["place"]["step"] + 1
+
+
+def resumed(where):
+    """Where the run went on each time, as it said, and the epochs that it said were trained."""
+    said = (run_of(where) / "log.txt").read_text()
+    places = re.findall(r"resumed at epoch (\d+), step (\d+)", said)
+    epochs = re.findall(r"INFO epoch +(\d+) ", said)
+    return [(int(epoch) - 1, int(step)) for epoch, step in places], epochs
+
+
+def kill(process, *others):
+    for pid in (process.pid, *others):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds children in /proc")
+def test_killed_at_random_moments_it_ends_with_the_same_levels(tmp_path, whole, capsys):
+    moments, places = random.Random(), []
+    for with_children in (True, True, False):
+        process = trained(tmp_path)
+        time.sleep(moments.uniform(0, 0.1))
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 1
+        kill(process, *(map(int, children) if with_children else ()))
+        if with_children:
+            places.append(place(tmp_path))
+    # The run of the last sweep lives on, and is waited for.
+    assert run_imp.main([*argv(tmp_path, *TWO), *LONG]) == 0
+    assert "goes on in a process of another sweep; waiting" in capsys.readouterr().out
+    assert not Path(f"/proc/{children[0]}").exists()
+    assert (tmp_path / "levels.csv").read_bytes() == whole
+    went_on, epochs = resumed(tmp_path)
+    assert went_on[:2] == places
+    assert len(epochs) == len(set(epochs)) >= 40  # none was trained twice
+
+
+def test_signals_stop_the_children_cleanly_and_the_sweep_goes_on(tmp_path, whole):
+    places = []
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        process = trained(tmp_path)
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + signum
+        assert "the same command continues" in errors
+        places.append(place(tmp_path))
     said = (tmp_path / "runs/balanced-0.5-mag-weights-seed-1.log").read_text()
-    assert "stopped by SIGTERM" in said
+    assert said.count("stopped by SIGTERM") == 3
+    assert run_imp.main([*argv(tmp_path, *TWO), *LONG]) == 0
+    assert (tmp_path / "levels.csv").read_bytes() == whole
+    went_on, epochs = resumed(tmp_path)
+    assert went_on == places
+    assert epochs == [str(epoch) for epoch in range(1, 43)]
+
+
+def test_nohup_is_heeded(monkeypatch):
+    handled, handle = [], signal.signal
+    monkeypatch.setattr(signal, "signal", lambda s, h: (handled.append(s), handle(s, h))[1])
+    for before, count in ((signal.SIG_DFL, 1), (signal.SIG_IGN, 0)):
+        monkeypatch.setattr(signal, "getsignal", lambda _, before=before: before)
+        handled.clear()
+        assert jobs.run_all([], 1, [""]) == []
+        assert handled.count(signal.SIGHUP) == 2 * count  # set, and taken back
