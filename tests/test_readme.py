@@ -113,7 +113,7 @@ def test_the_commands_for_graphs_and_algorithms_are_understood(monkeypatch):
 def test_every_sweep_is_understood(monkeypatch, capsys):
     monkeypatch.chdir(ROOT / "STR")
     commands = re.findall(r"^python run_imp\.py(.*)$", README, re.MULTILINE)
-    assert len(commands) == 2
+    assert len(commands) == 3
     for command in commands:
         assert run_imp.main(["--dry-run", *command.split()]) == 0
         assert "runs, " in capsys.readouterr().out
