@@ -1,6 +1,7 @@
 """All benchmarks, one after the other: python -m benchmarks (or make bench)."""
 
 from benchmarks import (
+    auto,
     batched,
     edge_popup,
     input_pipeline,
@@ -23,6 +24,7 @@ for benchmark in (
     edge_popup,
     batched,
     sparse_compute,
+    auto,
 ):
     print(f"\n## {benchmark.__name__}: {benchmark.__doc__.splitlines()[0]}\n", flush=True)
     benchmark.main()

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from benchmarks.steps import OneBatch, devices, make_step
+from benchmarks.steps import OneBatch, devices, make_step, random_images
 from startsparse import checkpoint, pruning
 from startsparse.data import Shape
 from startsparse.masks import keep_inside, masked_weights
@@ -43,7 +43,7 @@ def make_prune(program: str, device: torch.device, reference: Path) -> Callable[
     """A function that prunes from 0.5 to 0.4, always the same masks, and returns its seconds."""
     model = half_dense()
     model.to(device, memory_format=torch.channels_last)
-    batches = OneBatch(128, device, torch.channels_last)
+    batches = OneBatch(random_images(128, device, torch.channels_last))
     entries = [(w.detach(), w.detach().clone(), m, m.clone()) for _, w, m in masked_weights(model)]
     count = goal(model)
 

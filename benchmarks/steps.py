@@ -16,13 +16,20 @@ from STR.options import CONV_TYPES, STROptions
 __all__ = ["CONV_TYPES", "devices", "interleaved", "make_step", "timed_step"]
 
 
-class OneBatch:
-    """An epoch of one random batch, on the device."""
+def random_images(
+    size: int, device: torch.device, memory_format: torch.memory_format, shape: tuple = (3, 32, 32)
+) -> Tensor:
+    """A batch of noise, always the same."""
+    images = torch.randn(size, *shape, generator=torch.Generator().manual_seed(1))
+    return images.to(device, memory_format=memory_format)
 
-    def __init__(self, size: int, device: torch.device, memory_format: torch.memory_format):
-        images = torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-        self.images = images.to(device, memory_format=memory_format)
-        self.labels = torch.arange(size, device=device) % 10
+
+class OneBatch:
+    """An epoch of one batch, on the device of its images."""
+
+    def __init__(self, images: Tensor):
+        self.images = images
+        self.labels = torch.arange(len(images), device=images.device) % 10
 
     def __len__(self) -> int:
         return 1
@@ -67,9 +74,28 @@ def timed_step(
 ) -> Callable[[], float]:
     """A function that does one training step of ``model``, and returns its seconds."""
     model.to(device, memory_format=memory_format)
-    batches, optimizer = OneBatch(batch, device, memory_format), make_optimizer(model, options)
+    batches = OneBatch(random_images(batch, device, memory_format))
+    optimizer = make_optimizer(model, options)
     autocast = parallel.autocast(device, "auto")
     forward = torch.compile(model) if compiled else model
+    return loop_step(
+        model, forward, batches, optimizer, lr=lr, autocast=autocast, after_backward=after_backward
+    )
+
+
+def loop_step(
+    model: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    batches: OneBatch,
+    optimizer: torch.optim.Optimizer,
+    *,
+    lr: float = 1e-3,
+    autocast: torch.autocast | None = None,
+    after_backward: Callable[[int], None] | None = None,
+) -> Callable[[], float]:
+    """A function that does one step of the training loop, and returns its seconds."""
+    device = batches.images.device
+    autocast = autocast or parallel.autocast(device, "off")
 
     def step() -> float:
         sums = training.new_sums(device)
@@ -91,11 +117,23 @@ def timed_step(
 
 
 def interleaved(
-    one: Callable[[], float], other: Callable[[], float], pairs: int, warm_up: int = 2
+    one: Callable[[], float],
+    other: Callable[[], float],
+    pairs: int,
+    in_a_row: int = 1,
+    warm_up: int = 2,
 ) -> tuple[float, float, float]:
-    """Median seconds of both, and median of ``one`` / ``other`` over pairs run back to back."""
+    """Median seconds of both, and median of ``one`` / ``other`` over pairs run back to back.
+
+    Of ``in_a_row`` runs the mean counts: in training, too, a short step finds in the caches what
+    the step before it has left there.
+    """
+
+    def pair() -> tuple[float, ...]:
+        return tuple(sum(run() for _ in range(in_a_row)) / in_a_row for run in (one, other))
+
     for _ in range(warm_up):
-        one(), other()
-    times = torch.tensor([(one(), other()) for _ in range(pairs)], dtype=torch.float64)
+        pair()
+    times = torch.tensor([pair() for _ in range(pairs)], dtype=torch.float64)
     ratio = (times[:, 0] / times[:, 1]).median()
     return times[:, 0].median().item(), times[:, 1].median().item(), ratio.item()

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from benchmarks.steps import OneBatch, devices, timed_step
+from benchmarks.steps import OneBatch, devices, random_images, timed_step
 from ER_DST.main import network
 from ER_DST.options import DSTOptions
 from ER_DST.topology import GROWTH, add_to_momentum, remember, update
@@ -130,7 +130,7 @@ def peak(growth: str, device: torch.device) -> float:
         training.train_epoch(
             model,
             model,
-            OneBatch(128, device, torch.channels_last),
+            OneBatch(random_images(128, device, torch.channels_last)),
             optimizer,
             lambda _: 0.01,
             epoch=0,

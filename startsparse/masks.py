@@ -89,18 +89,23 @@ def keep_inside(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
     Needed once after every change of masks or weights; steps in between need `mask_gradients` only.
     """
     for _, weight, mask in masked_weights(model):
-        weight.mul_(mask)
+        weight.mul_(_factor(mask))
         if optimizer is not None:
             for state in optimizer.state.get(weight, {}).values():
                 if torch.is_tensor(state) and state.shape == weight.shape:
-                    state.mul_(mask)
+                    state.mul_(_factor(mask))
 
 
 @torch.no_grad()
 def mask_gradients(gradients: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Zero the gradients outside the masks, in place, by one foreach multiply."""
     if gradients:
-        torch._foreach_mul_(gradients, masks)
+        torch._foreach_mul_(gradients, [_factor(mask) for mask in masks])
+
+
+def _factor(mask: Tensor) -> Tensor:
+    """The mask as 0 and 1, by which CPUs multiply several times faster than by bool."""
+    return mask.view(torch.uint8)
 
 
 def kept(layer: nn.Module) -> Tensor:

@@ -12,7 +12,7 @@ from test_str_resume import Crash, crashing
 
 from ER_DST.topology import remember, update
 from startsparse import checkpoint, trainer
-from startsparse.engine import build, compute
+from startsparse.engine import build, choice, compute
 from startsparse.masks import keep_inside, masked_weights
 from startsparse.trainer import Trainer
 
@@ -174,26 +174,33 @@ def test_momentum_growth_stays_dense(run_dst, caplog):
 
 
 def test_auto_decides_at_the_start_and_when_the_density_has_changed(run, caplog, monkeypatch):
+    """At 0.2 all layers but the third gain, and the network; at 0.02 that one is tried."""
     caplog.set_level(logging.INFO, "startsparse")
     monkeypatch.setattr(compute, "_SMALL", 0.0)
-    clock(monkeypatch, 2.0, 1.0)
+    seconds = iter([2.0, 1.0, 2.0, 1.0, 1.0, 2.0, 2.0, 1.0, 4.0, 2.0, 4.0, 1.0])
+    monkeypatch.setattr(choice, "_fastest", lambda run: (run(), next(seconds))[1])
     asked = []
     original = compute.choose
 
-    def choose(form, images, classes):
-        asked.append((images.shape, classes))
-        return original(form, images, classes)
+    def choose(form, images, classes, gain):
+        asked.append((images.shape, classes, len(gain)))
+        return original(form, images, classes, gain)
 
     monkeypatch.setattr(compute, "choose", choose)
     folder = run(
         *("--arch", "mlp", "--width", "64", "--epochs", "2", "--final_prune_epoch", "2"),
         *("--threshold-list", "0.19", "0.02", "--set", "digits", "-b", "128"),
     )
-    assert asked == [(torch.Size([128, 3, 32, 32]), 10)] * 2  # at 0.2 and 0.02, not at 0.19
-    assert len(said(caplog)) == 2
-    assert "times_faster" in pd.read_csv(folder / "density.csv")
+    assert asked == [(torch.Size([128, 3, 32, 32]), 10, known) for known in (0, 3)]
+    assert [line.partition(": ")[2] for line in said(caplog)] == [
+        "3 of 4 layers, a step takes 0.50 of the masked network's time",
+        "4 of 4 layers",
+    ]
+    assert list(seconds) == []
+    table = pd.read_csv(folder / "density.csv")
+    assert table["times_faster"].dropna().tolist() == [2, 2, 4, 2]
     state = checkpoint.load(folder / "checkpoint.pt")["compute"]
-    assert state["computes"]
+    assert len(state["computes"]) == 4
     assert state["density"] == pytest.approx(0.02, rel=0.01)
 
 
@@ -208,9 +215,9 @@ def test_a_decision_is_kept_from_the_moment_it_is_made(run, monkeypatch, epoch):
     densities, epochs, train = [], [], trainer.train_epoch
     choose = compute.choose
 
-    def counted(form, *args):
+    def counted(form, images, classes, _gain):
         densities.append(round(compute_density(form.model), 2))
-        return choose(form, *args)
+        return choose(form, images, classes)  # everything is tried anew
 
     def gone(*args, **kwargs):
         epochs.append(1)

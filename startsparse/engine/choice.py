@@ -12,13 +12,14 @@ from startsparse.engine.layers import Product
 from startsparse.engine.maps import LANES, to_map
 from startsparse.engine.network import SparseForm
 from startsparse.engine.program import DenseProduct, Either
+from startsparse.masks import mask_gradients, masked_weights
 from startsparse.seeding import generator
 
 _TRIES = 3  # at most; the fastest counts, since other work on the machine only adds
 _ENOUGH = 0.2  # seconds that one thing is tried
 _PIXELS = 1024  # positions of a map that a layer is tried on, if one block of images has as many
 _GAIN = 0.95  # a step of the sparse form must take at most this share of a dense one
-_HOPELESS = 0.6  # share of multiplications inside the masks from which nothing is tried
+_HOPELESS = 0.8  # share of multiplications inside the masks from which nothing is tried
 
 
 @dataclass
@@ -28,15 +29,18 @@ class Choice:
     Attributes:
         layers: name -> how many times faster the layer is in the sparse form, tried layers only.
         computes: the layers that should compute sparsely; empty if the network is faster dense.
-        share: seconds of a step of the sparse form over those of the masked model.
+        share: seconds of a step of the sparse form over those of the masked model, where the
+            network was tried.
     """
 
     layers: dict[str, float]
     computes: frozenset[str]
-    share: float
+    share: float | None
 
 
-def choose(form: SparseForm, images: Tensor, classes: int) -> Choice:
+def choose(
+    form: SparseForm, images: Tensor, classes: int, gain: frozenset[str] = frozenset()
+) -> Choice:
     """Time each layer, then the whole network, forward and backward, in both forms.
 
     Leaves ``form`` computing what was chosen, and model and running statistics as they were.
@@ -44,18 +48,24 @@ def choose(form: SparseForm, images: Tensor, classes: int) -> Choice:
     Args:
         form: not entered.
         images: [B, C, H, W], a batch of the size to be trained on; its values do not matter.
+        gain: layers that are known to gain, for they did at a higher density. If there are any,
+            the network gains too, and only the other layers are tried.
     """
     times = {}
-    layers = form.layers if _work(form) <= _HOPELESS else {}
-    for name, product in layers.items():
+    tried = form.layers.keys() - gain if gain or _work(form) <= _HOPELESS else ()
+    for name, product in form.layers.items():
+        if name not in tried:
+            continue
         form.compute_sparsely([name])
         with form.within():
             most = max(1, _PIXELS // (product.made.height * product.made.width))
             blocks = min(-(-len(images) // LANES), most)
             needs_input = product.given is not form.program.spaces[form.program.start]
             times[name] = _ratio(form.program.products[name], blocks, needs_input)
-    chosen = frozenset(name for name, ratio in times.items() if ratio > 1)
+    chosen = gain.union(name for name, ratio in times.items() if ratio > 1)
     form.compute_sparsely(chosen)
+    if gain:
+        return Choice(times, chosen, None)
     share = _share(form, images, classes) if chosen else float("inf")
     if share > _GAIN:
         form.compute_sparsely([])
@@ -98,14 +108,27 @@ def _share(form: SparseForm, images: Tensor, classes: int) -> float:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.train()
 
-    def step(forward: Callable[[Tensor], Tensor], inside: list[nn.Parameter]) -> object:
-        return torch.autograd.grad(F.cross_entropy(forward(images), labels), inside)
+    def seconds(forward: Callable[[Tensor], Tensor], learning: list[nn.Parameter]) -> float:
+        """Of a training step; the optimizer's, on copies, is a good part of it."""
+        copies = [nn.Parameter(torch.zeros_like(p)) for p in learning]
+        optimizer = torch.optim.SGD(copies, 0.1, momentum=0.9, fused=True)
+        masks = {id(weight): mask for _, weight, mask in masked_weights(model)}
+        masked = [(i, masks[id(p)]) for i, p in enumerate(learning) if id(p) in masks]
 
-    masked = _fastest(lambda: step(model, list(model.parameters())))
+        def step() -> None:
+            gradients = torch.autograd.grad(F.cross_entropy(forward(images), labels), learning)
+            mask_gradients([gradients[i] for i, _ in masked], [mask for _, mask in masked])
+            for copy, gradient in zip(copies, gradients):
+                copy.grad = gradient
+            optimizer.step()
+
+        return _fastest(step)
+
+    masked = seconds(model, list(model.parameters()))
     with form.within():
         own = [p.values for n, p in form.layers.items() if n in form.computes]
         own += [p for p in model.parameters() if p.numel()]
-        sparse = _fastest(lambda: step(form, own))
+        sparse = seconds(form, own)
     model.train(training)
     with torch.no_grad():
         for buffer, before in buffers:

@@ -24,7 +24,7 @@ log = logging.getLogger("startsparse")
 MODES = ("auto", "on", "off")
 
 # FLOPs of a training step below which auto does not try: milliseconds, however computed.
-_SMALL = 1.3e9
+_SMALL = 1e9
 _CHANGE = 1.2  # factor between densities that makes the decision old
 
 
@@ -53,7 +53,7 @@ class Compute:
         """
         self.model, self.masked, self.mode = model, masked, mode
         self.form: SparseForm | None = None
-        self.found = Choice({}, frozenset(), 1.0)
+        self.found = Choice({}, frozenset(), None)
         self._density = 0.0  # that the decision was made at
         if mode == "off" or not any(True for _ in masked_weights(model)):
             return
@@ -80,14 +80,21 @@ class Compute:
             step_flops: of a dense training step.
 
         Returns:
-            Whether it chose.
+            Whether something was tried.
         """
         if self.form is None or self.mode == "on" or step_flops < _SMALL or not self._is_old():
             return False
-        self._density = self._density_now()
-        self.found = choose(self.form, images(), classes)
-        self._say()
-        return True
+        density = self._density_now()
+        # What gained at a higher density gains more now.
+        gain = self.form.computes if density < self._density else frozenset()
+        found = choose(self.form, images(), classes, gain)
+        tried = not gain or bool(found.layers)
+        if gain:
+            found.layers = self.found.layers | found.layers
+        self.found, self._density = found, density
+        if tried:
+            self._say()
+        return tried
 
     def state(self) -> dict:
         """What a checkpoint keeps of the decision."""
@@ -134,15 +141,13 @@ class Compute:
 
     def _say(self) -> None:
         found = self.found
-        if found.computes:
-            log.info(
-                "sparse compute: %d of %d layers, a step takes %.2f of the masked network's time",
-                len(found.computes),
-                len(self.form.layers),
-                found.share,
-            )
-        else:
+        if not found.computes:
             log.info("sparse compute: not at density %.3g, it would be slower", self._density)
+            return
+        layers = f"{len(found.computes)} of {len(self.form.layers)} layers"
+        if found.share:
+            layers += f", a step takes {found.share:.2f} of the masked network's time"
+        log.info("sparse compute: %s", layers)
 
 
 def _on_cpu(model: nn.Module) -> bool:

@@ -13,11 +13,10 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
-from startsparse.engine import entries
+from startsparse.engine import entries, whole
 from startsparse.engine.build import library
 from startsparse.engine.entries import Entries, Positions, Window
 from startsparse.engine.maps import LANES, NO_MAP, Space, at
-from startsparse.engine.whole import ENOUGH, Whole
 
 _bool, _int = ctypes.c_bool, ctypes.c_int64
 
@@ -41,7 +40,7 @@ class Product:
         """Compute the map ``made`` from the map ``given``, whose borders are wide enough."""
         self.window, self.given, self.made = window, given, made
         self.values = nn.Parameter(torch.empty(0))
-        self.whole: Whole | None = None
+        self.whole: whole.Whole | None = None
         self.phases = entries.backward_phases(window)
         # Pixels that no tap reaches get no gradient: with a stride above the kernel, say.
         self.skips = any(k < s for k, s in zip(window.kernel, window.stride))
@@ -51,8 +50,8 @@ class Product:
         """List the entries of ``mask``, bool of the weight's shape [out, in, (ky, kx)]."""
         mask = mask.contiguous().view(*mask.shape[:2], *self.window.kernel)
         self.whole = None
-        if mask.count_nonzero() >= max(1, ENOUGH * mask.numel()):
-            self.whole = Whole(mask, self.window, self.given, self.made)
+        if whole.pays(mask, self.made):
+            self.whole = whole.Whole(mask, self.window, self.given, self.made)
             self.flat = self.whole.flat
             return
         self.entries = entries.forward_entries(mask, self.given)

@@ -15,8 +15,15 @@ from startsparse.engine.maps import LANES, Space, at
 
 _bool, _int = ctypes.c_bool, ctypes.c_int64
 
-ENOUGH = 0.6  # share of weights inside the mask from which this is faster
+_ENOUGH = 0.75  # share of weights inside the mask from which this is faster,
+_PIXELS = 64  # on maps of at least as many pixels, which pay for the laying out
 _ROWS = 4  # rows_at_once of products.cpp
+
+
+def pays(mask: Tensor, made: Space) -> bool:
+    """Whether a product with these weights, which makes such a map, is faster as a `Whole`."""
+    large = made.height * made.width >= _PIXELS
+    return large and int(mask.count_nonzero()) >= max(1, _ENOUGH * mask.numel())
 
 
 class _Rows:

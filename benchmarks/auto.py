@@ -1,0 +1,64 @@
+"""What ``--sparse-compute auto`` chooses, and what that costs, against the dense network.
+
+Training steps as a run makes them, with the upkeep of the masks, of networks that computed as auto
+chose, divided by steps of the same network dense in the faster of PyTorch's two layouts, in turns
+in one run. Beside it the time of the choice, which is made at the start and when the density has
+changed by a fifth, and that of listing the entries anew after a change of masks, in dense steps.
+Goals: at most 1.02 at any density; lists at most 0.3.
+"""
+
+import time
+
+import torch
+
+from benchmarks import sparse_compute
+from benchmarks.sparse_compute import dense, network, sgd
+from benchmarks.steps import OneBatch, interleaved, loop_step, random_images
+from startsparse import flops
+from startsparse.engine.compute import Compute
+from startsparse.masks import masked_weights
+
+sparse_compute.SETTINGS["resnet20"] = "ERK", 128, (3, 32, 32), ()
+DENSITIES = 0.9, 0.6, 0.4, 0.3, 0.2, 0.1, 0.02
+PAIRS = sparse_compute.PAIRS | {"resnet20": (15, 1)}
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    print(
+        f"{'':<14} {'layers':>8} {'dense ms':>9} {'ms':>8} {'ratio':>6} {'choice':>7} {'lists':>6}"
+    )
+    for arch, (_, size, shape, _) in sparse_compute.SETTINGS.items():
+        images = random_images(size, CPU, torch.channels_last, shape)
+        base, batch = dense(arch, images)
+        base_step = loop_step(base, base, OneBatch(batch), sgd(base))
+        forward = flops.forward_flops(base, batch[:1])
+        of_step = size * flops.training(forward, dict.fromkeys(forward, 1.0))
+        for density in DENSITIES:
+            model = network(arch, density).to(memory_format=torch.channels_last)
+            compute, optimizer = Compute(model, model, mode="auto", shape=shape), sgd(model)
+
+            started = time.perf_counter()
+            compute.decide(lambda images=images: images, 10, of_step)
+            choice = time.perf_counter() - started
+
+            computes = compute.form.computes
+            started = time.perf_counter()
+            for name, _, mask in masked_weights(model):
+                if name in computes:
+                    compute.form.layers[name].set_mask(mask)
+            lists = time.perf_counter() - started
+
+            with compute.sparse(optimizer):
+                mine = loop_step(model, compute, OneBatch(images), optimizer)
+                seconds, dense_seconds, ratio = interleaved(mine, base_step, *PAIRS[arch])
+            print(
+                f"{f'{arch} {density:g}':<14} {f'{len(computes)}/{len(compute.form.layers)}':>8} "
+                f"{1e3 * dense_seconds:9.1f} {1e3 * seconds:8.1f} {ratio:6.3f} "
+                f"{choice / dense_seconds:7.1f} {lists / dense_seconds:6.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
