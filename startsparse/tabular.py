@@ -31,8 +31,6 @@ from startsparse.models import INITS, build, init_weights
 from startsparse.options import require_range
 from startsparse.ratios import layer_densities
 
-SETTING = ["start", "reset", "flow"]  # what makes a network, besides table and seed
-
 
 @dataclasses.dataclass
 class TabularOptions:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from startsparse.atomic import replacing
 from startsparse.report import summarise
-from startsparse.tabular import SETTING
+
+SETTING = ["start", "reset", "flow"]  # what makes a network, besides table and seed
 
 
 def start_name(start: float) -> str:

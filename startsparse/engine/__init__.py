@@ -1,7 +1,12 @@
-"""Layers that compute only inside their mask, on CPUs: training that gets faster with sparsity.
+"""Networks that compute only inside their masks, on CPUs: training that gets faster with sparsity.
 
-`products.cpp` says how. `build` compiles the kernels, `maps` and `entries` lay out activations and
-weights for them, `layers` are their autograd functions. `lowering` writes a network as a `program`
-of them, `network` gives a trainer's model that form and takes it back, `choice` finds by trying
-which layers gain by it, and `compute` is how a run uses all that.
+Kernels in C++: `products.cpp` says how a sparse layer is computed, `layers.cpp` has what lies
+between, `planes.cpp` both for single images. `build` compiles them on first use; `maps` and
+`entries` lay out activations and weights for them (`whole`: weights of nearly dense layers).
+
+`lowering` writes a network as a `program`: a list of `layers`, each with its forward and backward.
+`network` gives a trainer's model that form and takes it back; `single` runs the same program for
+inference of a few images.
+
+`choice` finds by trying which layers gain by it, and `compute` is how a run uses all that.
 """
