@@ -204,6 +204,8 @@ def trained(where):
     process = subprocess.Popen(
         [sys.executable, ROOT / "STR/run_imp.py", *argv(where, *TWO), *LONG],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # Tests that run under nohup ignore it, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )  # fmt: skip
     while changed(where) == before:
         assert process.poll() is None, process.communicate()
