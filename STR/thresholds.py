@@ -41,6 +41,8 @@ class SoftThreshold(torch.autograd.Function):
 class SoftThresholded(nn.Module):
     """What STRConv2d and STRLinear share: the threshold and the effective weight."""
 
+    zeros_learn = False  # where the effective weight is zero nothing has a gradient
+
     def take(self, layer: nn.Module, s_init: float, function: str) -> None:
         """Take over the parameters of a plain ``layer`` and begin with the threshold g(s_init)."""
         self.weight, self.bias = layer.weight, layer.bias
@@ -55,13 +57,17 @@ class SoftThresholded(nn.Module):
         """The weight that the layer computes with, same shape as ``weight``."""
         return SoftThreshold.apply(self.weight, self.threshold())
 
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias that the layer computes with."""
+        return self.effective_weight(), self.bias
+
 
 class STRConv2d(SoftThresholded, nn.Conv2d):
     """Convolution with a soft-thresholded weight."""
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C', H', W']."""
-        return self._conv_forward(images, self.effective_weight(), self.bias)
+        return self._conv_forward(images, *self.effective())
 
 
 class STRLinear(SoftThresholded, nn.Linear):
@@ -69,7 +75,7 @@ class STRLinear(SoftThresholded, nn.Linear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[B, n_in] -> [B, n_out]."""
-        return F.linear(inputs, self.effective_weight(), self.bias)
+        return F.linear(inputs, *self.effective())
 
 
 def soften(model: nn.Module, s_init: float, function: str, dense: Container[str] = ()) -> None:

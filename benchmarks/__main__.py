@@ -9,6 +9,7 @@ from benchmarks import (
     peak_memory,
     prune_step,
     sparse_compute,
+    sparse_reparameterised,
     step_time,
     topology,
 )
@@ -24,6 +25,7 @@ for benchmark in (
     edge_popup,
     batched,
     sparse_compute,
+    sparse_reparameterised,
     auto,
 ):
     print(f"\n## {benchmark.__name__}: {benchmark.__doc__.splitlines()[0]}\n", flush=True)

@@ -108,6 +108,11 @@ def _factor(mask: Tensor) -> Tensor:
     return mask.view(torch.uint8)
 
 
+def can_be_sparse(layer: nn.Module) -> bool:
+    """Whether some weights of ``layer`` may not take part: it has a mask or an effective weight."""
+    return hasattr(layer, "effective_weight") or getattr(layer, "weight_mask", None) is not None
+
+
 def kept(layer: nn.Module) -> Tensor:
     """Bool tensor: which weights of ``layer`` take part (mask, effective weight, or all)."""
     if hasattr(layer, "effective_weight"):

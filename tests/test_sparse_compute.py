@@ -9,11 +9,12 @@ import torch
 from script_runs import same
 from test_engine_network import batch, clock, network, optimizer_of, sparse_form, step
 from test_str_resume import Crash, crashing
+from torch import nn
 
 from ER_DST.topology import remember, update
 from startsparse import checkpoint, trainer
 from startsparse.engine import build, choice, compute
-from startsparse.masks import keep_inside, masked_weights
+from startsparse.masks import attach_masks, keep_inside, masked_weights
 from startsparse.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 TINY = ["--arch", "resnet20", "--width", "4", "--epochs", "2", "-b", "128", "--set", "digits"]
 # float32, so only at a small learning rate do two orders of summation stay together
 CALM = ["--arch", "mlp", "--width", "16", "--epochs", "2", "-b", "128", "--lr", "0.001"]
+SOFT = [*CALM, "--conv-type", "STRConvER", "--sInit-value", "-3"]
 ON = [*TINY, "--sparse-compute", "on"]
 
 
@@ -28,8 +30,9 @@ def weights(folder):
     return checkpoint.load(folder / "checkpoint.pt")["model"]
 
 
-def test_a_run_computes_sparsely_and_leaves_an_ordinary_checkpoint(run):
-    sparse, masked = (run(*CALM, "--sparse-compute", mode, where=mode) for mode in ("on", "off"))
+@pytest.mark.parametrize("argv", [CALM, SOFT])
+def test_a_run_computes_sparsely_and_leaves_an_ordinary_checkpoint(run, argv):
+    sparse, masked = (run(*argv, "--sparse-compute", mode, where=mode) for mode in ("on", "off"))
     table = pd.read_csv(sparse / "density.csv")
     assert set(table["computes"][:-1]) == {"sparse"}
     one, other = weights(sparse), weights(masked)
@@ -44,9 +47,11 @@ def test_a_run_computes_sparsely_and_leaves_an_ordinary_checkpoint(run):
     assert epochs[0]["train_loss"].values == pytest.approx(epochs[1]["train_loss"].values, rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", [[], ["--optimizer", "adam", "--lr", "0.01"]])
-def test_resumed_equals_uninterrupted(run, monkeypatch, optimizer):
-    argv = [*ON, *optimizer, "--save-every", "4"]
+@pytest.mark.parametrize(
+    "more", [[], ["--optimizer", "adam", "--lr", "0.01"], ["--conv-type", "STRConv", *SOFT[-2:]]]
+)
+def test_resumed_equals_uninterrupted(run, monkeypatch, more):
+    argv = [*ON, *more, "--save-every", "4"]
     whole = run(*argv, where="whole")
     for count in (1, 4):
         with monkeypatch.context() as patch, pytest.raises(Crash):
@@ -55,9 +60,11 @@ def test_resumed_equals_uninterrupted(run, monkeypatch, optimizer):
         assert same(whole, run(*argv, "--resume", "auto", where=f"parts{count}"))
 
 
-@pytest.mark.parametrize(("first", "then"), [("on", "off"), ("off", "on")])
-def test_a_checkpoint_of_one_continues_in_the_other(run, monkeypatch, first, then):
-    argv = [*CALM, "--save-every", "4"]
+@pytest.mark.parametrize(
+    ("argv", "first", "then"), [(CALM, "on", "off"), (SOFT, "on", "off"), (SOFT, "off", "on")]
+)
+def test_a_checkpoint_of_one_continues_in_the_other(run, monkeypatch, argv, first, then):
+    argv = [*argv, "--save-every", "4"]
     whole = run(*argv, "--sparse-compute", first, where="whole")
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(Trainer, "save", crashing("after", 1))
@@ -137,7 +144,6 @@ def said(caplog):
     ("argv", "reason"),
     [
         (["--amp", "bf16"], "--amp bf16 computes in a format"),
-        (["--conv-type", "STRConvER"], "conv1: STRConv2d has no sparse form"),
         (["--compile"], "--compile has a form of its own"),
     ],
 )
@@ -149,6 +155,14 @@ def test_where_it_does_not_apply_it_is_said(run, caplog, monkeypatch, argv, reas
         run(*ON, *argv)
     (line,) = said(caplog)
     assert reason in line
+
+
+def test_what_has_no_sparse_form_is_said(caplog):
+    caplog.set_level(logging.INFO, "startsparse")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU())
+    attach_masks(model, {"0": torch.ones(4, 3, 3, 3, dtype=torch.bool)})
+    assert compute.Compute(model, model, mode="auto", shape=(3, 8, 8)).form is None
+    assert said(caplog) == ["sparse compute: off, 1: GELU has no sparse form"]
 
 
 def test_without_a_compiler_runs_are_masked_and_say_so_once(run, caplog, monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ from startsparse.engine.layers import Product
 from startsparse.engine.maps import LANES, to_map
 from startsparse.engine.network import SparseForm
 from startsparse.engine.program import DenseProduct, Either
-from startsparse.masks import mask_gradients, masked_weights
+from startsparse.masks import kept, mask_gradients, masked_weights
 from startsparse.seeding import generator
 
 _TRIES = 3  # at most; the fastest counts, since other work on the machine only adds
@@ -61,6 +61,8 @@ def choose(
             most = max(1, _PIXELS // (product.made.height * product.made.width))
             blocks = min(-(-len(images) // LANES), most)
             needs_input = product.given is not form.program.spaces[form.program.start]
+            if name in form.program.effective:
+                form.program.effective[name].compute()
             times[name] = _ratio(form.program.products[name], blocks, needs_input)
     chosen = gain.union(name for name, ratio in times.items() if ratio > 1)
     form.compute_sparsely(chosen)
@@ -73,9 +75,9 @@ def choose(
 
 
 def _work(form: SparseForm) -> float:
-    """Share of the multiplications of the masked layers that are inside the masks."""
+    """Share of the multiplications of the layers that are inside masks, not by effective zeros."""
     pixels = {n: layer.made.height * layer.made.width for n, layer in form.layers.items()}
-    masks = {n: form.model.get_submodule(n).weight_mask for n in pixels}
+    masks = {n: kept(form.model.get_submodule(n)) for n in pixels}
     inside = sum(pixels[n] * int(mask.count_nonzero()) for n, mask in masks.items())
     return inside / sum(pixels[n] * mask.numel() for n, mask in masks.items())
 
@@ -89,7 +91,8 @@ def _ratio(both: Either, blocks: int, needs_input: bool) -> float:
         for s in (given, made)
     )
     stand_in = nn.Module()
-    stand_in.weight = nn.Parameter(torch.zeros(product.values.dense[0]))
+    shape = made.channels, given.channels, *product.window.kernel
+    stand_in.weight = nn.Parameter(torch.zeros(shape))
     dense = DenseProduct(stand_in, product.window, given, made)
 
     def run(layer: Product | DenseProduct) -> float:
@@ -124,11 +127,13 @@ def _share(form: SparseForm, images: Tensor, classes: int) -> float:
 
         return _fastest(step)
 
-    masked = seconds(model, list(model.parameters()))
+    def learning(*more: nn.Parameter) -> list[nn.Parameter]:
+        return [p for p in (*more, *model.parameters()) if p.requires_grad and p.numel()]
+
+    masked = seconds(model, learning())
     with form.within():
-        own = [p.values for n, p in form.layers.items() if n in form.computes]
-        own += [p for p in model.parameters() if p.numel()]
-        sparse = seconds(form, own)
+        own = form.layers.keys() & form.computes - form.program.effective.keys()
+        sparse = seconds(form, learning(*(form.layers[name].values for name in own)))
     model.train(training)
     with torch.no_grad():
         for buffer, before in buffers:

@@ -17,7 +17,7 @@ from startsparse.engine.build import NoCompilerError
 from startsparse.engine.choice import Choice, choose
 from startsparse.engine.lowering import UnsupportedError
 from startsparse.engine.network import SparseForm
-from startsparse.masks import masked_weights
+from startsparse.masks import can_be_sparse, kept, sparse_layers
 
 log = logging.getLogger("startsparse")
 
@@ -55,7 +55,7 @@ class Compute:
         self.form: SparseForm | None = None
         self.found = Choice({}, frozenset(), None)
         self._density = 0.0  # that the decision was made at
-        if mode == "off" or not any(True for _ in masked_weights(model)):
+        if mode == "off" or not any(map(can_be_sparse, sparse_layers(model).values())):
             return
         if not obstacle:
             try:
@@ -136,7 +136,7 @@ class Compute:
         return not then or max(now / then, then / max(now, 1e-12)) > _CHANGE
 
     def _density_now(self) -> float:
-        masks = [mask for _, _, mask in masked_weights(self.model)]
+        masks = [kept(self.model.get_submodule(name)) for name in self.form.layers]
         return sum(int(m.count_nonzero()) for m in masks) / sum(m.numel() for m in masks)
 
     def _say(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from startsparse.engine.build import library
 from startsparse.engine.maps import LANES, Space, at
 
-_int = ctypes.c_int64
+_bool, _int = ctypes.c_bool, ctypes.c_int64
 
 _TILE = 8  # positions that the kernels do at a time, or twice as many as they do
 _CACHE = 34_000  # bytes of input that one tile of positions should read at most
@@ -73,54 +73,6 @@ class Window:
         return max(reach)
 
 
-class Entries:
-    """The stored weights of one product, sorted by (block of input channels, row).
-
-    Args:
-        first: int32 [blocks * rows + 1], first entry of each (block, row).
-        rows: number of rows.
-        flat: int32, the places of all the layer's entries in its flattened mask.
-        order: int32 [entries], which of those each entry is; None: they are the same.
-        taps: int64, numbers from the row's position to the input of each tap, without the channel.
-        divisor, modulus: the input channel of place f is f // divisor % modulus.
-    """
-
-    def __init__(
-        self, first: Tensor, rows: int, flat: Tensor, order: Tensor | None, taps: Tensor,
-        divisor: int, modulus: int,
-    ):  # fmt: skip
-        self.first, self.rows, self.flat, self.order = first, rows, flat, order
-        self.offset = torch.empty_like(flat if order is None else order)
-        self._taps, self._divisor, self.modulus = taps, divisor, modulus
-        self._stride = 0
-        per_row = len(self) / (len(first) - 1)
-        self.group = _TILE * min(32, max(1, round(_PER_GROUP / max(per_row, 1e-9))))
-
-    def __len__(self) -> int:
-        return len(self.offset)
-
-    def view(self, stride: int) -> CEntries:
-        """For the kernels, where an input channel begins ``stride`` numbers after the last one."""
-        if stride != self._stride:
-            order = None if self.order is None else at(self.order)
-            sizes = (_int(n) for n in (len(self), self._divisor, self.modulus, stride))
-            library(torch.float32).set_offsets(
-                *(at(self.flat), order, *sizes), at(self._taps), _int(len(self._taps)),
-                at(self.offset),
-            )  # fmt: skip
-            self._stride = stride
-        blocks = (len(self.first) - 1) // self.rows
-        return CEntries(self.first.data_ptr(), self.offset.data_ptr(), blocks, self.rows)
-
-
-def _block_size(kernel: tuple[int, int], rows: int, channels: int, count: int) -> int:
-    """Input channels of a block, for ``count`` entries in all."""
-    # A tile of positions reads a strip of the input that is as high as the kernel.
-    strip = kernel[0] * (kernel[1] + _TILE - 1) * LANES * 4
-    size = max(1, _CACHE // strip, math.ceil(_PER_ROW * rows * channels / max(count, 1)))
-    return math.ceil(channels / math.ceil(channels / size))
-
-
 class Positions:
     """Pixels of two maps, pair by pair: what is read for them, and where it goes."""
 
@@ -137,6 +89,83 @@ class Positions:
         return CPositions(
             self.given.data_ptr(), self.made.data_ptr(), len(self), group, self.made_stride
         )
+
+
+class Listed:
+    """Entries of one product, sorted by (block of input channels, row).
+
+    Args:
+        first: int32 [blocks * rows + 1], first entry of each (block, row).
+        offset: int32 [entries], numbers from the row's position to the input of each.
+        rows: number of rows.
+    """
+
+    def __init__(self, first: Tensor, offset: Tensor, rows: int):
+        self.first, self.offset, self.rows = first, offset, rows
+        per_row = len(self) / (len(first) - 1)
+        self.group = _TILE * min(32, max(1, round(_PER_GROUP / max(per_row, 1e-9))))
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def view(self, stride: int) -> CEntries:  # noqa: ARG002 - the one that offset is for
+        """For the kernels, where an input channel begins ``stride`` numbers after the last one."""
+        blocks = (len(self.first) - 1) // self.rows
+        return CEntries(self.first.data_ptr(), self.offset.data_ptr(), blocks, self.rows)
+
+    def gather(self, x: Tensor, y: Tensor, values: Tensor, places: Positions, add: bool) -> None:
+        """``y`` at every position, or what is added to it; ``values`` in the order of entries."""
+        listed, where = self.view(places.given_stride), places.view(self.group)
+        library(x.dtype).gather(at(x), at(y), at(values), listed, where, _bool(add))
+
+    def weights(self, x: Tensor, d_y: Tensor, places: Positions) -> Tensor:
+        """The gradient of the values, in the order of entries."""
+        kernels, where = library(x.dtype), places.view(self.group)
+        listed, gradient = self.view(places.given_stride), x.new_empty(len(self))
+        scratch = x.new_empty(kernels.scratch_size(_int(len(self)), _int(where.count)))
+        kernels.weights(at(x), at(d_y), at(gradient), at(scratch), listed, where)
+        return gradient
+
+
+class Entries(Listed):
+    """The stored weights of one product.
+
+    Args:
+        first, rows: as of `Listed`.
+        flat: int32, the places of all the layer's entries in its flattened mask.
+        order: int32 [entries], which of those each entry is; None: they are the same.
+        taps: int64, numbers from the row's position to the input of each tap, without the channel.
+        divisor, modulus: the input channel of place f is f // divisor % modulus.
+    """
+
+    def __init__(
+        self, first: Tensor, rows: int, flat: Tensor, order: Tensor | None, taps: Tensor,
+        divisor: int, modulus: int,
+    ):  # fmt: skip
+        super().__init__(first, torch.empty_like(flat if order is None else order), rows)
+        self.flat, self.order = flat, order
+        self._taps, self._divisor, self.modulus = taps, divisor, modulus
+        self._stride = 0
+
+    def view(self, stride: int) -> CEntries:
+        """For the kernels, where an input channel begins ``stride`` numbers after the last one."""
+        if stride != self._stride:
+            order = None if self.order is None else at(self.order)
+            sizes = (_int(n) for n in (len(self), self._divisor, self.modulus, stride))
+            library(torch.float32).set_offsets(
+                *(at(self.flat), order, *sizes), at(self._taps), _int(len(self._taps)),
+                at(self.offset),
+            )  # fmt: skip
+            self._stride = stride
+        return super().view(stride)
+
+
+def _block_size(kernel: tuple[int, int], rows: int, channels: int, count: int) -> int:
+    """Input channels of a block, for ``count`` entries in all."""
+    # A tile of positions reads a strip of the input that is as high as the kernel.
+    strip = kernel[0] * (kernel[1] + _TILE - 1) * LANES * 4
+    size = max(1, _CACHE // strip, math.ceil(_PER_ROW * rows * channels / max(count, 1)))
+    return math.ceil(channels / math.ceil(channels / size))
 
 
 def _pixels(size: int, phase: int, stride: int, padding: int) -> tuple[int, int]:

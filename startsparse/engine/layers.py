@@ -9,13 +9,14 @@ the inside of a gradient counts, but a product's ``d_made`` has a border of zero
 """
 
 import ctypes
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from startsparse.engine import entries, whole
 from startsparse.engine.build import library
-from startsparse.engine.entries import Entries, Positions, Window
+from startsparse.engine.entries import Listed, Positions, Window
 from startsparse.engine.maps import LANES, NO_MAP, Space, at
 
 _bool, _int = ctypes.c_bool, ctypes.c_int64
@@ -53,7 +54,10 @@ class Product:
         if whole.pays(mask, self.made):
             self.whole = whole.Whole(mask, self.window, self.given, self.made)
             self.flat = self.whole.flat
-            return
+        else:
+            self._list(mask)
+
+    def _list(self, mask: Tensor) -> None:
         self.entries = entries.forward_entries(mask, self.given)
         self.flat = self.entries.flat
         self.transposed = [
@@ -67,7 +71,8 @@ class Product:
             return [*places, *self.whole.lists()]
         parts = [self.entries, *self.transposed]
         tensors = [t for part in parts for t in (part.offset, part.first)]
-        return [*tensors, *places, self.flat, *(part.order for part in self.transposed)]
+        orders = [part.order for part in parts if part.order is not None]
+        return [*tensors, *places, self.flat, *orders]
 
     def positions(self, blocks: int) -> list[Positions]:
         """Of the output, and of each phase of the input's gradient."""
@@ -86,51 +91,39 @@ class Product:
     def forward(self, x: Tensor, images: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """The product; the border of what it makes is not set."""
         blocks = x.shape[1]
-        y = self.made.empty(blocks, x)
-        places = self.positions(blocks)[0]
-        if self.whole:
-            self.whole.forward.gather(x, y, self.values.detach(), places, add=False)
-        else:
-            _gather(x, y, self.values, self.entries, places)
+        y, places = self.made.empty(blocks, x), self.positions(blocks)[0]
+        part = self.whole.forward if self.whole else self.entries
+        part.gather(x, y, self.values.detach(), places, add=False)
         return y, x
 
     def backward(
         self, x: Tensor, d_y: Tensor, into: Gradients | None
     ) -> tuple[Gradients, Gradients]:
         """``into`` None: the gradient of x is not needed."""
-        blocks = x.shape[1]
-        forward, *backward = self.positions(blocks)
-        d_values = None
-        if self.values.requires_grad and self.whole:
-            d_values = self.whole.forward.weights(x, d_y, forward)
-        elif self.values.requires_grad:
-            d_values, part = torch.empty_like(self.values), self.entries
-            kernels, places = library(x.dtype), forward.view(part.group)
-            scratch = x.new_empty(kernels.scratch_size(_int(len(part)), _int(places.count)))
-            listed = part.view(forward.given_stride)
-            kernels.weights(at(x), at(d_y), at(d_values), at(scratch), listed, places)
+        values, d_values = self.values.detach(), None
+        if self.values.requires_grad:
+            part = self.whole.forward if self.whole else self.entries
+            d_values = part.weights(x, d_y, self.positions(x.shape[1])[0])
         if into is None:
             return [None], [d_values]
-        (d_x,) = into
-        add = d_x is not None
+        if self.whole:
+            parts = ((part, values) for part in self.whole.backward)
+        else:
+            parts = ((part, values.index_select(0, part.order)) for part in self.transposed)
+        return [self.to_input(d_y, into[0], parts)], [d_values]
+
+    def to_input(
+        self, d_y: Tensor, d_x: Tensor | None, parts: Iterable[tuple[Listed | whole.Rows, Tensor]]
+    ) -> Tensor:
+        """The gradient of x, added to ``d_x``; ``parts``: of each phase, and their values."""
+        blocks, add = d_y.shape[1], d_x is not None
         if not add:
-            d_x = self.given.empty(blocks, x)
+            d_x = self.given.empty(blocks, d_y)
             if self.skips:
                 d_x.zero_()
-        values = self.values.detach()
-        for part, places in zip(self.whole.backward if self.whole else (), backward):
+        for (part, values), places in zip(parts, self.positions(blocks)[1:]):
             part.gather(d_y, d_x, values, places, add)
-        for part, places in zip(() if self.whole else self.transposed, backward):
-            _gather(d_y, d_x, values.index_select(0, part.order), part, places, add)
-        return [d_x], [d_values]
-
-
-def _gather(
-    x: Tensor, y: Tensor, values: Tensor, part: Entries, places: Positions, add: bool = False
-) -> None:
-    kernels = library(x.dtype)
-    listed = part.view(places.given_stride)
-    kernels.gather(at(x), at(y), at(values), listed, places.view(part.group), _bool(add))
+        return d_x
 
 
 class CNorm(ctypes.Structure):

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from startsparse.engine.compaction import CompactedProduct
 from startsparse.engine.entries import Window
 from startsparse.engine.layers import Affine, MaxPool, MeanPixels, Product
 from startsparse.engine.maps import Space
-from startsparse.engine.program import DenseProduct, Either, Program, Step
+from startsparse.engine.program import DenseProduct, Either, Program, Reparameterised, Step
 from startsparse.errors import UserError
 
 
@@ -30,6 +31,7 @@ class _Pending:
     value: str
     norm: nn.Module | None = None
     bias: nn.Parameter | None = None
+    effective: Reparameterised | None = None
     residual: str | None = None
     relu_first: bool = False
 
@@ -77,7 +79,9 @@ class _Lowering:
         if node.op == "call_module":
             module = self.model.get_submodule(target)
             for kind, types in _MODULES.items():
-                if type(module) in types:
+                if type(module) in types or (
+                    isinstance(module, types) and _reparameterises(module)
+                ):
                     return kind
             raise UnsupportedError(f"{target}: {type(module).__name__} has no sparse form")
         if target in _FUNCTIONS:
@@ -119,13 +123,18 @@ class _Lowering:
         if isinstance(layer, nn.Linear) and (given.height, given.width) != (1, 1):
             raise UnsupportedError(f"{node.target}: a linear layer on pixels")
         made = window.output(given, layer.weight.shape[0])
-        forms = Product(window, given, made), DenseProduct(layer, window, given, made)
-        both = Either(node.target, self.program.sparse, *forms)
+        product, effective = Product(window, given, made), None
+        if _reparameterises(layer):
+            product = CompactedProduct(window, given, made, layer.zeros_learn)
+        dense = DenseProduct(layer, window, given, made)
+        both = Either(node.target, self.program.sparse, product, dense)
         self.program.products[node.target] = both
+        if _reparameterises(layer):
+            effective = self.program.effective[node.target] = Reparameterised(layer, both)
         name = self._value(node, made)
         self._emit(both, [value], name)
         self.readers.append((value, window, name))
-        self.pending[node] = _Pending(name, bias=layer.bias)
+        self.pending[node] = _Pending(name, bias=layer.bias, effective=effective)
         self._finish_unless(node, ("norm", "relu", "add"))
 
     def _norm(self, node: fx.Node) -> None:
@@ -180,6 +189,8 @@ class _Lowering:
         waiting = self.pending.pop(node)
         given = self.program.spaces[waiting.value]
         affine = Affine(waiting.norm, waiting.bias, relu, given, waiting.relu_first)
+        if waiting.effective and waiting.bias is not None:
+            waiting.effective.affine = affine
         made = Space(given.channels, given.height, given.width)
         name = f"{(alias or node).name}/done"
         self.program.spaces[name] = affine.made = made
@@ -263,6 +274,10 @@ class _Lowering:
                 raise UnsupportedError("a padded convolution after a global average")
             if value != self.program.start:
                 out.border = max(out.border, window.border_out(given, out))
+
+
+def _reparameterises(layer: nn.Module) -> bool:
+    return hasattr(layer, "zeros_learn")
 
 
 _MODULES: dict[str, tuple[type[nn.Module], ...]] = {

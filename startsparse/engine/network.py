@@ -3,8 +3,9 @@
 The model itself, dense weights beside their masks, is what everything else in the project knows:
 pruning, topology, checkpoints, tables. `SparseForm.enter` takes the weights of its sparse layers
 out of it, with the optimizer's state, as vectors of the entries inside the masks; in between, the
-form is called in the model's place; `leave` puts everything back. Nothing is approximated: the
-numbers are those of the masked model but for the order in which they are summed.
+form is called in the model's place; `leave` puts everything back. Layers that compute with an
+effective weight keep their parameters, but as such vectors, and without a mask. Nothing is
+approximated: the numbers are those of the masked model but for the order in which they are summed.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -17,7 +18,7 @@ from startsparse.engine.build import library
 from startsparse.engine.layers import Product
 from startsparse.engine.lowering import lower
 from startsparse.engine.single import SingleImage
-from startsparse.masks import masked_weights
+from startsparse.masks import can_be_sparse
 
 FEW = 4  # images up to which inference is faster one by one
 
@@ -42,7 +43,8 @@ class SparseForm:
         library(next(model.parameters()).dtype)
         self.entered = False
         self._single: SingleImage | None = None
-        self._listed: dict[str, tuple[Tensor, int]] = {}  # mask and version that entries are of
+        self._listed: dict[str, tuple[Tensor | None, int]] = {}  # mask, version that entries are of
+        self._outside: dict[str, dict[str, Tensor]] = {}  # layer -> its own tensors, while entered
 
     @property
     def computes(self) -> frozenset[str]:
@@ -51,9 +53,9 @@ class SparseForm:
 
     @property
     def layers(self) -> dict[str, Product]:
-        """The layers that could compute sparsely, because they have a mask."""
-        masked = {name for name, _, _ in masked_weights(self.model)}
-        return {n: both.sparse for n, both in self.program.products.items() if n in masked}
+        """The layers that could compute sparsely: with a mask, or an effective weight."""
+        products = self.program.products.items()
+        return {name: both.sparse for name, both in products if can_be_sparse(both.dense.layer)}
 
     def compute_sparsely(self, names: Collection[str]) -> None:
         """Let exactly these layers compute sparsely; not while entered."""
@@ -64,10 +66,13 @@ class SparseForm:
         """[B, C, H, W] -> logits [B, classes], as the model in the mode that it is in."""
         few = len(images) <= FEW and not torch.is_grad_enabled() and not self.model.training
         if not few or not self.entered:
+            self._compute_effective(images)
             return self.program(images)
-        if self._single is None and SingleImage.fits(self.program):
-            with torch.inference_mode(False):  # else its memory is for that mode alone
-                self._single = SingleImage(self.program, self.model)
+        if self._single is None or self._single.is_old():
+            with torch.inference_mode(False), torch.no_grad():  # its memory is for every mode
+                self._compute_effective(images)
+                fits = SingleImage.fits(self.program)
+                self._single = SingleImage(self.program, self.model) if fits else None
         return (self._single or self.program)(images)
 
     @contextmanager
@@ -85,24 +90,19 @@ class SparseForm:
         """Take weights, and their state in ``optimizer``, out of the model."""
         if self.entered:
             return
-        layers = {name: self.program.products[name].sparse for name in self.program.sparse}
-        for name, weight, mask in masked_weights(self.model):
-            if name not in layers:
+        for name, product, layer in self._chosen():
+            self._list(name, product, layer)
+            if name not in self.program.effective:
+                product.values = _take(layer.weight, product.flat, optimizer)
                 continue
-            layer = layers[name]
-            self._list(name, layer, mask)
-            flat = layer.flat
-            shape, stride = weight.shape, weight.stride()
-
-            def vector(tensor: Tensor, flat: Tensor = flat) -> Tensor:
-                return tensor.reshape(-1).index_select(0, flat)
-
-            layer.values = nn.Parameter(vector(weight), requires_grad=weight.requires_grad)
-            layer.values.dense = shape, stride
-            if optimizer is not None:
-                _exchange(optimizer, weight, layer.values, vector)
-            weight.grad = None
-            weight.data = weight.data.new_empty(0)
+            shape, own = layer.weight.shape, dict(layer.named_parameters(recurse=False))
+            own = {kind: parameter for kind, parameter in own.items() if parameter.shape == shape}
+            for kind, parameter in own.items():
+                setattr(layer, kind, _take(parameter, product.flat, optimizer))
+            if getattr(layer, "weight_mask", None) is not None:
+                own["weight_mask"] = layer.weight_mask
+                layer.weight_mask = None
+            self._outside[name] = own
         self.entered = True
 
     @torch.no_grad()
@@ -110,32 +110,76 @@ class SparseForm:
         """Put everything back into the model, zero outside the masks."""
         if not self.entered:
             return
-        for name, weight, _ in masked_weights(self.model):
-            if name not in self.program.sparse:
-                continue
-            layer = self.program.products[name].sparse
-            values, flat = layer.values, layer.flat.long()
-
-            def dense(vector: Tensor, values: Tensor = values, flat: Tensor = flat) -> Tensor:
-                shape, stride = values.dense
-                whole = torch.zeros(shape.numel(), dtype=vector.dtype).scatter_(0, flat, vector)
-                whole = whole.view(shape)
-                if whole.stride() == stride:
-                    return whole
-                return torch.empty_strided(shape, stride, dtype=vector.dtype).copy_(whole)
-
-            weight.data = dense(values)
-            if optimizer is not None:
-                _exchange(optimizer, values, weight, dense)
-            layer.values = nn.Parameter(torch.empty(0))
+        for name, product, layer in self._chosen():
+            if name not in self.program.effective:
+                _put_back(layer.weight, product.values, product.flat, optimizer)
+            for kind, tensor in self._outside.pop(name, {}).items():
+                if kind != "weight_mask":
+                    _put_back(tensor, getattr(layer, kind), product.flat, optimizer)
+                setattr(layer, kind, tensor)
+            product.values = nn.Parameter(torch.empty(0))
+        for source in self.program.effective.values():
+            source.both.dense.effective = None
         self.entered, self._single = False, None
 
-    def _list(self, name: str, layer: Product, mask: Tensor) -> None:
-        """List the entries of ``mask``, unless that was done and it has not changed since."""
-        last = self._listed.get(name)
-        if last is None or last[0] is not mask or last[1] != mask._version:
-            layer.set_mask(mask)
-            self._listed[name] = mask, mask._version
+    def _chosen(self) -> Iterator[tuple[str, Product, nn.Module]]:
+        """The layers that compute sparsely: name, product, module."""
+        for name, both in self.program.products.items():
+            if name in self.program.sparse:
+                yield name, both.sparse, self.model.get_submodule(name)
+
+    def _list(self, name: str, product: Product, layer: nn.Module) -> None:
+        """List the entries of a layer's mask, unless that was done and it has not changed since."""
+        mask = getattr(layer, "weight_mask", None)
+        now, last = (mask, 0 if mask is None else mask._version), self._listed.get(name)
+        if last is None or last[0] is not mask or last[1] != now[1]:
+            every = torch.ones(layer.weight.shape, dtype=torch.bool) if mask is None else mask
+            product.set_mask(every)
+            self._listed[name] = now
+
+    def _compute_effective(self, images: Tensor) -> None:
+        """What the layers compute with that reparameterise their weight, as of now."""
+        if self.program.effective:  # hooks as those that rank the scores of all layers together
+            for hook in self.model._forward_pre_hooks.values():
+                hook(self.model, (images,))
+        for source in self.program.effective.values():
+            source.compute()
+
+
+def _take(
+    parameter: nn.Parameter, flat: Tensor, optimizer: torch.optim.Optimizer | None
+) -> nn.Parameter:
+    """The entries ``flat`` of a parameter, which is left empty; ``optimizer`` holds them then."""
+
+    def entries(tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1).index_select(0, flat)
+
+    vector = nn.Parameter(entries(parameter), requires_grad=parameter.requires_grad)
+    vector.dense = parameter.shape, parameter.stride()
+    if optimizer is not None:
+        _exchange(optimizer, parameter, vector, entries)
+    parameter.grad = None
+    parameter.data = parameter.data.new_empty(0)
+    return vector
+
+
+def _put_back(
+    parameter: nn.Parameter, vector: nn.Parameter, flat: Tensor,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:  # fmt: skip
+    """Undo `_take`."""
+    (shape, stride), places = vector.dense, flat.long()
+
+    def dense(entries: Tensor) -> Tensor:
+        whole = torch.zeros(shape.numel(), dtype=entries.dtype).scatter_(0, places, entries)
+        whole = whole.view(shape)
+        if whole.stride() == stride:
+            return whole
+        return torch.empty_strided(shape, stride, dtype=entries.dtype).copy_(whole)
+
+    parameter.data = dense(vector)
+    if optimizer is not None:
+        _exchange(optimizer, vector, parameter, dense)
 
 
 def _exchange(

@@ -14,41 +14,45 @@ from startsparse.engine.maps import Space, to_images, to_map
 
 
 class DenseProduct:
-    """A convolution or linear layer as PyTorch computes it, between maps."""
+    """A convolution or linear layer as PyTorch computes it, between maps.
+
+    Attributes:
+        effective: the weight to compute with; None: that of the layer, as it is at each call.
+    """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, window: Window, given: Space, made: Space):
-        """Use the weight of ``layer`` as it is at each call."""
         self.layer, self.window, self.given, self.made = layer, window, given, made
+        self.effective: Tensor | None = None
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """What learns."""
-        return [self.layer.weight]
+        return [self.layer.weight if self.effective is None else self.effective]
 
-    def forward(self, x: Tensor, images: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # noqa: ARG002
+    def forward(self, x: Tensor, images: int) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # noqa: ARG002
         """The product; its border is zero."""
+        (weight,) = self.parameters
         if torch.is_inference_mode_enabled():
-            return self._compute(x), (x, x)  # no backward will follow
+            return self._compute(x, weight), (x, weight, x)  # no backward will follow
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            y = self._compute(x)
-        return y.detach(), (x, y)
+            y = self._compute(x, weight)
+        return y.detach(), (x, weight, y)
 
     def backward(
-        self, kept: tuple[Tensor, Tensor], d_y: Tensor, into: Gradients | None
+        self, kept: tuple[Tensor, Tensor, Tensor], d_y: Tensor, into: Gradients | None
     ) -> tuple[Gradients, Gradients]:
         """``into`` None: the gradient of x is not needed."""
-        x, y = kept
-        weight = self.layer.weight
+        x, weight, y = kept
         wanted = [t for t, want in ((x, into is not None), (weight, weight.requires_grad)) if want]
         gradients = list(torch.autograd.grad(y, wanted, d_y)) if wanted else []
         d_x = None if into is None else added(gradients.pop(0).contiguous(), into[0])
         return [d_x], gradients or [None]
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
         inside = self.given.inside(x).permute(1, 4, 2, 3, 0)  # channels_last is the fast layout
         images = inside.reshape(-1, *inside.shape[2:]).permute(0, 3, 1, 2)
-        weight, stride = self.layer.weight, self.window.stride
+        stride = self.window.stride
         if weight.dim() == 2:
             weight = weight[:, :, None, None]
         if self.window.kernel == (1, 1) and self.window.padding == (0, 0):
@@ -74,6 +78,28 @@ class Either:
 
 
 @dataclass
+class Reparameterised:
+    """A layer that computes with an effective weight, and where that goes.
+
+    Soft thresholds, say, or edge-popup. ``layer.effective()`` makes weight and bias anew for each
+    step, by autograd, from its parameters of the weight's shape and others. It does so entry by
+    entry, or by their order, so that it may be given vectors of the entries of the mask instead.
+    ``layer.zeros_learn`` says whether the gradient of an effective weight that is zero counts.
+    """
+
+    layer: nn.Module
+    both: Either
+    affine: Affine | None = None  # that adds the bias
+
+    def compute(self) -> None:
+        """Effective weight and bias, to be used in the steps."""
+        weight, bias = self.layer.effective()
+        self.both.sparse.values = self.both.dense.effective = weight
+        if self.affine is not None:
+            self.affine.bias = bias
+
+
+@dataclass
 class Step:
     """``run.forward(*values named inputs, images)`` makes the value named ``output``."""
 
@@ -93,6 +119,7 @@ class Program:
 
     Attributes:
         products: layer name -> its product in both forms; `sparse` has the names that run sparsely.
+        effective: layer name -> what computes its values, where they are not its weight.
         spaces: value -> the space of its map.
         start, result: the values that images come in and logits go out as.
         flat: whether images come in as maps of one pixel.
@@ -101,6 +128,7 @@ class Program:
     flat: bool = False
     steps: list[Step] = field(default_factory=list)
     products: dict[str, Either] = field(default_factory=dict)
+    effective: dict[str, Reparameterised] = field(default_factory=dict)
     sparse: set[str] = field(default_factory=set)
     spaces: dict[str, Space] = field(default_factory=dict)
     start: str = ""
@@ -114,7 +142,7 @@ class Program:
         return self._forward(images, keep=False)[0]
 
     def _forward(self, images: Tensor, keep: bool) -> tuple[Tensor, list]:
-        """Logits; and what the backward of each step needs, if ``keep``."""
+        """Logits; and what the backward of each step needs, and its parameters, if ``keep``."""
         if self.flat:
             images = images.flatten(1)[:, :, None, None]
         values, kept = {self.start: to_map(images, self.spaces[self.start])}, []
@@ -123,14 +151,14 @@ class Program:
             inputs = [values[name] for name in step.inputs]
             values[step.output], needed = step.now.forward(*inputs, len(images))
             if keep:
-                kept.append(needed)
+                kept.append((needed, step.now.parameters))
             for name in step.inputs:
                 if last_use[name] == i:
                     values.pop(name, None)
         result = values[self.result]
         return to_images(result, self.spaces[self.result], len(images)).flatten(1), kept
 
-    def _backward(self, kept: list, d_logits: Tensor) -> dict[nn.Parameter, Tensor]:
+    def _backward(self, kept: list, d_logits: Tensor) -> dict[Tensor, Tensor]:
         """Parameter -> gradient. Uses ``kept`` up."""
         d_result = to_map(d_logits[:, :, None, None], self.spaces[self.result])
         maps, gradients = {self.result: d_result}, {}
@@ -138,9 +166,10 @@ class Program:
             into = [maps.pop(name, None) for name in step.inputs]
             if step.inputs == [self.start] and isinstance(step.run, Either):
                 into = None  # nobody asks for the gradient of the images
-            made, learned = step.now.backward(kept.pop(), maps.pop(step.output), into)
+            needed, parameters = kept.pop()
+            made, learned = step.now.backward(needed, maps.pop(step.output), into)
             maps.update(zip(step.inputs, made))
-            for parameter, gradient in zip(step.now.parameters, learned):
+            for parameter, gradient in zip(parameters, learned):
                 if parameter is not None and gradient is not None:
                     gradients[parameter] = added(gradient, gradients.get(parameter))
         return gradients
@@ -150,7 +179,7 @@ class _Run(torch.autograd.Function):
     """A program as one function: autograd between its steps would take longer than small layers."""
 
     @staticmethod
-    def forward(ctx, program: Program, images: Tensor, *parameters: nn.Parameter) -> Tensor:
+    def forward(ctx, program: Program, images: Tensor, *parameters: Tensor) -> Tensor:
         logits, ctx.kept = program._forward(images, keep=True)
         ctx.program, ctx.parameters = program, parameters
         return logits

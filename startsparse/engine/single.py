@@ -82,6 +82,8 @@ class SingleImage:
         self._calls: list[tuple] = []  # kernel, its arguments
         self._held: list[object] = []  # what they point to
         self._copies: list[_Copy] = []
+        self._sources = [p for s in program.effective.values() for p in s.layer.parameters()]
+        self._versions = [parameter._version for parameter in self._sources]
         self._planes = {program.start: self._padded(program.start)}
         for step in program.steps:
             make = {
@@ -97,6 +99,10 @@ class SingleImage:
         """Whether every BatchNorm has running statistics."""
         affine = [step.run for step in program.steps if isinstance(step.run, Affine)]
         return all(a.norm is None or a.norm.running_mean is not None for a in affine)
+
+    def is_old(self) -> bool:
+        """Whether effective weights may have changed: they are read once, the others each time."""
+        return [parameter._version for parameter in self._sources] != self._versions
 
     def __call__(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> logits [B, classes]."""
@@ -129,11 +135,7 @@ class SingleImage:
         window, made = layer.window, Space(layer.made.channels, layer.made.height, layer.made.width)
         if (made.height, made.width, *window.kernel) == (1, 1, 1, 1):
             return self._linear(both, x, made)
-        if both.name in self.program.sparse and not layer.whole:
-            listed, values = layer.entries, layer.values.detach()
-        else:
-            listed = forward_entries(self._mask(both), layer.given)
-            values = self._values(both, listed.flat)
+        listed, values = self._listed(both)
         start, line, stride = self._split(x, window, made)
         down, right = (torch.arange(k) for k in window.kernel)
         (sy, sx), phase = window.stride, stride // math.prod(window.stride)
@@ -152,9 +154,7 @@ class SingleImage:
         return y
 
     def _linear(self, both: Either, x: _Plane, made: Space) -> _Plane:
-        mask, layer = self._mask(both), both.sparse
-        listed = forward_entries(mask, layer.given, blocked=False)
-        values = self._values(both, listed.flat)
+        layer, (listed, values) = both.sparse, self._listed(both, blocked=False)
         y, first = _Plane(made, 1, 1, self.dtype), x.view(*layer.window.padding)
         entries = _with_taps(listed, torch.zeros(1, dtype=torch.int64))
         view = entries.view(x.channel)
@@ -165,21 +165,30 @@ class SingleImage:
         self._held += [entries, values]
         return y
 
-    def _mask(self, both: Either) -> Tensor:
-        layer = both.dense.layer
+    def _listed(self, both: Either, blocked: bool = True) -> tuple[Entries, Tensor]:
+        """The entries of a layer and their values."""
+        product, layer = both.sparse, both.dense.layer
+        sparse, effective = both.name in self.program.sparse, both.dense.effective
+        shape = product.made.channels, product.given.channels, *product.window.kernel
+        if effective is not None:
+            whole = effective.detach().reshape(-1)
+            if sparse:
+                places = product.flat.long()
+                whole = whole.new_zeros(math.prod(shape)).scatter_(0, places, whole)
+            listed = forward_entries((whole != 0).view(shape), product.given, blocked)
+            return listed, whole[listed.flat]
+        if sparse and blocked and not product.whole:
+            return product.entries, product.values.detach()
         mask = getattr(layer, "weight_mask", None)
         mask = torch.ones_like(layer.weight, dtype=torch.bool) if mask is None else mask
-        return mask.contiguous().view(*mask.shape[:2], *both.sparse.window.kernel)
-
-    def _values(self, both: Either, flat: Tensor) -> Tensor:
-        """The weights at the places ``flat`` of the flattened mask."""
-        if both.name in self.program.sparse:
-            places, order = both.sparse.flat.sort()
-            copy = _Copy(both.sparse.values, order[torch.searchsorted(places, flat)])
+        listed = forward_entries(mask.contiguous().view(shape), product.given, blocked)
+        if sparse:
+            places, order = product.flat.sort()
+            copy = _Copy(product.values, order[torch.searchsorted(places, listed.flat)])
         else:
-            copy = _Copy(both.dense.layer.weight, flat)
+            copy = _Copy(layer.weight, listed.flat)
         self._copies.append(copy)
-        return copy.values
+        return listed, copy.values
 
     def _split(self, x: _Plane, window: Window, made: Space) -> tuple[int, int, int]:
         """Where the first tap of the first position is, and the strides of lines and channels."""
@@ -201,7 +210,7 @@ class SingleImage:
         other = residual[0].view() if residual else _NO_PLANE
         relu = ctypes.c_bool(affine.relu)
         self._call("plane_affine", y.view(), *affine.first(), norm[0], other, relu, z.view())
-        self._held.append(norm)
+        self._held += [norm, affine.bias]
         return z
 
     def _max_pool(self, pool: MaxPool, inputs: list[str], output: str) -> _Plane:

@@ -26,7 +26,7 @@ def pays(mask: Tensor, made: Space) -> bool:
     return large and int(mask.count_nonzero()) >= max(1, _ENOUGH * mask.numel())
 
 
-class _Rows:
+class Rows:
     """All weights of a layer as rows, whose entries read channels at ``taps``.
 
     Args:
@@ -91,7 +91,7 @@ class Whole:
         place = mask.flatten().nonzero().flatten()
         self.flat = place.int()
         taps = torch.arange(ky)[:, None] * given.row + torch.arange(kx)
-        self.forward = _Rows(rows, channels, LANES * taps.flatten(), place)
+        self.forward = Rows(rows, channels, LANES * taps.flatten(), place)
         self.backward = []
         for phase in backward_phases(window):
             ys, xs = torch.arange(ky)[phase[0]], torch.arange(kx)[phase[1]]
@@ -101,7 +101,7 @@ class Whole:
             tap = (y // window.stride[0] * len(xs) + x // window.stride[1])[chosen]
             entry = row[chosen] * taps.numel() + tap
             place = channel[chosen] * (rows * taps.numel()) + entry
-            self.backward.append(_Rows(channels, rows, LANES * taps.flatten(), place, chosen))
+            self.backward.append(Rows(channels, rows, LANES * taps.flatten(), place, chosen))
 
     def lists(self) -> list[Tensor]:
         """All that is stored beside the values to find their places."""

@@ -1,0 +1,94 @@
+"""Products of effective weights: which of them are zero changes from step to step.
+
+The entries of the whole mask are listed once. Each forward and backward pass takes those from the
+lists whose value is not zero (`compaction.cpp`), which costs one look at each entry.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from startsparse.engine.build import library
+from startsparse.engine.entries import Entries, Listed, Window
+from startsparse.engine.layers import Gradients, Product
+from startsparse.engine.maps import Space, at
+
+
+class Nonzero(Listed):
+    """The entries of a list whose value is not zero.
+
+    Attributes:
+        order: int32 [entries], which of the values each is.
+        values: [entries].
+    """
+
+    def __init__(self, first: Tensor, offset: Tensor, rows: int, order: Tensor, values: Tensor):
+        super().__init__(first, offset, rows)
+        self.order, self.values = order, values
+
+
+def nonzero(part: Entries, values: Tensor, stride: int) -> Nonzero:
+    """The entries of ``part`` whose value, ``values[part.order]``, is not zero.
+
+    Args:
+        stride: numbers from one input channel to the next.
+    """
+    listed, lists = part.view(stride), len(part.first) - 1
+    first, most = torch.empty_like(part.first), int(values.count_nonzero())
+    offset, order = torch.empty(2, most, dtype=torch.int32)
+    left = torch.empty(most, dtype=values.dtype)
+    library(values.dtype).compact(
+        ctypes.c_void_p(listed.first), ctypes.c_void_p(listed.offset), at(part.order), at(values),
+        ctypes.c_int64(lists), at(first), at(offset), at(order), at(left),
+    )  # fmt: skip
+    count = int(first[-1])  # a phase of a strided convolution has not all of them
+    return Nonzero(first, offset[:count], part.rows, order[:count], left[:count])
+
+
+class CompactedProduct(Product):
+    """A convolution or linear layer that computes with those of its values that are not zero.
+
+    ``values`` is no parameter but what the layer computes with, one for each entry of the mask, in
+    the order of position, which `Product` has only within blocks of channels. So what ranks them
+    keeps, of equal ones, the same as in the dense weight.
+    """
+
+    def __init__(self, window: Window, given: Space, made: Space, zeros_learn: bool):
+        """``zeros_learn``: whether values that are zero have a gradient; else it is left zero."""
+        super().__init__(window, given, made)
+        self.zeros_learn = zeros_learn
+
+    def set_mask(self, mask: Tensor) -> None:
+        """List the entries of ``mask``, bool of the weight's shape [out, in, (ky, kx)]."""
+        mask = mask.contiguous().view(*mask.shape[:2], *self.window.kernel)
+        self._list(mask)
+        rank = mask.flatten().cumsum(0, dtype=torch.int32).sub_(1)[self.flat]
+        self.flat = mask.flatten().nonzero().squeeze(1).int()
+        for part in (self.entries, *self.transposed):
+            part.order = rank if part.order is None else rank[part.order]
+            part.flat = self.flat
+
+    def forward(self, x: Tensor, images: int) -> tuple[Tensor, tuple[Tensor, Tensor, Nonzero]]:  # noqa: ARG002
+        """The product; the border of what it makes is not set."""
+        blocks = x.shape[1]
+        y, places = self.made.empty(blocks, x), self.positions(blocks)[0]
+        part = nonzero(self.entries, self.values.detach(), places.given_stride)
+        part.gather(x, y, part.values, places, add=False)
+        return y, (x, self.values, part)
+
+    def backward(
+        self, kept: tuple[Tensor, Tensor, Nonzero], d_y: Tensor, into: Gradients | None
+    ) -> tuple[Gradients, Gradients]:
+        """``into`` None: the gradient of x is not needed."""
+        x, values, part = kept
+        d_values = None
+        if values.requires_grad:
+            learn = self.entries if self.zeros_learn else part
+            d_values = torch.zeros_like(values)
+            d_values[learn.order] = learn.weights(x, d_y, self.positions(x.shape[1])[0])
+        if into is None:
+            return [None], [d_values]
+        values, stride = values.detach(), self.made.stride(x.shape[1])
+        parts = (nonzero(part, values, stride) for part in self.transposed)
+        return [self.to_input(d_y, into[0], ((p, p.values) for p in parts))], [d_values]
