@@ -55,7 +55,12 @@ class Popup(nn.Module):
     ``weight_score`` and ``bias_score`` are parameters like ``weight`` and ``bias``. ``keep``, the
     number of entries kept, is an int64 buffer, so that checkpoints hold it and changing it needs no
     new compilation. ``ranking`` says who writes it: `set_density` alone, or `share_out` too.
+
+    In the sparse form (`engine.network`) weight and scores are vectors of the entries inside the
+    mask, in their order, and there is no mask.
     """
+
+    zeros_learn = True  # the scores of weights that are not kept have a gradient, too
 
     def take(self, layer: nn.Module, ranking: str) -> None:
         """Take over parameters and mask of a plain ``layer`` and freeze them; all scores are 0."""

@@ -1,4 +1,4 @@
-"""Layers with an effective weight in the sparse form: soft thresholds."""
+"""Layers with an effective weight in the sparse form: soft thresholds and edge-popup."""
 
 import copy
 
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_engine_network import clock, equal_states, optimizer_of, step
 from torch import nn
 
+from ER_SLT.edge_popup import popup, set_density
 from startsparse.engine import choice
 from startsparse.engine.choice import choose
 from startsparse.engine.compaction import CompactedProduct, nonzero
@@ -21,7 +22,10 @@ from startsparse.masks import attach_masks, draw_masks, kept, masked_weights, sp
 from STR.thresholds import SoftThresholded, soften
 
 SHAPE = 3, 6, 6
-KINDS = ("soft", "soft in a mask")
+KINDS = ("soft", "soft in a mask", "popup", "popup in a mask", "popup in a mask, global")
+
+
+LEARNED = {"soft": "weight", "popu": "weight_score"}
 
 
 def network(kind, biases=True, dtype=torch.float64):
@@ -35,12 +39,16 @@ def network(kind, biases=True, dtype=torch.float64):
     draw = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=draw) / 6 + 0.01
-    if kind != "soft":
+    if "mask" in kind:
         shapes = {name: layer.weight.shape for name, layer in sparse_layers(model).items()}
         attach_masks(model, draw_masks(shapes, [0.5] * len(shapes), 1, "bernoulli"))
     masks = {name: mask for name, _, mask in masked_weights(model)}
-    soften(model, -2.5, "sigmoid")
-    attach_masks(model, masks)
+    if "soft" in kind:
+        soften(model, -2.5, "sigmoid")
+        attach_masks(model, masks)
+    else:
+        popup(model, 1, ranking="global" if "global" in kind else "layer")
+        set_density(model, 0.3)
     return model.to(dtype, memory_format=torch.channels_last)
 
 
@@ -86,7 +94,7 @@ def test_ten_steps_are_those_of_the_masked_network(kind, optimizer):
             for key, tensor in state.items():
                 assert (tensor - states[1][number][key]).abs().max() <= 1e-9
         for name, tensor in masked.state_dict().items():
-            if name.endswith("threshold_logit"):
+            if name.endswith(("threshold_logit", "score")):
                 assert not torch.equal(tensor, before[name]), name
         masked.eval(), sparse.eval()
         with form.within(), torch.inference_mode():
@@ -99,19 +107,21 @@ def test_entering_and_leaving_changes_nothing_and_stores_only_what_is_inside(kin
     model = network(kind)
     optimizer = optimizer_of(model, "adam")
     step(model, model, optimizer, *batch())
+    model(batch()[0])  # what global ranking keeps of each layer is a buffer
     parameters = dict(model.named_parameters())
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     inside = sum(
-        layer.weight.numel() if kind == "soft" else int(layer.weight_mask.sum())
+        int(layer.weight_mask.sum()) if "mask" in kind else layer.weight.numel()
         for layer in sparse_layers(model).values()
     )
     form = sparse_form(model)
     form.enter(optimizer)
-    held = sum(p.numel() for layer in sparse_layers(model).values() for p in [layer.weight])
-    assert held == inside
+    learned = [getattr(layer, LEARNED[kind[:4]]) for layer in form_layers(form)]
+    assert sum(vector.numel() for vector in learned) == inside
+    assert sum(layer.weight.numel() for layer in form_layers(form)) == inside
     assert all(p.data.numel() == 0 for p in parameters.values() if p.dim() > 1)
     form(batch()[0]).sum().backward()
-    assert all(layer.weight.grad.shape == layer.weight.shape for layer in form_layers(form))
+    assert all(vector.grad.shape == vector.shape for vector in learned)
     form.leave(optimizer)
     after = model.state_dict(), optimizer.state_dict()
     assert list(before[0]) == list(after[0])
@@ -131,9 +141,10 @@ def form_layers(form):
     return [form.model.get_submodule(name) for name in form.layers]
 
 
-def test_a_second_forward_pass_leaves_the_gradients_of_the_first():
+@pytest.mark.parametrize("kind", ["soft in a mask", "popup in a mask"])
+def test_a_second_forward_pass_leaves_the_gradients_of_the_first(kind):
     """With another batch and another pattern in between."""
-    model = network("soft in a mask")
+    model = network(kind)
     form = sparse_form(model)
     images, labels = batch()
     with form.within():
@@ -141,22 +152,30 @@ def test_a_second_forward_pass_leaves_the_gradients_of_the_first():
         expected = torch.autograd.grad(F.cross_entropy(form(images), labels), learning)
         loss = F.cross_entropy(form(images), labels)
         for layer in form_layers(form):
-            layer.threshold_logit.data.fill_(5)
+            if kind == "soft in a mask":
+                layer.threshold_logit.data.fill_(5)
+            else:
+                layer.weight_score.data.reciprocal_()
         form(images[:3])
         found = torch.autograd.grad(loss, learning)
     assert all(torch.equal(a, b) for a, b in zip(expected, found))
 
 
-def test_single_images_after_the_weights_have_changed():
-    model = network("soft in a mask").eval()
-    form = sparse_form(model)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_single_images_after_the_weights_have_changed(kind, mode):
+    model = network(kind).eval()
+    form = sparse_form(model, without=["3"])
     images, _ = batch(1)
-    with form.within(), torch.no_grad():
-        before = form(images)
-        assert torch.equal(form(images), before)
-        for parameter in model.parameters():
-            parameter.mul_(1.5)
-        after = form(images)
+    with form.within():
+        with mode():
+            before = form(images)
+            assert torch.equal(form(images), before)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(1.5 * parameter.flip(0))
+        with mode():
+            after = form(images)
     with torch.no_grad():
         assert (after - model(images)).abs().max() < 1e-10
     assert (after - before).abs().max() > 1e-3
@@ -233,7 +252,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     for threads in (1, 2, 5):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        model = network("soft in a mask", dtype=torch.float32)
+        model = network("popup in a mask", dtype=torch.float32)
         form = sparse_form(model)
         images, labels = batch(dtype=torch.float32)
         with form.within():

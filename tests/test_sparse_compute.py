@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from script_runs import same
+from slt_runs import MLP, run_slt, ticket  # noqa: F401 - a fixture
 from test_engine_network import batch, clock, network, optimizer_of, sparse_form, step
 from test_str_resume import Crash, crashing
 from torch import nn
@@ -24,13 +25,14 @@ TINY = ["--arch", "resnet20", "--width", "4", "--epochs", "2", "-b", "128", "--s
 CALM = ["--arch", "mlp", "--width", "16", "--epochs", "2", "-b", "128", "--lr", "0.001"]
 SOFT = [*CALM, "--conv-type", "STRConvER", "--sInit-value", "-3"]
 ON = [*TINY, "--sparse-compute", "on"]
+POPUP = [*MLP, "--epochs", "1", "--initBias", "kn-nonzero-bias"]
 
 
 def weights(folder):
     return checkpoint.load(folder / "checkpoint.pt")["model"]
 
 
-@pytest.mark.parametrize("argv", [CALM, SOFT])
+@pytest.mark.parametrize("argv", [CALM, SOFT, [*SOFT, "--er-sparse-init", "1"]])
 def test_a_run_computes_sparsely_and_leaves_an_ordinary_checkpoint(run, argv):
     sparse, masked = (run(*argv, "--sparse-compute", mode, where=mode) for mode in ("on", "off"))
     table = pd.read_csv(sparse / "density.csv")
@@ -48,7 +50,7 @@ def test_a_run_computes_sparsely_and_leaves_an_ordinary_checkpoint(run, argv):
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--optimizer", "adam", "--lr", "0.01"], ["--conv-type", "STRConv", *SOFT[-2:]]]
+    "more", [[], ["--optimizer", "adam", "--lr", "0.01"], [*SOFT, "--conv-type", "STRConv"]]
 )
 def test_resumed_equals_uninterrupted(run, monkeypatch, more):
     argv = [*ON, *more, "--save-every", "4"]
@@ -85,6 +87,43 @@ def test_pruning_levels(run):
     weight, mask = (weights(folder)[f"hidden.0.{kind}"] for kind in ("weight", "weight_mask"))
     assert not weight[~mask].any()
     assert weight[mask].any()
+
+
+@pytest.mark.parametrize("more", [["--global"], ["--er-init-density", "1"]])
+def test_edge_popup_finds_the_same_tickets(run_slt, tmp_path, more):  # noqa: F811
+    one, other = (
+        run_slt(*POPUP, *more, "--sparse-compute", mode, "--save-file", mode)
+        for mode in ("on", "off")
+    )
+    assert set(pd.read_csv(one / "density.csv")["computes"][:-1]) == {"sparse"}
+    assert "computes" not in pd.read_csv(other / "density.csv")
+    for name in ("epochs", "levels"):
+        a, b = (pd.read_csv(f / f"{name}.csv").drop(columns="seconds", errors="ignore")
+                for f in (one, other))  # fmt: skip
+        pd.testing.assert_frame_equal(a, b, rtol=1e-4)
+    for level in (1, 2):
+        a, b = ticket(one, level), ticket(other, level)
+        for key, mask in a.found.items():
+            assert torch.equal(mask, b.found[key]), key
+    scores = [{n: t for n, t in weights(f).items() if n.endswith("score")} for f in (one, other)]
+    assert len(scores[0]) == 8
+    for key, tensor in scores[0].items():
+        assert (tensor - scores[1][key]).abs().max() < 1e-4, key
+
+
+@pytest.mark.parametrize("then", ["on", "off"])
+def test_edge_popup_resumed_in_either_form(run_slt, monkeypatch, then):  # noqa: F811
+    argv = [*POPUP, "--global", "--save-every", "3"]
+    whole = run_slt(*argv, "--sparse-compute", "on", "--save-file", "whole")
+    argv += ["--save-file", "parts"]
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Trainer, "save", crashing("after", 1))
+        run_slt(*argv, "--sparse-compute", "on")
+    parts = run_slt(*argv, "--sparse-compute", then, "--resume", "auto")
+    if then == "on":
+        assert same(whole, parts)
+    for key, mask in ticket(whole).found.items():
+        assert torch.equal(mask, ticket(parts).found[key]), key
 
 
 @pytest.mark.parametrize("growth", ["gradient", "random"])
