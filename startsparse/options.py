@@ -122,8 +122,8 @@ class Options:
     compile: bool = False
     """torch.compile the network"""
     sparse_compute: choice(MODES) = "auto"
-    """Compute and store only what is inside the masks, on CPUs; auto: the layers that are faster
-    so, found by trying"""
+    """Compute and store only what is inside the masks, on CPUs, and of that compute only what soft
+    thresholds and edge-popup use; auto: the layers that are faster so, found by trying"""
 
     def default_name(self) -> str:
         """Name of a run that was given none."""

@@ -19,7 +19,7 @@ from startsparse.engine.layers import Product
 from startsparse.engine.maps import Space, to_map
 from startsparse.engine.network import SparseForm
 from startsparse.masks import attach_masks, draw_masks, kept, masked_weights, sparse_layers
-from STR.thresholds import SoftThresholded, soften
+from STR.thresholds import soften
 
 SHAPE = 3, 6, 6
 KINDS = ("soft", "soft in a mask", "popup", "popup in a mask", "popup in a mask, global")
@@ -277,16 +277,25 @@ def test_the_choice_goes_by_the_effective_density(monkeypatch):
     images = batch(32, torch.float32)[0]
     assert choose(form, images, classes=10) == choice.Choice({}, frozenset(), float("inf"))
     monkeypatch.undo()
-    clock(monkeypatch, 1.0, 0.5)
     with torch.no_grad():
         for layer in sparse_layers(model).values():
             layer.threshold_logit.fill_(-1.5)
     assert 0.2 < kept(model[3]).float().mean() < 0.4
-    before = copy.deepcopy(model.state_dict())
-    found = choose(form, images, classes=10)
+    all_are_chosen(form, monkeypatch)
+
+
+def test_the_choice_leaves_edge_popup_as_it_was(monkeypatch):
+    model = network("popup in a mask, global", dtype=torch.float32)
+    all_are_chosen(SparseForm(model, SHAPE), monkeypatch)
+
+
+def all_are_chosen(form, monkeypatch):
+    clock(monkeypatch, 1.0, 0.5)
+    model, before = form.model, copy.deepcopy(form.model.state_dict())
+    found = choose(form, batch(32, torch.float32)[0], classes=10)
     assert found.layers == pytest.approx(dict.fromkeys(form.layers, 2.0))
     assert found.computes == set(sparse_layers(model))
-    assert isinstance(model[3], SoftThresholded)
+    assert all(layer.weight.dim() > 1 for layer in sparse_layers(model).values())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert all(p.grad is None for p in model.parameters())
