@@ -72,6 +72,8 @@ class Popup(nn.Module):
             self.bias_score = nn.Parameter(torch.zeros_like(layer.bias))
         if getattr(layer, "weight_mask", None) is not None:
             self.register_buffer("weight_mask", layer.weight_mask)
+            # Not -0, which a product leaves: what is not stored comes back as 0, to the bit.
+            self.weight.data.masked_fill_(~self.weight_mask, 0)
         self.ranking = ranking
         self.register_buffer("keep", torch.tensor(self.allowed(), device=layer.weight.device))
 

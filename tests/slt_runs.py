@@ -17,7 +17,7 @@ from startsparse.data import digits
 
 DEMO = [
     *("--config", str(ROOT / "ER_SLT/configs/demo.yaml"), "--width", "4"),
-    *("--epochs", "2", "--batch-size", "256"),
+    *("--epochs", "2", "--batch-size", "256", "--sparse-compute", "off"),
 ]
 MLP = [
     *("--dataset", "DIGITS", "--model", "mlp", "--width", "16", "--batch-size", "256"),

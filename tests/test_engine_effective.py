@@ -129,6 +129,8 @@ def test_entering_and_leaving_changes_nothing_and_stores_only_what_is_inside(kin
         if not name.rpartition(".")[2].startswith(("running", "num_batches")):
             assert torch.equal(tensor, after[0][name]), name
         assert tensor.stride() == after[0][name].stride()
+        if kind.startswith("popup") and name.endswith(".weight"):
+            assert torch.equal(tensor.signbit(), after[0][name].signbit()), name
     for number, state in before[1]["state"].items():
         for key, tensor in state.items():
             assert torch.equal(tensor, after[1]["state"][number][key])

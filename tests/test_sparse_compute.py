@@ -103,6 +103,7 @@ def test_edge_popup_finds_the_same_tickets(run_slt, tmp_path, more):  # noqa: F8
         pd.testing.assert_frame_equal(a, b, rtol=1e-4)
     for level in (1, 2):
         a, b = ticket(one, level), ticket(other, level)
+        assert a.weights == b.weights  # to the bit
         for key, mask in a.found.items():
             assert torch.equal(mask, b.found[key]), key
     scores = [{n: t for n, t in weights(f).items() if n.endswith("score")} for f in (one, other)]
