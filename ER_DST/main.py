@@ -18,7 +18,8 @@ from ER_DST.topology import remember
 from ER_DST.updates import check_flow, phase, preserve_flow
 from startsparse import data, er, flops, masks, parallel, recipe, runs
 from startsparse.commandline import own_names, parse
-from startsparse.errors import OptionError, run_script
+from startsparse.errors import OptionError
+from startsparse.processes import run_script
 from startsparse.trainer import Trainer
 
 CONFIGS = Path(__file__).parent / "configs"

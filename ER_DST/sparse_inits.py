@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from startsparse import er, flops, parallel, training
-from startsparse.data import Data
+from startsparse.data import Data, first_batch
 from startsparse.masks import attach_masks, masked_weights, sparse_layers
 from startsparse.options import Options
 from startsparse.pruning import prune, weights_left
@@ -71,7 +71,7 @@ def _prune(model: nn.Module, pruner: str, options: Options, data: Data) -> float
             weights_left(model, options.er_sparse_init),
             seed=options.seed,
             level=0,
-            batch=lambda: next(iter(data.train.epoch(0))),
+            batch=lambda: first_batch(data.train, 0),
             shape=data.shape.input,
         )
     finally:

@@ -17,7 +17,6 @@ from ER_SLT.edge_popup import count, found_masks, popup_layers, set_density
 from ER_SLT.options import SLTOptions
 from ER_SLT.ticket import SHUFFLES, load_ticket, save_ticket, shuffled
 from startsparse import checkpoint, flops
-from startsparse.atomic import replacing
 from startsparse.commandline import plain_values
 from startsparse.masks import density_table, masked_weights
 from startsparse.runs import FREE
@@ -116,10 +115,8 @@ def record_level(trainer: Trainer, *, level: int) -> dict[str, float]:
         "dead_units": int(total["dead_outputs"] + total["dead_inputs"]),
     }
     saved = folder / f"levels/level-{level}.safetensors"
-    save_ticket(saved, model, {"options": lasting(options), **row})
-    if level == options.levels:
-        with replacing(folder / TICKET) as temporary:
-            temporary.write_bytes(saved.read_bytes())
+    for path in (saved, folder / TICKET) if level == options.levels else (saved,):
+        save_ticket(path, model, {"options": lasting(options), **row})
     if options.save_model:
         checkpoint.save(saved.with_suffix(".pt"), {"model": model.state_dict()})
     trainer.run.write_table(f"levels/level-{level}.csv", table)

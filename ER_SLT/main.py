@@ -18,7 +18,8 @@ from ER_SLT.options import SLTOptions
 from ER_SLT.ticket import load_ticket, put_in_place
 from startsparse import checkpoint, data, er, flops, masks, parallel, recipe, runs, training
 from startsparse.commandline import from_flags, from_values, own_names, parse
-from startsparse.errors import OptionError, UserError, run_script
+from startsparse.errors import OptionError, UserError
+from startsparse.processes import run_script
 from startsparse.trainer import Trainer
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -28,6 +28,7 @@ from ER_SLT.edge_popup import found_masks, popup_layers
 from startsparse.atomic import replacing
 from startsparse.errors import UserError
 from startsparse.masks import masked_weights
+from startsparse.processes import by_first
 from startsparse.seeding import generator
 
 log = logging.getLogger("startsparse")
@@ -57,6 +58,7 @@ class Ticket:
     weights: str
 
 
+@by_first
 def save_ticket(path: Path, model: nn.Module, description: Mapping[str, object]) -> None:
     """Write what ``model``, in edge-popup form, uses now; whole or not at all.
 

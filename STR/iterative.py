@@ -8,6 +8,7 @@ from torch import nn
 
 from startsparse import checkpoint, runs
 from startsparse.commandline import read_values
+from startsparse.data import first_batch
 from startsparse.errors import OptionError, UserError
 from startsparse.flops import densities
 from startsparse.masks import density_table, keep_inside, masked_weights
@@ -130,7 +131,7 @@ def prune_to(trainer: Trainer, *, level: int, density: float) -> None:
             weights_left(model, density),
             seed=options.seed,
             level=level,
-            batch=lambda: next(trainer.data.train.epoch(len(trainer.history))),
+            batch=lambda: first_batch(trainer.data.train, len(trainer.history)),
             shape=trainer.data.shape.input,
         )
     except ValueError as error:  # scores that are not numbers, say

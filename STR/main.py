@@ -10,7 +10,7 @@ import torch
 
 from startsparse import checkpoint, data, er, masks, models, parallel, recipe, runs
 from startsparse.commandline import parse
-from startsparse.errors import run_script
+from startsparse.processes import run_script
 from startsparse.trainer import Trainer
 from STR.iterative import begin, check_levels, phases, record_level, start_from
 from STR.options import STROptions

@@ -9,8 +9,10 @@ from torch import nn
 
 from startsparse.atomic import replacing
 from startsparse.errors import UserError
+from startsparse.processes import by_first
 
 
+@by_first
 def save(path: Path, state: dict) -> None:
     """Write tensors and plain values, whole or not at all."""
     with replacing(path) as temporary:

@@ -16,13 +16,18 @@ class OptionError(UserError):
     exit_code = 2
 
 
-def run_script(main: Callable[[], int | None]) -> None:
+def say(line: str) -> None:
+    """On standard error, at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def run_script(main: Callable[[], int | None], say: Callable[[str], None] = say) -> None:
     """Run ``main`` and leave the process; a `UserError` becomes one line and its exit code."""
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        say("error: interrupted")
         sys.exit(130)

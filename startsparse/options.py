@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import nn
 
-from startsparse import masks, ratios, schedules
+from startsparse import masks, processes, ratios, schedules
 from startsparse.commandline import also, choice, default_is, flag
 from startsparse.data import OWN_PARTS, SETS, SHAPES, modular
 from startsparse.engine.compute import MODES
@@ -171,12 +171,29 @@ class Options:
             raise OptionError("--compile: works on one device; name one GPU in --multigpu")
         if "," in self.multigpu and SHAPES[self.set].nodes:
             raise OptionError(f"--multigpu: {self.set} is one batch; name one GPU")
+        if processes.count() > 1:
+            self.check_processes()
         self.check_evaluate()
         takes = " or ".join(self.file_methods)
         if self.er_sparsity_file and self.er_sparse_method not in self.file_methods:
             raise OptionError(f"--er-sparsity-file: goes with --er-sparse-method {takes}")
         if self.er_sparse_method == "network" and not self.er_sparsity_file:
             raise OptionError("--er-sparse-method: network needs an --er-sparsity-file")
+
+    def check_processes(self) -> None:
+        """Raise `OptionError` for what several processes cannot do."""
+        if self.multigpu:
+            raise OptionError(
+                "--multigpu: several processes train on CPUs; leave it out, or start one process "
+                "without torchrun"
+            )
+        if SHAPES[self.set].nodes:
+            raise OptionError(f"--set: {self.set} is one batch; start one process without torchrun")
+        if self.batch_size < 2 * processes.count():
+            raise OptionError(
+                f"--batch-size: {self.batch_size} should be at least {2 * processes.count()}, two "
+                "for each process"
+            )
 
     def check_evaluate(self) -> None:
         """Raise `OptionError` unless --evaluate says what to evaluate."""

@@ -1,11 +1,12 @@
-"""Devices: which to use, and a network on several of them."""
+"""Devices: which to use, and a network on several of them; for several processes: `processes`."""
 
 import logging
 
 import torch
 from torch import nn
 
-from startsparse.errors import UserError
+from startsparse import processes
+from startsparse.errors import OptionError, UserError
 
 log = logging.getLogger("startsparse")
 
@@ -17,11 +18,17 @@ def choose_devices(multigpu: str) -> list[torch.device]:
 
     Raises:
         UserError: a GPU that this machine does not have.
+        OptionError: there is CUDA, and this is one of several processes.
     """
     if not torch.cuda.is_available():
         if multigpu:
             log.info("--multigpu %s: there is no CUDA here, the CPU is used", multigpu)
         return [torch.device("cpu")]
+    if processes.count() > 1:
+        raise OptionError(
+            "torchrun: several processes train on CPUs only; hide the GPUs by "
+            "CUDA_VISIBLE_DEVICES='', or train on them by one process and --multigpu"
+        )
     # One seed is one run: no algorithm whose sums depend on the order in which threads arrive.
     torch.backends.cudnn.deterministic = True
     indices = [int(index) for index in (multigpu or "0").split(",")]

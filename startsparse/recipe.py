@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from startsparse import data, flops, masks, models, report, runs
+from startsparse import data, flops, masks, models, processes, report, runs
 from startsparse.errors import OptionError
 from startsparse.options import Options
 from startsparse.trainer import Trainer
@@ -56,19 +56,20 @@ def build(options: Options, shape: data.Shape, resnet_type: str = "") -> torch.n
 
 def load_data(options: Options, device: torch.device) -> data.Data:
     """The data set of --set, on ``device``."""
-    return data.load(
-        options.set,
-        root=data.data_root(options.data),
-        mirror=options.mirror,
-        batch_size=options.batch_size,
-        valid_split=options.valid_split,
-        seed=options.seed,
-        device=device,
-        workers=options.workers,
-        passes=options.passes,
-        modulus=options.modulus,
-        train_fraction=options.train_fraction,
-    )
+    with processes.first_goes_ahead():  # it fetches and unpacks what is missing
+        return data.load(
+            options.set,
+            root=data.data_root(options.data),
+            mirror=options.mirror,
+            batch_size=options.batch_size,
+            valid_split=options.valid_split,
+            seed=options.seed,
+            device=device,
+            workers=options.workers,
+            passes=options.passes,
+            modulus=options.modulus,
+            train_fraction=options.train_fraction,
+        )
 
 
 def say_accuracies(trainer: Trainer) -> None:

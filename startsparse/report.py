@@ -17,8 +17,10 @@ from scipy.special import stdtrit
 
 from startsparse.atomic import replacing, write_text
 from startsparse.errors import OptionError, UserError, run_script
+from startsparse.processes import by_first
 
 
+@by_first
 def plot_run(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
     """A PNG of a run: loss, accuracy and density over the epochs, and the density per layer.
 

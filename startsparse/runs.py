@@ -37,11 +37,13 @@ import pandas as pd
 import torch
 
 import startsparse
+from startsparse import processes
 from startsparse.atomic import replacing, write_text
 from startsparse.commandline import flag, read_yaml, run_folder, write_yaml
 from startsparse.console import log
 from startsparse.errors import OptionError, UserError
 from startsparse.options import Options
+from startsparse.processes import by_first
 
 # Options that a resumed run may be given anew: they do not change what is computed.
 FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
@@ -49,11 +51,13 @@ FREE |= {"workers", "multigpu", "compile", "sparse_compute"}
 
 
 class Run:
-    """The folder of one run, held by this process until it ends."""
+    """The folder of one run, held by this process, or the first of several, until it ends."""
 
     def __init__(self, folder: Path, options: Options):
         self.folder, self.options = folder, options
         self._boards: dict[str, Any] = {}
+        if processes.rank() > 0:
+            return
         self._lock = (folder / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,6 +65,7 @@ class Run:
             raise UserError(f"--resume: {folder} is in use by another process") from None
         _log_to(folder / "log.txt")
 
+    @by_first
     def record(self, row: dict, watched: dict[str, float]) -> None:
         """Say what an epoch brought, and show it, and ``watched``, in TensorBoard."""
         log.info(
@@ -75,6 +80,7 @@ class Run:
         )
         self.show("", {**row, **watched}, row["epoch"])
 
+    @by_first
     def show(self, board: str, values: dict[str, Any], step: int) -> None:
         """Show the numbers among ``values`` in TensorBoard; each board counts steps of its own.
 
@@ -98,6 +104,7 @@ class Run:
         """Write JSON into the run folder, whole or not at all."""
         write_text(self.folder / name, json.dumps(content, indent=1) + "\n")
 
+    @by_first
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json and add the run to <result-dir>/results.csv."""
         options = {name: _cell(v) for name, v in dataclasses.asdict(self.options).items()}
@@ -119,6 +126,7 @@ def selected_weights(folder: Path, select: str) -> Path:
     return folder / ("best.pt" if select == "best" else "checkpoint.pt")
 
 
+@by_first
 def find_run(options: Options) -> Path | None:
     """The folder of the run that --resume names; None if a new one is to be made.
 
@@ -169,6 +177,7 @@ def environment() -> dict[str, Any]:
         "torchvision": version("torchvision"),
         "numpy": np.__version__,
         "machine": platform.platform(),
+        "processes": processes.count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
@@ -213,6 +222,7 @@ def _newest(base: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
+@by_first
 def _create(base: Path) -> Path:
     """``base``, or with -2, -3 ... where that exists: no run ever overwrites another."""
     base.parent.mkdir(parents=True, exist_ok=True)

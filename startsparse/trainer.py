@@ -11,14 +11,14 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import nn
 
-from startsparse import checkpoint, flops, parallel, schedules
+from startsparse import checkpoint, flops, parallel, processes, schedules
 from startsparse.data import AnyBatches, Data
 from startsparse.engine.compute import Compute
 from startsparse.errors import UserError
@@ -124,7 +124,8 @@ class Trainer:
         self._dense_gradients = False
         self.seconds = 0.0
         self._clock = time.monotonic()
-        self._stop = 0
+        self._asked = 0  # the signal by which this process was asked to stop
+        self._stop = 0  # that by which it does, with all others
 
     @property
     def _path(self) -> Path:
@@ -140,7 +141,7 @@ class Trainer:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "place": dataclasses.asdict(self.place),
-                "sums": self.sums,
+                "sums": processes.add_up(self.sums.clone()),
                 "history": self.history,
                 "tables": self.tables,
                 "best": self.best,
@@ -159,7 +160,8 @@ class Trainer:
         checkpoint.load_model(self.model, state, self._path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.place = Place(**state["place"])
-        self.sums = state["sums"]
+        if processes.rank() == 0:
+            self.sums = state["sums"]  # of all processes
         self.history, self.tables = state["history"], state["tables"]
         self.best, self.flops, self.seconds = state["best"], state["flops"], state["seconds"]
         self._counted = state["counted"]
@@ -178,6 +180,7 @@ class Trainer:
         self._clock = time.monotonic()
         try:
             while self.place.phase < len(phases):
+                processes.align(self.model)
                 phase = phases[self.place.phase]
                 if self.options.warmup_length > phase.epochs:
                     log.warning(
@@ -315,8 +318,10 @@ class Trainer:
                 after_backward=phase.each_step
                 and (lambda step: phase.each_step(self, first + step)),
                 after_step=self._after_step,
+                share=self._share,
                 blame=self._first_bad_layer,
             )
+        processes.align(self.model)
         self.count_flops(steps)
         trained, valid = means(self.sums), self.evaluate(self.data.valid)
         total = density_table(self.model).iloc[-1]
@@ -345,6 +350,10 @@ class Trainer:
         if self._stop:
             self._interrupt()
 
+    def _share(self, learning: Sequence[nn.Parameter], examples: int) -> None:
+        if processes.average_gradients(learning, examples, bool(self._asked)):
+            self._stop = self._asked or signal.SIGTERM
+
     def _after_step(self, done: int) -> None:
         every = self.options.save_every
         if done < len(self.data.train) and (self._stop or (every and done % every == 0)):
@@ -359,7 +368,9 @@ class Trainer:
         return first_bad_layer(self.model, images, self.autocast)
 
     def _on_signal(self, signum: int, _frame: object) -> None:
-        self._stop = signum
+        self._asked = signum
+        if processes.count() == 1:
+            self._stop = signum
         signal.signal(signum, signal.SIG_DFL)  # a second one stops at once
 
     def _interrupt(self) -> None:

@@ -5,14 +5,14 @@ when the epoch ends, or about once a second for the progress bar.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from startsparse import seeding
+from startsparse import processes, seeding
 from startsparse.data import AnyBatches
 from startsparse.errors import UserError
 from startsparse.masks import mask_gradients, masked_weights
@@ -51,6 +51,7 @@ def train_epoch(
     before_step: Callable[[int], None] | None = None,
     after_backward: Callable[[int], None] | None = None,
     after_step: Callable[[int], None] | None = None,
+    share: Callable[[Sequence[nn.Parameter], int], object] = processes.average_gradients,
     blame: Callable[[Tensor], str] | None = None,
 ) -> None:
     """Train for one epoch, or for what is left of it.
@@ -63,11 +64,13 @@ def train_epoch(
         start: first step; later than 0 when an interrupted epoch is resumed.
         seed: of the run. PyTorch's global generators, from which dropout draws, are seeded before
             each step by (seed, epoch, step); None: they are left alone.
-        sums: `new_sums`, added to in place.
+        sums: `new_sums`, added to in place; of all processes when the epoch is done.
         before_step: called with the step's number in the epoch, from 0.
         after_backward: called in each step of the epoch, with its number from 0, when gradients
             are there of all weights, inside and outside the masks; may change the masks.
         after_step: called with the number of steps done in this epoch.
+        share: (parameters that learn, examples), called after the backward pass; with several
+            processes it makes the gradients those of the whole batch.
         blame: images -> what went first when the loss is not finite (default: `first_bad_layer`).
 
     Raises:
@@ -78,7 +81,8 @@ def train_epoch(
     pairs = [(weight, mask) for _, weight, mask in masked_weights(model) if weight.requires_grad]
     blame = blame or (lambda images: first_bad_layer(model, images, autocast))
     waits = sums.device.type != "cpu"
-    bar = tqdm(total=len(batches), initial=start, desc=title, leave=False, disable=None)
+    hidden = processes.rank() > 0 or None
+    bar = tqdm(total=len(batches), initial=start, desc=title, leave=False, disable=hidden)
     shown = time.monotonic()
     with bar:
         for step, (images, labels) in enumerate(batches.epoch(epoch, start), start):
@@ -88,23 +92,25 @@ def train_epoch(
                 before_step(step)
             if seed is not None:
                 torch.manual_seed(seeding.derive(seed, "step", epoch, step))
-            with autocast:
-                logits = forward(images)
-                loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-            _add(sums, loss.detach(), logits.detach(), labels, step)
             now = time.monotonic()
-            if not waits or now - shown > 1:
-                _stop_if_bad(sums, images, blame)
-            optimizer.zero_grad()
-            loss.backward()
+            if len(labels):  # not every process has a share of a very small batch
+                with autocast:
+                    logits = forward(images)
+                    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+                _add(sums, loss.detach(), logits.detach(), labels, step)
+                if not waits or now - shown > 1:
+                    _stop_if_bad(sums, images, blame)
+                optimizer.zero_grad()
+                loss.backward()
+            learning = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+            share(learning, len(labels))
             if after_backward:
                 after_backward(step)
             # Layers that compute only inside their mask have no gradient outside it, or here.
             whole = [(w.grad, mask) for w, mask in pairs if w.grad is not None]
             mask_gradients([gradient for gradient, _ in whole], [mask for _, mask in whole])
             if clip_norm:
-                stepped = [p for group in optimizer.param_groups for p in group["params"]]
-                nn.utils.clip_grad_norm_(stepped, clip_norm)
+                nn.utils.clip_grad_norm_(learning, clip_norm)
             optimizer.step()
             bar.update()
             if now - shown > 1:
@@ -113,6 +119,7 @@ def train_epoch(
             if after_step:
                 after_step(step + 1)
         _stop_if_bad(sums, images, blame)
+    processes.add_up(sums)
 
 
 @torch.inference_mode()
@@ -131,7 +138,7 @@ def evaluate(
             logits = forward(images)
         loss = F.cross_entropy(logits.float(), labels)
         _add(sums, loss, logits, labels, 0)
-    return means(sums)
+    return means(processes.add_up(sums))
 
 
 def _add(sums: Tensor, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:

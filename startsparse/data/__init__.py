@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from startsparse import seeding
+from startsparse import processes, seeding
 from startsparse.data import (
     cifar,
     digits,
@@ -43,6 +43,7 @@ __all__ = [
     "Rows",
     "Shape",
     "data_root",
+    "first_batch",
     "load",
 ]
 
@@ -203,6 +204,12 @@ def load(
     if isinstance(source, Graph):
         shape = replace(shape, nodes=source.nodes, adjacency=source.adjacency)
     return Data(Repeated(train, passes) if passes > 1 else train, valid, test, shape)
+
+
+def first_batch(batches: AnyBatches, epoch: int) -> tuple[Tensor, Tensor]:
+    """Of an epoch, the same whole batch in every process."""
+    with processes.alone():
+        return next(batches.epoch(epoch))
 
 
 def _split(examples: int, valid_split: float, seed: int) -> tuple[Tensor, Tensor]:

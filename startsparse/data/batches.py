@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from startsparse import seeding
+from startsparse import processes, seeding
 
 
 def steps(examples: int, batch_size: int, train: bool) -> int:
@@ -16,6 +16,24 @@ def steps(examples: int, batch_size: int, train: bool) -> int:
     """
     full, rest = divmod(examples, batch_size)
     return full + (rest > 1 if train else rest > 0)
+
+
+def parts(examples: int, batch_size: int, train: bool, start: int = 0) -> Iterator[slice]:
+    """The rows of each step of an epoch, from step ``start`` on, that are this process's.
+
+    In training it is a share of each batch: of several processes each has a part, of two rows at
+    least, as BatchNorm needs them; where that is too much for some they have none, in that step.
+    In evaluation the processes have whole batches in turn.
+    """
+    rank, count = processes.rank(), processes.count()
+    for step in range(start, steps(examples, batch_size, train)):
+        first, last = step * batch_size, min((step + 1) * batch_size, examples)
+        if train:
+            sharing = max(1, min(count, (last - first) // 2))
+            places = (min(place, sharing) for place in (rank, rank + 1))
+            yield slice(*(first + place * (last - first) // sharing for place in places))
+        elif step % count == rank:
+            yield slice(first, last)
 
 
 def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -101,8 +119,7 @@ class Batches:
         the device. The random numbers are drawn before the first step: no step waits for the CPU.
         """
         plan = None if self.seed is None else self._plan(self.seed, epoch)
-        for step in range(start, len(self)):
-            part = slice(step * self.batch_size, (step + 1) * self.batch_size)
+        for part in parts(self.examples, self.batch_size, self.seed is not None, start):
             if plan is None:
                 pixels, labels = self._images[part].flatten(2), self.labels[part]
             else:
@@ -123,7 +140,8 @@ class Batches:
     def _cropped(self, corners: Tensor, mirrored: Tensor) -> Tensor:
         """The crops with these top left pixels: uint8 [B, H, W * C]."""
         lines = corners.unsqueeze(1) + self._offsets  # [B, H]
-        pixels = self._lines.index_select(0, lines.flatten()).view(*lines.shape, -1)
+        pixels = self._lines.index_select(0, lines.flatten())
+        pixels = pixels.view(-1, *lines.shape[1:], pixels.shape[1])
         if not self.flip:
             return pixels
         return pixels.gather(2, self._columns[mirrored].unsqueeze(1).expand_as(pixels))

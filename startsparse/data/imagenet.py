@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from startsparse import seeding
 from startsparse.data import files
-from startsparse.data.batches import normalised, steps
+from startsparse.data.batches import normalised, parts, steps
 from startsparse.errors import UserError
 
 SIZE = 224
@@ -47,7 +47,7 @@ class _Reader(Dataset):
                 except UserError as error:
                     return error
                 pixels[place] = np.asarray(self.transform(image))
-        labels = torch.tensor([self.samples[row][1] for row in rows])
+        labels = torch.tensor([self.samples[row][1] for row in rows], dtype=torch.int64)
         return torch.from_numpy(pixels), labels
 
 
@@ -105,10 +105,10 @@ class FolderBatches:
         if self.train:
             draws = seeding.generator(self.seed, "shuffle", epoch)
             rows = rows[torch.randperm(self.examples, generator=draws)]
-        batches = [part.tolist() for part in rows.split(self.batch_size)]
+        shares = parts(self.examples, self.batch_size, self.train, start)
         loader = DataLoader(
             _Reader(self.samples, self.transform, self.seed, epoch),
-            sampler=batches[start : len(self)],  # an "index" is the rows of a batch
+            sampler=[rows[share].tolist() for share in shares],  # an "index" is the rows of a batch
             batch_size=None,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from startsparse import seeding
-from startsparse.data.batches import steps
+from startsparse.data.batches import parts, steps
 
 
 class Rows:
@@ -46,8 +46,7 @@ class Rows:
             draws = seeding.generator(self.seed, "shuffle", epoch)
             order = torch.randperm(self.examples, generator=draws).to(labels.device)
             features, labels = features[order], labels[order]
-        for step in range(start, len(self)):
-            part = slice(step * self.batch_size, (step + 1) * self.batch_size)
+        for part in parts(self.examples, self.batch_size, self.seed is not None, start):
             yield features[part], labels[part]
 
 

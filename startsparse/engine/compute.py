@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from startsparse import processes
 from startsparse.engine.build import NoCompilerError
 from startsparse.engine.choice import Choice, choose
 from startsparse.engine.lowering import UnsupportedError
@@ -87,7 +88,9 @@ class Compute:
         density = self._density_now()
         # What gained at a higher density gains more now.
         gain = self.form.computes if density < self._density else frozenset()
-        found = choose(self.form, images(), classes, gain)
+        batch = images()
+        found = processes.from_first(lambda: choose(self.form, batch, classes, gain))
+        self.form.compute_sparsely(found.computes)
         tried = not gain or bool(found.layers)
         if gain:
             found.layers = self.found.layers | found.layers

@@ -1,0 +1,193 @@
+"""Runs of two processes: `python processes_runs.py RUNS FOLDER` for test_processes.
+
+It imports what takes seconds to import, and is then forked for each process of each run. A process
+of pytest could not be: autograd has worked there, and would not in a copy.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from script_runs import newest
+
+from ER_DST import main as dst
+from ER_SLT import main as slt
+from startsparse import processes, report
+from startsparse.masks import masked_weights
+from startsparse.trainer import Interrupted, Trainer
+from STR import main as str_
+
+# Without BatchNorm, whose statistics would be those of shares. Of 62 examples the last batch has
+# two, which is a share for one process only.
+SMALL = [
+    *("--width", "8", "--epochs", "2", "--passes", "3", "--batch-size", "30"),
+    *("--modulus", "13", "--train-fraction", "0.68", "--lr", "0.1"),
+]
+STR = ["--set", "modular-addition", "--arch", "algorithmic", *SMALL]
+DST = ["--data", "modular-addition", "--model", "algorithmic", "--sparse", *SMALL]
+SLT = ["--dataset", "modular-addition", "--model", "algorithmic", *SMALL]
+RUNS = {
+    "pruned by snip": (
+        str_,
+        [*STR, "--threshold-list", "0.3", "--final_prune_epoch", "1", "--pruner", "snip"],
+    ),
+    "soft thresholds": (str_, [*STR, "--conv-type", "STRConvER", "--sInit-value", "-3"]),
+    "drop and grow": (dst, [*DST, "--update-frequency", "4", "--final-density", "0.2"]),
+    "ratio of imp": (
+        dst,
+        [*DST, "--sparse-init", "ER_imp", "--growth", "momentum", "--update-frequency", "4"],
+    ),
+    "edge-popup": (slt, [*SLT, "--levels", "2", "--lr", "1"]),
+}
+INTERRUPTED = "drop and grow"
+STOP = 8  # step within the epoch before which the other process is asked to stop
+
+
+def folders(where: Path) -> list[str]:
+    return ["--log-dir", f"{where}/runs", "--result-dir", f"{where}"]
+
+
+def forms(where: Path) -> list[tuple[object, list[str], Path]]:
+    """Script, arguments and folder of every run, in both forms."""
+    return [
+        (script, [*argv, "--sparse-compute", form, *folders(where / f"{name}, {form}")])
+        for name, (script, argv) in RUNS.items()
+        for form in ("on", "off")
+    ]
+
+
+def all_runs(where: Path) -> None:
+    """Every run of `RUNS`; weights and masks of this process at every step are written down."""
+    seen, after = [], Trainer._after_step
+
+    def look(trainer: Trainer, done: int) -> None:
+        state = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+        state += [mask for _, _, mask in masked_weights(trainer.model)]
+        digest = hashlib.sha256()
+        for tensor in state:
+            digest.update(tensor.detach().contiguous().numpy().tobytes())
+        seen.append(digest.hexdigest())
+        after(trainer, done)
+
+    Trainer._after_step = look
+    for script, argv in forms(where):
+        script.main(argv)
+    (where / f"seen-{processes.rank()}.json").write_text(json.dumps(seen))
+
+
+def stopped_and_resumed(where: Path) -> None:
+    """The other process is asked to stop; then the run goes on."""
+    after = Trainer._after_step
+
+    def ask(trainer: Trainer, done: int) -> None:
+        if processes.rank() == 1 and done == STOP and not trainer.history:
+            os.kill(os.getpid(), signal.SIGTERM)
+        after(trainer, done)
+
+    script, argv = RUNS[INTERRUPTED]
+    argv = [*argv, "--sparse-compute", "on", *folders(where / "stopped")]
+    Trainer._after_step = ask
+    try:
+        script.main(argv)
+    except Interrupted as stop:
+        code = stop.exit_code
+    assert code == 128 + signal.SIGTERM
+    Trainer._after_step = after
+    if processes.rank() == 0:
+        checkpoint = newest(where / "stopped") / "checkpoint.pt"
+        checkpoint.with_name("stopped.pt").write_bytes(checkpoint.read_bytes())
+    script.main([*argv, "--resume", "auto"])
+
+
+def bad(argv: list[str]) -> Callable[[Path], None]:
+    """A run that ends with a line."""
+    return lambda where: processes.run_script(lambda: str_.main([*argv, *folders(where)]))
+
+
+def not_finite(where: Path) -> None:
+    """One process alone meets a bad loss."""
+    if os.environ["RANK"] == "1":
+        evaluate = torch.nn.functional.cross_entropy
+        torch.nn.functional.cross_entropy = lambda *a, **k: evaluate(*a, **k) * torch.nan
+    bad([*STR, "--sparse-compute", "off"])(where)
+
+
+def killed(where: Path) -> None:
+    """One process ends without a word."""
+    if os.environ["RANK"] == "1":
+        Trainer._after_step = lambda *_: os._exit(9)
+    bad(STR)(where)
+
+
+BAD = {
+    "option": bad([*STR, "--lr", "-1"]),
+    "gpus": bad([*STR, "--multigpu", "0"]),
+    "graph": bad(["--set", "karate", "--arch", "gcn"]),
+    "batch": bad([*STR, "--batch-size", "3"]),
+    "found by the first": bad([*STR, "--resume", "auto", "--evaluate"]),
+    "not finite": not_finite,
+    "killed": killed,
+}
+
+
+def pair(job: Callable[[Path], None], where: Path) -> list[int]:
+    """Exit codes of two processes that do ``job``; what they say is in stderr-0 and stderr-1."""
+    where.mkdir(parents=True, exist_ok=True)
+    # As torchrun does it: a place to meet that outlives the processes.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    children = []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1]:
+            continue
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+        sys.stdout = (where / f"stdout-{rank}").open("w")
+        sys.stderr = (where / f"stderr-{rank}").open("w")
+        code = 0
+        try:
+            job(where)
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def joined(job: Callable[[Path], None]) -> Callable[[Path], None]:
+    """``job`` of a process that has found the others."""
+
+    def do(where: Path) -> None:
+        processes.start()
+        job(where)
+
+    return do
+
+
+def main() -> None:
+    """Exit codes as JSON."""
+    torch.set_num_threads(1)
+    report.plot_run = lambda *_: None
+    kind, where = sys.argv[1], Path(sys.argv[2])
+    if kind == "bad":
+        print(json.dumps({name: pair(job, where / name) for name, job in BAD.items()}))
+    else:
+        codes = pair(joined(all_runs), where)
+        codes += pair(joined(stopped_and_resumed), where)
+        print(json.dumps(codes))
+
+
+if __name__ == "__main__":
+    main()
