@@ -116,7 +116,7 @@ class Options:
     """Weights that are tested: those of the best validation epoch, or of the last epoch"""
 
     multigpu: Annotated[str, default_is("the first, if there is one")] = ""
-    """GPUs, as in 0,1; several train by DataParallel"""
+    """GPUs, as in 0,1; several train by DataParallel. On CPUs, torchrun starts several processes"""
     amp: choice(("auto", "bf16", "off")) = "auto"
     """bf16 autocast; auto: on GPUs that have it"""
     compile: bool = False

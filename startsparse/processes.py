@@ -54,7 +54,9 @@ def start() -> None:
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return
     _store, _rank, _count = next(dist.rendezvous("env://"))
-    dist.init_process_group("gloo", store=_store, rank=_rank, world_size=_count)
+    # A process that ends is noticed at once; the others may wait while the first one downloads.
+    patience = datetime.timedelta(days=1)
+    dist.init_process_group("gloo", None, patience, _count, _rank, _store)
     logging.getLogger("startsparse").disabled = _rank > 0
 
 

@@ -10,16 +10,21 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 
 import torch
+import torch._dynamo  # else the first optimizer imports it
 import torch.distributed as dist
+import torch.utils.tensorboard  # else the first epoch does
 from script_runs import newest
 
 from ER_DST import main as dst
 from ER_SLT import main as slt
 from startsparse import processes, report
+from startsparse.engine import choice, compute
+from startsparse.engine.network import SparseForm
 from startsparse.masks import masked_weights
 from startsparse.trainer import Interrupted, Trainer
 from STR import main as str_
@@ -47,15 +52,15 @@ RUNS = {
     "edge-popup": (slt, [*SLT, "--levels", "2", "--lr", "1"]),
 }
 INTERRUPTED = "drop and grow"
-STOP = 8  # step within the epoch before which the other process is asked to stop
+STOP = 7  # step within the epoch before which the other process is asked to stop
 
 
 def folders(where: Path) -> list[str]:
     return ["--log-dir", f"{where}/runs", "--result-dir", f"{where}"]
 
 
-def forms(where: Path) -> list[tuple[object, list[str], Path]]:
-    """Script, arguments and folder of every run, in both forms."""
+def forms(where: Path) -> list[tuple[ModuleType, list[str]]]:
+    """Script and arguments of every run, in both forms."""
     return [
         (script, [*argv, "--sparse-compute", form, *folders(where / f"{name}, {form}")])
         for name, (script, argv) in RUNS.items()
@@ -64,22 +69,44 @@ def forms(where: Path) -> list[tuple[object, list[str], Path]]:
 
 
 def all_runs(where: Path) -> None:
-    """Every run of `RUNS`; weights and masks of this process at every step are written down."""
-    seen, after = [], Trainer._after_step
+    """Every run of `RUNS`, and two more.
 
-    def look(trainer: Trainer, done: int) -> None:
-        state = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-        state += [mask for _, _, mask in masked_weights(trainer.model)]
+    Weights and masks of this process after every step, and the model that it evaluates, are
+    written down.
+    """
+    seen, after, evaluate = [], Trainer._after_step, Trainer.evaluate
+
+    def look(tensors: Iterable[torch.Tensor]) -> None:
         digest = hashlib.sha256()
-        for tensor in state:
+        for tensor in tensors:
             digest.update(tensor.detach().contiguous().numpy().tobytes())
         seen.append(digest.hexdigest())
+
+    def step(trainer: Trainer, done: int) -> None:
+        state = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+        look([*state, *(mask for _, _, mask in masked_weights(trainer.model))])
         after(trainer, done)
 
-    Trainer._after_step = look
+    def evaluated(trainer: Trainer, *batches: object) -> dict[str, float]:
+        look(trainer.model.state_dict().values())
+        return evaluate(trainer, *batches)
+
+    Trainer._after_step, Trainer.evaluate = step, evaluated
     for script, argv in forms(where):
         script.main(argv)
+    # What auto finds by trying: one process tries.
+    compute._SMALL, compute.choose = 0, found_by_the_first
+    str_.main([*STR, *folders(where / "auto")])
+    # With BatchNorm. It has no counterpart in one process.
+    str_.main([*STR, "--arch", "mlp", "--sparse-compute", "off", *folders(where / "mlp")])
     (where / f"seen-{processes.rank()}.json").write_text(json.dumps(seen))
+
+
+def found_by_the_first(form: SparseForm, *_: object) -> choice.Choice:
+    """In the place of `choice.choose`."""
+    assert os.environ["RANK"] == "0"
+    form.compute_sparsely(["decoder.0"])
+    return choice.Choice({"decoder.0": 2.0}, form.computes, 0.5)
 
 
 def stopped_and_resumed(where: Path) -> None:

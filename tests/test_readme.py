@@ -110,6 +110,12 @@ def test_the_commands_for_graphs_and_algorithms_are_understood(monkeypatch):
     assert sets == ["cifar10", "karate", "modular-addition"]
 
 
+def test_the_command_for_several_processes_is_understood(monkeypatch):
+    monkeypatch.chdir(ROOT / "STR")
+    (command,) = re.findall(r"^torchrun --nproc-per-node 2 main\.py (.*)$", README, re.MULTILINE)
+    assert parse(*SCRIPTS["STR"], command.split()).set == "digits"
+
+
 def test_every_sweep_is_understood(monkeypatch, capsys):
     monkeypatch.chdir(ROOT / "STR")
     commands = re.findall(r"^python run_imp\.py(.*)$", README, re.MULTILINE)
