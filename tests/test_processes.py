@@ -39,7 +39,8 @@ def test_two_processes_train_as_one(tmp_path):
     for (script, argv), (_, others) in zip(forms(tmp_path / "one"), forms(tmp_path / "two")):
         script.main(argv)
         one, two = (newest(Path(args[-1])) for args in (argv, others))
-        assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+        assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+        assert len(list(one.rglob("*"))) == len(list(two.rglob("*")))
         for path in one.rglob("*.csv"):
             tables = [pd.read_csv(folder / path.relative_to(one)) for folder in (one, two)]
             assert_close(*(t.drop(columns="seconds", errors="ignore") for t in tables))
