@@ -32,7 +32,7 @@ from STR import main as str_
 # Without BatchNorm, whose statistics would be those of shares. Of 62 examples the last batch has
 # two, which is a share for one process only.
 SMALL = [
-    *("--width", "8", "--epochs", "2", "--passes", "3", "--batch-size", "30"),
+    *("--width", "8", "--epochs", "2", "--passes", "2", "--batch-size", "12"),
     *("--modulus", "13", "--train-fraction", "0.68", "--lr", "0.1"),
 ]
 STR = ["--set", "modular-addition", "--arch", "algorithmic", *SMALL]
