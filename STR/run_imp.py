@@ -15,11 +15,11 @@ from typing import Annotated
 
 import pandas as pd
 
-from startsparse import report
+from startsparse import processes, report
 from startsparse.atomic import write_text
 from startsparse.commandline import choice, default_is, from_flags, normal, parse
 from startsparse.data import SETS
-from startsparse.errors import OptionError, run_script
+from startsparse.errors import OptionError
 from startsparse.options import require_gpus, require_range
 from startsparse.schedules import geometric
 from STR.jobs import Job, run_all
@@ -71,6 +71,8 @@ class SweepOptions:
 
     def check(self) -> None:
         """Raise `OptionError` for values that cannot be meant; names the option."""
+        if processes.count() > 1:
+            raise OptionError("torchrun: is for main.py; a sweep starts its own runs, see --jobs")
         require_range(self, "keep", low=0, high=1, open_low=True, open_high=True)
         require_range(self, "target", low=0, high=1, open_low=True)
         require_gpus(self, "devices")
@@ -201,4 +203,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    processes.run_script(main)

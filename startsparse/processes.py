@@ -113,9 +113,11 @@ def first_goes_ahead() -> Iterator[None]:
     """The first process does what is within before the others, which find it done."""
     if _rank > 0:
         from_first(lambda: None)
-    yield
-    if _rank == 0:
-        from_first(lambda: None)
+    try:
+        yield
+    finally:  # errors too may come again in the others
+        if _rank == 0:
+            from_first(lambda: None)
 
 
 def align(model: nn.Module) -> None:

@@ -371,7 +371,8 @@ class Trainer:
         self._asked = signum
         if processes.count() == 1:
             self._stop = signum
-        signal.signal(signum, signal.SIG_DFL)  # a second one stops at once
+            # A second one stops at once. Under torchrun it may be the same one, passed on.
+            signal.signal(signum, signal.SIG_DFL)
 
     def _interrupt(self) -> None:
         where = f"epoch {len(self.history) + 1}, step {self.place.step + 1}"

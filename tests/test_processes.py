@@ -18,6 +18,8 @@ from script_runs import ROOT, newest, same, weights
 from startsparse import checkpoint, processes
 from startsparse.data import Batches, Repeated, Rows, first_batch
 from startsparse.data.batches import parts
+from startsparse.errors import OptionError
+from STR import run_imp
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -84,6 +86,12 @@ def test_what_is_wrong_is_said_once(tmp_path):
         assert "".join(said).startswith(f"error: {SAID[name][0]}"), said
         assert codes[name] == SAID[name][1]
     assert set(BAD) == set(SAID)
+
+
+def test_a_sweep_is_one_process(monkeypatch):
+    monkeypatch.setattr(processes, "_count", 2)
+    with pytest.raises(OptionError, match="torchrun: is for main.py"):
+        run_imp.main(["--dry-run"])
 
 
 SAID = {

@@ -60,7 +60,8 @@ class Compute:
             return
         if not obstacle:
             try:
-                self.form = SparseForm(model, shape)
+                with processes.first_goes_ahead():  # it may have the kernels to build
+                    self.form = SparseForm(model, shape)
             except (UnsupportedError, NoCompilerError) as error:
                 obstacle = str(error)
         if obstacle and (mode == "on" or _on_cpu(model)):
