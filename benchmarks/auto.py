@@ -11,16 +11,13 @@ import time
 
 import torch
 
-from benchmarks import sparse_compute
-from benchmarks.sparse_compute import dense, network, sgd
+from benchmarks.sparse_compute import NETWORKS, PAIRS, dense, network, sgd
 from benchmarks.steps import OneBatch, interleaved, loop_step, random_images
 from startsparse import flops
 from startsparse.engine.compute import Compute
 from startsparse.masks import masked_weights
 
-sparse_compute.SETTINGS["resnet20"] = "ERK", 128, (3, 32, 32), ()
 DENSITIES = 0.9, 0.6, 0.4, 0.3, 0.2, 0.1, 0.02
-PAIRS = sparse_compute.PAIRS | {"resnet20": (15, 1)}
 CPU = torch.device("cpu")
 
 
@@ -28,7 +25,7 @@ def main() -> None:
     print(
         f"{'':<14} {'layers':>8} {'dense ms':>9} {'ms':>8} {'ratio':>6} {'choice':>7} {'lists':>6}"
     )
-    for arch, (_, size, shape, _) in sparse_compute.SETTINGS.items():
+    for arch, (_, size, shape) in NETWORKS.items():
         images = random_images(size, CPU, torch.channels_last, shape)
         base, batch = dense(arch, images)
         base_step = loop_step(base, base, OneBatch(batch), sgd(base))

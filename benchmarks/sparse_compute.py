@@ -22,26 +22,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.steps import interleaved
+from benchmarks.steps import interleaved, random_images
 from startsparse import er, masks, models
 from startsparse.engine.choice import choose
 from startsparse.engine.network import SparseForm
 from startsparse.models.mlp import MLP
 from startsparse.options import Options
 
-# network -> layer-wise ratio, batch, shape of an image, densities
-SETTINGS = {
-    "resnet18": ("uniform", 64, (3, 32, 32), (0.2, 0.1, 0.05, 0.01)),
-    "vgg16": ("balanced", 64, (3, 32, 32), (0.1, 0.01)),
-    "mlp": ("uniform", 128, (1, 28, 28), (0.1, 0.05, 0.01)),
+# network -> layer-wise ratio, batch, shape of an image
+NETWORKS = {
+    "resnet18": ("uniform", 64, (3, 32, 32)),
+    "vgg16": ("balanced", 64, (3, 32, 32)),
+    "mlp": ("uniform", 128, (1, 28, 28)),
+    "resnet20": ("ERK", 128, (3, 32, 32)),
 }
-PAIRS = {"resnet18": (3, 3), "vgg16": (4, 3), "mlp": (20, 10)}  # and steps in a row
+DENSITIES = {"resnet18": (0.2, 0.1, 0.05, 0.01), "vgg16": (0.1, 0.01), "mlp": (0.1, 0.05, 0.01)}
+# pairs of measurements, and steps in a row that are one
+PAIRS = {"resnet18": (3, 3), "vgg16": (4, 3), "mlp": (20, 10), "resnet20": (15, 1)}
 INFERENCE = 0.05  # density of the networks that are evaluated
 
 
 def network(arch: str, density: float) -> nn.Module:
     """The network with random masks, or without any at density 1."""
-    ratio, _, (_, size, _), _ = SETTINGS[arch]
+    ratio, _, (_, size, _) = NETWORKS[arch]
     if arch == "mlp":  # 784-1024-1024-10
         model = MLP(size * size, 10, width=1024, hidden=2)
     else:
@@ -116,7 +119,7 @@ def sparseprop(model: nn.Module, images: Tensor) -> nn.Module | None:
 def sparse_form(arch: str, density: float, images: Tensor) -> tuple[nn.Module, SparseForm]:
     """The masked network and its sparse form; layers that are slower so stay dense."""
     model = network(arch, density).to(memory_format=torch.channels_last)
-    form = SparseForm(model, SETTINGS[arch][2])
+    form = SparseForm(model, NETWORKS[arch][2])
     found = choose(form, images, 10)
     form.compute_sparsely([name for name, times in found.layers.items() if times > 1])
     return model, form
@@ -163,7 +166,8 @@ class Table:
         table = pd.DataFrame(self.rows)
         table.round(3).to_csv(here.with_suffix(".csv"), index=False)
         figure = Figure(figsize=(12, 3.6), layout="constrained")
-        for axis, (arch, (ratio, batch, *_)) in zip(figure.subplots(1, 3), SETTINGS.items()):
+        for axis, (arch, densities) in zip(figure.subplots(1, 3), DENSITIES.items()):
+            ratio, batch, _ = NETWORKS[arch]
             for form in ("sparse", "SparseProp", "masked"):
                 rows = table[(table["network"] == arch) & (table["form"] == form)]
                 axis.plot(rows["density"], rows["times_faster"], "o-", label=form)
@@ -174,7 +178,6 @@ class Table:
             axis.invert_xaxis()
             ticks = [t for t in (0.5, 1, 2, 5, 10, 20) if t < 1.3 * table["times_faster"].max()]
             axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-            densities = SETTINGS[arch][-1]
             axis.set_xticks(densities, [f"{density:g}" for density in densities])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
@@ -185,8 +188,9 @@ class Table:
 
 def main(save: bool = False) -> None:
     table = Table()
-    for arch, (_, size, shape, densities) in SETTINGS.items():
-        images = torch.randn(size, *shape, generator=torch.Generator().manual_seed(1))
+    for arch, densities in DENSITIES.items():
+        _, size, shape = NETWORKS[arch]
+        images = random_images(size, torch.device("cpu"), torch.contiguous_format, shape)
         base, batch = dense(arch, images)
         base_step = step(base, sgd(base), batch)
         for density in densities:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.sparse_compute import inference, sgd, step
-from benchmarks.steps import interleaved
+from benchmarks.steps import interleaved, random_images
 from ER_SLT.edge_popup import RANKINGS, set_density
 from ER_SLT.main import plan, pop_up
 from ER_SLT.options import SLTOptions
@@ -54,7 +54,7 @@ def show(name: str, masked: Callable[[], float], sparse: Callable[[], float]) ->
 
 
 def main() -> None:
-    images = torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    images = random_images(BATCH, torch.device("cpu"), torch.contiguous_format)
     last = images.to(memory_format=torch.channels_last)
     print(f"{'':<32} {'masked ms':>9} {'ms':>9} {'times faster':>13}")
     makers = {"soft thresholds": soft}

@@ -13,7 +13,16 @@ from startsparse.trainer import make_optimizer
 from STR.main import network
 from STR.options import CONV_TYPES, STROptions
 
-__all__ = ["CONV_TYPES", "devices", "interleaved", "make_step", "timed_step"]
+__all__ = [
+    "CONV_TYPES",
+    "OneBatch",
+    "devices",
+    "interleaved",
+    "loop_step",
+    "make_step",
+    "random_images",
+    "timed_step",
+]
 
 
 def random_images(

@@ -1,8 +1,10 @@
 """Layers with an effective weight in the sparse form: soft thresholds and edge-popup."""
 
 import copy
+from functools import partial
 
 import pytest
+import test_engine_network
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -52,15 +54,8 @@ def network(kind, biases=True, dtype=torch.float64):
     return model.to(dtype, memory_format=torch.channels_last)
 
 
-def batch(images=19, dtype=torch.float64):
-    draw = torch.Generator().manual_seed(2)
-    return torch.randn(images, *SHAPE, generator=draw, dtype=dtype), torch.arange(images) % 10
-
-
-def sparse_form(model, without=()):
-    form = SparseForm(model, SHAPE)
-    form.compute_sparsely(set(form.layers) - set(without))
-    return form
+batch = partial(test_engine_network.batch, shape=SHAPE)
+sparse_form = partial(test_engine_network.sparse_form, shape=SHAPE)
 
 
 def optimizer_state(optimizer):

@@ -35,13 +35,13 @@ def network(arch, density=0.3, dtype=torch.float64, width=None):
     return model.to(dtype, memory_format=torch.channels_last)
 
 
-def batch(images=19, dtype=torch.float64):
+def batch(images=19, dtype=torch.float64, shape=SHAPE):
     draw = torch.Generator().manual_seed(2)
-    return torch.randn(images, *SHAPE, generator=draw, dtype=dtype), torch.arange(images) % 10
+    return torch.randn(images, *shape, generator=draw, dtype=dtype), torch.arange(images) % 10
 
 
-def sparse_form(model, without=()):
-    form = SparseForm(model, SHAPE)
+def sparse_form(model, without=(), shape=SHAPE):
+    form = SparseForm(model, shape)
     form.compute_sparsely(set(form.layers) - set(without))
     return form
 
