@@ -38,7 +38,8 @@ def plot_run(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
         axis.plot(x, scale * epochs[f"train_{what}"], ".-", label="training")
         axis.plot(x, scale * epochs[f"valid_{what}"], ".-", label="validation")
         axis.legend()
-    loss.set(xlabel="epoch", ylabel="cross-entropy", title="Loss", ylim=(0, None))
+    # Before its running statistics have settled, BatchNorm can make the first losses huge.
+    loss.set(xlabel="epoch", ylabel="cross-entropy", title="Loss", yscale="log")
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
     density.plot(x, epochs["density"], ".-", color="tab:green")
     density.set(xlabel="epoch", ylabel="kept / all weights", title="Density", ylim=(0, None))
