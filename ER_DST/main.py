@@ -48,20 +48,20 @@ def train(options: DSTOptions) -> None:
     if not planned:
         check_flow(model, requested, options)
 
-    run = runs.open_run(options, folder)
-    if options.searches:
-        run.write_json("ratios.json", requested)
-        run.write_json("search.json", {"flops": spent})
-    trainer = Trainer(model, images, options, run, devices, lambda: flops.densities(model))
-    if options.evaluate:
-        recipe.say_accuracies(trainer)
-        return
+    with runs.open_run(options, folder) as run:
+        if options.searches:
+            run.write_json("ratios.json", requested)
+            run.write_json("search.json", {"flops": spent})
+        trainer = Trainer(model, images, options, run, devices, lambda: flops.densities(model))
+        if options.evaluate:
+            recipe.say_accuracies(trainer)
+            return
 
-    trainer.load()
-    recipe.show_start(trainer, requested)
-    trainer.run_phases([phase(options, len(images.train))])
-    result = trainer.test() | {"search_flops": spent}
-    recipe.finish(trainer, options.requested, requested, result)
+        trainer.load()
+        recipe.show_start(trainer, requested)
+        trainer.run_phases([phase(options, len(images.train))])
+        result = trainer.test() | {"search_flops": spent}
+        recipe.finish(trainer, options.requested, requested, result)
 
 
 def plan(options: DSTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, float]]:

@@ -53,19 +53,19 @@ def train(options: SLTOptions) -> None:
     set_density(model, densities(options)[0])
     model.to(devices[0], memory_format=torch.channels_last)
 
-    run = runs.open_run(options, folder)
-    trainer = Trainer(model, images, options, run, devices, lambda: flops.densities(model))
-    trainer.load()
-    recipe.show_densities(run, random_mask, "random_mask.csv")
-    warn_of_small_masks(model, options)
-    trainer.run_phases(phases(options))
+    with runs.open_run(options, folder) as run:
+        trainer = Trainer(model, images, options, run, devices, lambda: flops.densities(model))
+        trainer.load()
+        recipe.show_densities(run, random_mask, "random_mask.csv")
+        warn_of_small_masks(model, options)
+        trainer.run_phases(phases(options))
 
-    result = record_level(trainer, level=options.levels)
-    checkpoint.save(run.folder / "dense_weights.pt", {"model": plain_state(model)})
-    if options.shuffle:
-        result |= try_shuffles(trainer)
-    asked = dict.fromkeys(requested, options.sparsity)
-    recipe.finish(trainer, options.sparsity, asked, result)
+        result = record_level(trainer, level=options.levels)
+        checkpoint.save(run.folder / "dense_weights.pt", {"model": plain_state(model)})
+        if options.shuffle:
+            result |= try_shuffles(trainer)
+        asked = dict.fromkeys(requested, options.sparsity)
+        recipe.finish(trainer, options.sparsity, asked, result)
 
 
 def plan(options: SLTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, float]]:

@@ -36,22 +36,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_levels(model, options)
     model.to(devices[0], memory_format=torch.channels_last)
 
-    run = runs.open_run(options, folder)
-    trainer = Trainer(model, images, options, run, devices, lambda: watched(model))
-    if options.evaluate:
-        recipe.say_accuracies(trainer)
-        return
+    with runs.open_run(options, folder) as run:
+        trainer = Trainer(model, images, options, run, devices, lambda: watched(model))
+        if options.evaluate:
+            recipe.say_accuracies(trainer)
+            return
 
-    trainer.load()
-    recipe.show_start(trainer, requested)
-    begin(trainer)
-    trainer.run_phases(phases(options))
+        trainer.load()
+        recipe.show_start(trainer, requested)
+        begin(trainer)
+        trainer.run_phases(phases(options))
 
-    levels = len(options.threshold_list)
-    result = record_level(trainer, level=levels) if levels else trainer.test()
-    if options.soft:
-        checkpoint.save(run.folder / "dense_weights.pt", {"model": plain_state(model)})
-    recipe.finish(trainer, options.requested, requested, result, layer_table(model))
+        levels = len(options.threshold_list)
+        result = record_level(trainer, level=levels) if levels else trainer.test()
+        if options.soft:
+            checkpoint.save(run.folder / "dense_weights.pt", {"model": plain_state(model)})
+        recipe.finish(trainer, options.requested, requested, result, layer_table(model))
 
 
 def plan(options: STROptions, shape: data.Shape) -> tuple[torch.nn.Module, dict[str, float]]:

@@ -27,10 +27,10 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -51,19 +51,30 @@ FREE |= {"workers", "multigpu", "compile", "sparse_compute"}
 
 
 class Run:
-    """The folder of one run, held by this process, or the first of several, until it ends."""
+    """The folder of one run, held by this process, or the first of several, until it is closed.
+
+    A context manager: it is closed where the ``with`` ends.
+    """
 
     def __init__(self, folder: Path, options: Options):
         self.folder, self.options = folder, options
         self._boards: dict[str, Any] = {}
+        self._open = ExitStack()
         if processes.rank() > 0:
             return
-        self._lock = (folder / ".lock").open("w")
+        lock = self._open.enter_context((folder / ".lock").open("w"))
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self._open.close()
             raise UserError(f"--resume: {folder} is in use by another process") from None
-        _log_to(folder / "log.txt")
+        self._open.enter_context(_logging_to(folder / "log.txt"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
     @by_first
     def record(self, row: dict, watched: dict[str, float]) -> None:
@@ -90,7 +101,8 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             folder = self.folder / "tensorboard" / board
-            self._boards[board] = SummaryWriter(folder, purge_step=step)
+            writer = SummaryWriter(folder, purge_step=step)
+            self._boards[board] = self._open.enter_context(writer)
         for name, value in values.items():
             if isinstance(value, int | float) and name != "epoch" and not math.isnan(value):
                 self._boards[board].add_scalar(name, value, step)
@@ -250,11 +262,13 @@ def _git(folder: Path, *command: str) -> str:
     return done.stdout.strip()
 
 
-def _log_to(path: Path) -> None:
-    for handler in list(log.handlers):
-        if isinstance(handler, logging.FileHandler):
-            log.removeHandler(handler)
-            handler.close()
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
     file = logging.FileHandler(path)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
+    try:
+        yield
+    finally:
+        log.removeHandler(file)
+        file.close()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from startsparse import report, runs
+from startsparse.console import log
 from startsparse.errors import UserError
 from startsparse.options import Options
 
@@ -53,6 +54,18 @@ def test_a_run_belongs_to_one_process(tmp_path):
     assert "is in use by another process" in done.stderr
     with pytest.raises(UserError, match="in use"):
         runs.open_run(options, run.folder)
+
+
+def test_a_closed_run_is_anyones(tmp_path):
+    options = Options(log_dir=str(tmp_path))
+    with runs.open_run(options) as run:
+        run.show("levels", {"density": 0.1}, step=1)
+        log.info("within")
+    log.info("after")
+    with runs.open_run(options, run.folder):
+        log.info("again")
+    said = [line.split()[-1] for line in (run.folder / "log.txt").read_text().splitlines()]
+    assert said == ["within", "again"]
 
 
 def test_mean_and_confidence_interval_by_hand(tmp_path):
