@@ -14,7 +14,7 @@ from startsparse.atomic import replacing
 from startsparse.errors import UserError
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("products.cpp", "compaction.cpp", "layers.cpp", "planes.cpp")
+_SOURCES = ("products.cpp", "compaction.cpp", "layers.cpp", "planes.cpp", "winograd.cpp")
 _HEADERS = ("maps.h", "norm.h")
 _SCALARS = {torch.float32: "float", torch.float64: "double"}
 # What PyTorch calls the instructions of this CPU -> how its vector types and g++ are told.

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from startsparse.engine import entries, whole
+from startsparse.engine import entries, whole, winograd
 from startsparse.engine.build import library
 from startsparse.engine.entries import Listed, Positions, Window
 from startsparse.engine.maps import LANES, NO_MAP, Space, at
@@ -41,7 +41,7 @@ class Product:
         """Compute the map ``made`` from the map ``given``, whose borders are wide enough."""
         self.window, self.given, self.made = window, given, made
         self.values = nn.Parameter(torch.empty(0))
-        self.whole: whole.Whole | None = None
+        self.whole: whole.Whole | winograd.Winograd | None = None
         self.phases = entries.backward_phases(window)
         # Pixels that no tap reaches get no gradient: with a stride above the kernel, say.
         self.skips = any(k < s for k, s in zip(window.kernel, window.stride))
@@ -50,9 +50,13 @@ class Product:
     def set_mask(self, mask: Tensor) -> None:
         """List the entries of ``mask``, bool of the weight's shape [out, in, (ky, kx)]."""
         mask = mask.contiguous().view(*mask.shape[:2], *self.window.kernel)
+        sizes = self.window, self.given, self.made
         self.whole = None
-        if whole.pays(mask, self.made):
-            self.whole = whole.Whole(mask, self.window, self.given, self.made)
+        if winograd.fits(*sizes) and winograd.pays(mask):
+            self.whole = winograd.Winograd(mask, *sizes)
+        elif whole.pays(mask, self.made):
+            self.whole = whole.Whole(mask, *sizes)
+        if self.whole:
             self.flat = self.whole.flat
         else:
             self._list(mask)
@@ -113,7 +117,7 @@ class Product:
         return [self.to_input(d_y, into[0], parts)], [d_values]
 
     def to_input(
-        self, d_y: Tensor, d_x: Tensor | None, parts: Iterable[tuple[Listed | whole.Rows, Tensor]]
+        self, d_y: Tensor, d_x: Tensor | None, parts: Iterable[tuple[Listed | whole.Rows | winograd.Tiled, Tensor]]
     ) -> Tensor:
         """The gradient of x, added to ``d_x``; ``parts``: of each phase, and their values."""
         blocks, add = d_y.shape[1], d_x is not None

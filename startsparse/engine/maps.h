@@ -49,3 +49,14 @@ struct Map {
 inline Scalar total(const Vec& vector) {
   return at::vec::vec_reduce_all<Scalar>([](const Vec& a, const Vec& b) { return a + b; }, vector);
 }
+
+// The totals of as many vectors as a vector has numbers; overwrites them. Each halving adds up
+// neighbours, and the vectors close ranks.
+inline Vec totals(Vec* vectors) {
+  for (int64_t left = width / 2; left > 0; left /= 2)
+    for (int64_t i = 0; i < left; i++) {
+      const auto [even, odd] = at::vec::deinterleave2(vectors[2 * i], vectors[2 * i + 1]);
+      vectors[i] = even + odd;
+    }
+  return vectors[0];
+}

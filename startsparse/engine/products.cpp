@@ -105,6 +105,17 @@ template <int64_t T, typename Bases>
   }
 }
 
+// to[i] = the total of vector i.
+inline void all_totals(const Scalar* vectors, int64_t count, Scalar* to) {
+  int64_t i = 0;
+  for (; i + width <= count; i += width) {
+    Vec several[width];
+    for (int64_t k = 0; k < width; k++) several[k] = Vec::loadu(vectors + (i + k) * width);
+    totals(several).store(to + i);
+  }
+  for (; i < count; i++) to[i] = total(Vec::loadu(vectors + i * width));
+}
+
 // f(number of positions, type of their bases, input, output) for the tiles from q0 to q1.
 template <int64_t T, typename F>
 inline void each_tile(const Positions& at, int64_t q0, int64_t q1, F f) {
@@ -371,8 +382,7 @@ void weights(const Scalar* in, const Scalar* d_out, Scalar* gradient, Scalar* sc
             weights_tile<t, typename decltype(bases)::type>(in, d, from, where, offset, sums, count);
           });
           if (q1 == at.count)
-            for (int64_t e = 0; e < count; e++)
-              gradient[bounds[0] + e] = total(Vec::loadu(sums + e * width));
+            all_totals(sums, count, gradient + bounds[0]);
         }
     }
   });
@@ -429,8 +439,7 @@ void whole_weights(const Scalar* in, const Scalar* d_out, Scalar* gradient, Scal
                       std::min(whole_block, count - k));
                 });
           });
-    for (int64_t i = four0 * size; i < four1 * size; i++)
-      gradient[i] = total(Vec::loadu(scratch + i * width));
+    all_totals(scratch + four0 * size * width, (four1 - four0) * size, gradient + four0 * size);
   });
 }
 

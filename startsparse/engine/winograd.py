@@ -1,0 +1,83 @@
+"""3x3 convolutions whose masks leave a good part of the weights, with a quarter of the multiplications.
+
+All weights are computed, zeros too, by transforms of tiles of pixels (`winograd.cpp`). The values
+that are stored are those inside the mask; they are laid out for the kernel at each use.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from startsparse.engine.build import library
+from startsparse.engine.entries import Positions, Window
+from startsparse.engine.maps import Space, at
+
+_bool, _int = ctypes.c_bool, ctypes.c_int64
+
+_ENOUGH = 0.3  # share of weights inside the mask from which this is faster,
+_PIXELS = 64  # on maps of at least as many pixels,
+_CHANNELS = 16  # in and out, which pay for the transforms
+_FOUR = 4  # rows, and channels, that the kernel does at once
+
+
+def fits(window: Window, given: Space, made: Space) -> bool:
+    """Whether a convolution can be computed so, and is large enough to be faster if it is dense."""
+    small = made.height * made.width < _PIXELS or min(given.channels, made.channels) < _CHANNELS
+    plain = window.kernel == (3, 3) and window.stride == (1, 1) and window.padding <= (2, 2)
+    return plain and window.padding[0] == window.padding[1] and not small
+
+
+def pays(mask: Tensor) -> bool:
+    """Whether a convolution that `fits` is faster so with this mask."""
+    return int(mask.count_nonzero()) >= _ENOUGH * mask.numel()
+
+
+class Tiled:
+    """A convolution of the map ``given`` to the map ``made``."""
+
+    def __init__(self, given: Space, made: Space, padding: int, place: Tensor):
+        """``place``: int64 [3, n], of each stored value: tap, row and channel."""
+        tap, row, channel = place
+        fours, channels = -(-made.channels // _FOUR), -(-given.channels // _FOUR) * _FOUR
+        four = (tap * fours + row // _FOUR) * channels + channel
+        self.place = (four * _FOUR + row % _FOUR).int()
+        self.given, self.made, self.padding = given, made, _int(padding)
+        self._size = 9 * fours * channels * _FOUR
+
+    def gather(self, x: Tensor, y: Tensor, values: Tensor, _places: Positions, add: bool) -> None:
+        """``y``, or what is added to it."""
+        packed = values.new_zeros(self._size)
+        packed[self.place] = values
+        maps = self.given.view(x), self.made.view(y)
+        kernels = library(x.dtype)
+        scratch = x.new_empty(kernels.winograd_scratch_size(*maps))
+        kernels.winograd_gather(*maps, at(packed), self.padding, at(scratch), _bool(add))
+
+    def weights(self, x: Tensor, d_y: Tensor, _places: Positions) -> Tensor:
+        """The gradient of the values."""
+        maps = self.given.view(x), self.made.view(d_y)
+        kernels, packed = library(x.dtype), x.new_empty(self._size)
+        scratch = x.new_empty(kernels.winograd_scratch_size(*maps))
+        kernels.winograd_weights(*maps, at(packed), self.padding, at(scratch))
+        return packed[self.place]
+
+
+class Winograd:
+    """A convolution and the gradient of its input.
+
+    Attributes:
+        flat: int32, the places of the stored values in the flattened mask.
+    """
+
+    def __init__(self, mask: Tensor, window: Window, given: Space, made: Space):
+        """``mask``: bool [out, in, 3, 3], contiguous."""
+        self.flat = mask.flatten().nonzero().flatten().int()
+        row, channel, tap = mask.flatten(2).nonzero().unbind(1)
+        padding = window.padding[0]
+        self.forward = Tiled(given, made, padding, torch.stack([tap, row, channel]))
+        self.backward = [Tiled(made, given, 2 - padding, torch.stack([8 - tap, channel, row]))]
+
+    def lists(self) -> list[Tensor]:
+        """All that is stored beside the values to find their places."""
+        return [self.flat, self.forward.place, self.backward[0].place]
