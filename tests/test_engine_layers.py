@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from startsparse.engine import whole
+from startsparse.engine import whole, winograd
 from startsparse.engine.entries import Window
 from startsparse.engine.layers import Affine, MaxPool, MeanPixels, Product
 from startsparse.engine.maps import LANES, Space, to_images, to_map
@@ -70,16 +70,60 @@ def check_product(mask, window, height, width, images, dtype):
     padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     images=st.integers(1, 35),
     density=st.sampled_from([0.0, 0.05, 0.3, 0.8, 1.0]),
-    pays=st.booleans(),
+    every=st.booleans(),
     seed=st.integers(0, 9),
 )
 @settings(max_examples=200, deadline=None)
-def test_products(dtype, channels, size, kernel, stride, padding, images, density, pays, seed):
+def test_products(dtype, channels, size, kernel, stride, padding, images, density, every, seed):
     kernel = [min(k, n + 2 * p) for k, n, p in zip(kernel, size, padding)]
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(*channels, *kernel, generator=generator) < density
-    with patch.object(whole, "pays", lambda mask, _: pays and bool(mask.any())):
+    with patch.object(whole, "worth", lambda _: 1e-9 if every else 2):  # all weights are computed
         check_product(mask, Window(tuple(kernel), stride, padding), *size, images, dtype)
+
+
+@given(
+    dtype=DTYPES,
+    channels=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    size=st.tuples(st.integers(1, 14), st.integers(1, 14)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    images=st.integers(1, 70),
+    density=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=100, deadline=None)
+def test_products_by_winograd(dtype, channels, size, padding, images, density, seed):
+    size = [max(n, 3 - 2 * p) for n, p in zip(size, padding)]
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(*channels, 3, 3, generator=generator) < density
+    with patch.object(winograd, "worth", lambda *_: 0):
+        check_product(mask, Window((3, 3), padding=padding), *size, images, dtype)
+
+
+@pytest.mark.parametrize("channels", [(32, 150), (150, 33)])
+def test_winograd_in_several_blocks_of_channels_and_positions(channels):
+    window = Window((3, 3), padding=(1, 1))
+    for density, pays in (0.3, False), (0.45, True):
+        mask = torch.rand(*channels, 3, 3) < density
+        product = product_of(mask, window, 12, 11)
+        assert isinstance(product.whole, winograd.Winograd) == pays
+    for dtype in (torch.float32, torch.float64):
+        check_product(mask, window, 12, 11, 37, dtype)
+
+
+def test_winograd_is_for_3x3_kernels_and_large_maps():
+    large, small, narrow = Space(64, 8, 8), Space(64, 7, 7), Space(16, 8, 8)
+    same = Window((3, 3), padding=(1, 1))
+    assert winograd.worth(same, large, large) == pytest.approx(0.29, abs=0.01)
+    for sizes in [
+        (Window((3, 3), (2, 2), (1, 1)), large, large),
+        (Window((5, 5), padding=(2, 2)), large, large),
+        (Window((3, 3), padding=(3, 3)), large, large),
+        (same, small, small),
+        (same, narrow, large),
+        (same, large, narrow),
+    ]:
+        assert winograd.worth(*sizes) > 1
 
 
 @pytest.mark.parametrize("density", [0.02, 0.5, 0.9])
@@ -97,12 +141,14 @@ def test_products_in_several_blocks_of_channels(channels, pixels, density):
     check_product(mask, window, pixels, pixels, 37, torch.float64)
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
-    mask = torch.rand(24, 30, 3, 3) < 0.2
-    product = product_of(mask, Window((3, 3), padding=(1, 1)), 7, 7)
-    product.values = nn.Parameter(normal(1, len(product.entries), dtype=torch.float32))
-    affine = Affine(nn.BatchNorm2d(24), None, True, product.made)
-    x = to_map(normal(2, 20, 30, 7, 7, dtype=torch.float32), product.given)
+@pytest.mark.parametrize(("density", "form"), [(0.2, type(None)), (0.6, winograd.Winograd)])
+def test_results_do_not_depend_on_the_number_of_threads(density, form):
+    mask = torch.rand(34, 40, 3, 3) < density
+    product = product_of(mask, Window((3, 3), padding=(1, 1)), 9, 9)
+    assert isinstance(product.whole, form)
+    product.values = nn.Parameter(normal(1, len(product.flat), dtype=torch.float32))
+    affine = Affine(nn.BatchNorm2d(34), None, True, product.made)
+    x = to_map(normal(2, 20, 40, 9, 9, dtype=torch.float32), product.given)
 
     def run(threads):
         before = torch.get_num_threads()
@@ -110,7 +156,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         y, of_product = product.forward(x, 20)
         z, of_affine = affine.forward(y, 20)
         z = product.made.inside(z).clone()
-        d_z = to_map(normal(3, 20, 24, 7, 7, dtype=torch.float32), product.made)
+        d_z = to_map(normal(3, 20, 34, 9, 9, dtype=torch.float32), product.made)
         (d_y,), learned = affine.backward(of_affine, d_z, [None])
         (d_x,), (d_values,) = product.backward(of_product, d_y, [None])
         torch.set_num_threads(before)

@@ -22,6 +22,7 @@ from startsparse.engine.maps import LANES, NO_MAP, Space, at
 _bool, _int = ctypes.c_bool, ctypes.c_int64
 
 Gradients = list[Tensor | None]
+Part = Listed | whole.Rows | winograd.Tiled  # a product, or a phase of its input's gradient
 
 
 def added(gradient: Tensor, so_far: Tensor | None) -> Tensor:
@@ -51,10 +52,11 @@ class Product:
         """List the entries of ``mask``, bool of the weight's shape [out, in, (ky, kx)]."""
         mask = mask.contiguous().view(*mask.shape[:2], *self.window.kernel)
         sizes = self.window, self.given, self.made
+        density = int(mask.count_nonzero()) / max(1, mask.numel())
         self.whole = None
-        if winograd.fits(*sizes) and winograd.pays(mask):
+        if density >= winograd.worth(*sizes):
             self.whole = winograd.Winograd(mask, *sizes)
-        elif whole.pays(mask, self.made):
+        elif density >= whole.worth(self.made):
             self.whole = whole.Whole(mask, *sizes)
         if self.whole:
             self.flat = self.whole.flat
@@ -117,7 +119,10 @@ class Product:
         return [self.to_input(d_y, into[0], parts)], [d_values]
 
     def to_input(
-        self, d_y: Tensor, d_x: Tensor | None, parts: Iterable[tuple[Listed | whole.Rows | winograd.Tiled, Tensor]]
+        self,
+        d_y: Tensor,
+        d_x: Tensor | None,
+        parts: Iterable[tuple[Listed | whole.Rows | winograd.Tiled, Tensor]],
     ) -> Tensor:
         """The gradient of x, added to ``d_x``; ``parts``: of each phase, and their values."""
         blocks, add = d_y.shape[1], d_x is not None

@@ -5,6 +5,7 @@ side by side, at each use.
 """
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
@@ -20,10 +21,9 @@ _PIXELS = 64  # on maps of at least as many pixels, which pay for the laying out
 _ROWS = 4  # rows_at_once of products.cpp
 
 
-def pays(mask: Tensor, made: Space) -> bool:
-    """Whether a product with these weights, which makes such a map, is faster as a `Whole`."""
-    large = made.height * made.width >= _PIXELS
-    return large and int(mask.count_nonzero()) >= max(1, _ENOUGH * mask.numel())
+def worth(made: Space) -> float:
+    """Density from which a product that makes such a map is faster as a `Whole`; inf: never."""
+    return _ENOUGH if made.height * made.width >= _PIXELS else math.inf
 
 
 class Rows:

@@ -164,10 +164,11 @@ struct Transformed {
   }
 };
 
-// The tiles of a map, each from `shift` pixels before it on. Channels, positions and pixels that are
+// The tiles of a map, each from a few pixels `up` and to the `left` of it on. Channels, positions and pixels that are
 // not there are zero.
 template <typename T>
-void transform(const Map& map, const Tiles& tiles, int64_t shift, const Transformed& to) {
+void transform(const Map& map, const Tiles& tiles, int64_t up, int64_t left,
+               const Transformed& to) {
   const int64_t line = (map.columns + 2 * map.border) * lanes, border = map.border;
   at::parallel_for(0, to.channels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * to.count; i < end * to.count; i++) {
@@ -180,7 +181,7 @@ void transform(const Map& map, const Tiles& tiles, int64_t shift, const Transfor
         continue;
       }
       const auto [n, h0, w0] = tiles.place(q);
-      const int64_t h = h0 - shift, w = w0 - shift;
+      const int64_t h = h0 - up, w = w0 - left;
       const bool inside = std::min(h, w) >= -border && h + T::from <= map.height + border &&
                           w + T::from <= map.columns + border;
       for (int64_t r = 0; r < lanes; r += width) {
@@ -299,15 +300,15 @@ int64_t winograd_scratch_size(Map in, Map out) {
   return points * work.size + work.given.size() + work.made.size();
 }
 
-// weight: [9, rows / 4, channels, 4], rows and channels that are not there included, as zeros; out
+// up, left: the padding. weight: [9, rows / 4, channels, 4], rows and channels that are not there included, as zeros; out
 // is written, or added to what is there.
-void winograd_gather(Map in, Map out, const Scalar* weight, int64_t padding, Scalar* scratch,
+void winograd_gather(Map in, Map out, const Scalar* weight, int64_t up, int64_t left, Scalar* scratch,
                      bool add) {
   Work work(in, out, scratch, for_maps);
   Tiles& tiles = work.tiles;
   transform_weights<Weight>(weight, work.weight, work.size);
   for (; tiles.begin < tiles.all(); tiles.begin += tiles.count) {
-    transform<Given>(in, tiles, padding, work.given);
+    transform<Given>(in, tiles, up, left, work.given);
     work.each([&](int64_t p, int64_t rows) {
       const Scalar* w = work.weight + p * work.size + rows * work.channels * four;
       for (int64_t c = 0; c < work.channels; c += cached)
@@ -321,13 +322,13 @@ void winograd_gather(Map in, Map out, const Scalar* weight, int64_t padding, Sca
 }
 
 // gradient: as the weight of `winograd_gather`.
-void winograd_weights(Map in, Map d_out, Scalar* gradient, int64_t padding, Scalar* scratch) {
+void winograd_weights(Map in, Map d_out, Scalar* gradient, int64_t up, int64_t left, Scalar* scratch) {
   Work work(in, d_out, scratch, for_weights);
   Tiles& tiles = work.tiles;
   std::fill(work.weight, work.weight + points * work.size, Scalar(0));
   for (; tiles.begin < tiles.all(); tiles.begin += tiles.count) {
-    transform<Given>(in, tiles, padding, work.given);
-    transform<MadeTransposed>(d_out, tiles, 0, work.made);
+    transform<Given>(in, tiles, up, left, work.given);
+    transform<MadeTransposed>(d_out, tiles, 0, 0, work.made);
     work.each([&](int64_t p, int64_t rows) {
       const Scalar* d = work.made.at(p, rows * four, 0);
       Scalar* sums = work.weight + p * work.size + rows * work.channels * four;

@@ -1,10 +1,11 @@
-"""3x3 convolutions whose masks leave a good part of the weights, with a quarter of the multiplications.
+"""3x3 convolutions whose masks leave a good part of the weights: a quarter of the multiplications.
 
 All weights are computed, zeros too, by transforms of tiles of pixels (`winograd.cpp`). The values
 that are stored are those inside the mask; they are laid out for the kernel at each use.
 """
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
@@ -15,34 +16,31 @@ from startsparse.engine.maps import Space, at
 
 _bool, _int = ctypes.c_bool, ctypes.c_int64
 
-_ENOUGH = 0.3  # share of weights inside the mask from which this is faster,
-_PIXELS = 64  # on maps of at least as many pixels,
-_CHANNELS = 16  # in and out, which pay for the transforms
+# On smaller maps the transforms of the weights take too long, with fewer channels, in or out, those
+# of the maps.
+_PIXELS, _CHANNELS = 64, 32
 _FOUR = 4  # rows, and channels, that the kernel does at once
 
 
-def fits(window: Window, given: Space, made: Space) -> bool:
-    """Whether a convolution can be computed so, and is large enough to be faster if it is dense."""
-    small = made.height * made.width < _PIXELS or min(given.channels, made.channels) < _CHANNELS
-    plain = window.kernel == (3, 3) and window.stride == (1, 1) and window.padding <= (2, 2)
-    return plain and window.padding[0] == window.padding[1] and not small
-
-
-def pays(mask: Tensor) -> bool:
-    """Whether a convolution that `fits` is faster so with this mask."""
-    return int(mask.count_nonzero()) >= _ENOUGH * mask.numel()
+def worth(window: Window, given: Space, made: Space) -> float:
+    """Density from which a convolution is faster so; inf: never, or it cannot be computed so."""
+    fits = window.kernel == (3, 3) and window.stride == (1, 1) and set(window.padding) <= {0, 1, 2}
+    channels = min(given.channels, made.channels)
+    if not fits or made.height * made.width < _PIXELS or channels < _CHANNELS:
+        return math.inf
+    return 0.2 + 6 / channels  # products, and transforms of maps, as measured
 
 
 class Tiled:
     """A convolution of the map ``given`` to the map ``made``."""
 
-    def __init__(self, given: Space, made: Space, padding: int, place: Tensor):
+    def __init__(self, given: Space, made: Space, padding: tuple[int, int], place: Tensor):
         """``place``: int64 [3, n], of each stored value: tap, row and channel."""
         tap, row, channel = place
         fours, channels = -(-made.channels // _FOUR), -(-given.channels // _FOUR) * _FOUR
         four = (tap * fours + row // _FOUR) * channels + channel
         self.place = (four * _FOUR + row % _FOUR).int()
-        self.given, self.made, self.padding = given, made, _int(padding)
+        self.given, self.made, self.padding = given, made, [_int(p) for p in padding]
         self._size = 9 * fours * channels * _FOUR
 
     def gather(self, x: Tensor, y: Tensor, values: Tensor, _places: Positions, add: bool) -> None:
@@ -52,14 +50,14 @@ class Tiled:
         maps = self.given.view(x), self.made.view(y)
         kernels = library(x.dtype)
         scratch = x.new_empty(kernels.winograd_scratch_size(*maps))
-        kernels.winograd_gather(*maps, at(packed), self.padding, at(scratch), _bool(add))
+        kernels.winograd_gather(*maps, at(packed), *self.padding, at(scratch), _bool(add))
 
     def weights(self, x: Tensor, d_y: Tensor, _places: Positions) -> Tensor:
         """The gradient of the values."""
         maps = self.given.view(x), self.made.view(d_y)
         kernels, packed = library(x.dtype), x.new_empty(self._size)
         scratch = x.new_empty(kernels.winograd_scratch_size(*maps))
-        kernels.winograd_weights(*maps, at(packed), self.padding, at(scratch))
+        kernels.winograd_weights(*maps, at(packed), *self.padding, at(scratch))
         return packed[self.place]
 
 
@@ -74,9 +72,10 @@ class Winograd:
         """``mask``: bool [out, in, 3, 3], contiguous."""
         self.flat = mask.flatten().nonzero().flatten().int()
         row, channel, tap = mask.flatten(2).nonzero().unbind(1)
-        padding = window.padding[0]
+        padding = window.padding
+        back = 2 - padding[0], 2 - padding[1]
         self.forward = Tiled(given, made, padding, torch.stack([tap, row, channel]))
-        self.backward = [Tiled(made, given, 2 - padding, torch.stack([8 - tap, channel, row]))]
+        self.backward = [Tiled(made, given, back, torch.stack([8 - tap, channel, row]))]
 
     def lists(self) -> list[Tensor]:
         """All that is stored beside the values to find their places."""
