@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from startsparse.engine import memory
 from startsparse.engine.build import library
 from startsparse.engine.maps import LANES, Space, at
 
@@ -78,17 +79,16 @@ class Positions:
 
     def __init__(self, given: Tensor, made: Tensor, given_stride: int, made_stride: int):
         """Take int64 places in the maps' memory, and the numbers from one channel to the next."""
-        self.given, self.made = given, made
+        self.given, self.made, self.count = given, made, len(given)
         self.given_stride, self.made_stride = given_stride, made_stride
-
-    def __len__(self) -> int:
-        return len(self.given)
+        self._views: dict[int, CPositions] = {}
 
     def view(self, group: int) -> CPositions:
         """For the kernels, ``group`` positions before the next row."""
-        return CPositions(
-            self.given.data_ptr(), self.made.data_ptr(), len(self), group, self.made_stride
-        )
+        if group not in self._views:
+            pointers = self.given.data_ptr(), self.made.data_ptr()
+            self._views[group] = CPositions(*pointers, self.count, group, self.made_stride)
+        return self._views[group]
 
 
 class Listed:
@@ -101,17 +101,14 @@ class Listed:
     """
 
     def __init__(self, first: Tensor, offset: Tensor, rows: int):
-        self.first, self.offset, self.rows = first, offset, rows
-        per_row = len(self) / (len(first) - 1)
-        self.group = _TILE * min(32, max(1, round(_PER_GROUP / max(per_row, 1e-9))))
-
-    def __len__(self) -> int:
-        return len(self.offset)
+        self.first, self.offset, self.rows, self.count = first, offset, rows, len(offset)
+        lists = len(first) - 1
+        self.group = _TILE * min(32, max(1, round(_PER_GROUP * lists / max(self.count, 1))))
+        self._view = CEntries(first.data_ptr(), offset.data_ptr(), lists // rows, rows)
 
     def view(self, stride: int) -> CEntries:  # noqa: ARG002 - the one that offset is for
         """For the kernels, where an input channel begins ``stride`` numbers after the last one."""
-        blocks = (len(self.first) - 1) // self.rows
-        return CEntries(self.first.data_ptr(), self.offset.data_ptr(), blocks, self.rows)
+        return self._view
 
     def gather(self, x: Tensor, y: Tensor, values: Tensor, places: Positions, add: bool) -> None:
         """``y`` at every position, or what is added to it; ``values`` in the order of entries."""
@@ -121,8 +118,9 @@ class Listed:
     def weights(self, x: Tensor, d_y: Tensor, places: Positions) -> Tensor:
         """The gradient of the values, in the order of entries."""
         kernels, where = library(x.dtype), places.view(self.group)
-        listed, gradient = self.view(places.given_stride), x.new_empty(len(self))
-        scratch = x.new_empty(kernels.scratch_size(_int(len(self)), _int(where.count)))
+        listed, gradient = self.view(places.given_stride), x.new_empty(self.count)
+        size = kernels.scratch_size(_int(self.count), _int(places.count))
+        scratch = memory.empty([size], x.dtype)
         kernels.weights(at(x), at(d_y), at(gradient), at(scratch), listed, where)
         return gradient
 
@@ -151,7 +149,7 @@ class Entries(Listed):
         """For the kernels, where an input channel begins ``stride`` numbers after the last one."""
         if stride != self._stride:
             order = None if self.order is None else at(self.order)
-            sizes = (_int(n) for n in (len(self), self._divisor, self.modulus, stride))
+            sizes = (_int(n) for n in (self.count, self._divisor, self.modulus, stride))
             library(torch.float32).set_offsets(
                 *(at(self.flat), order, *sizes), at(self._taps), _int(len(self._taps)),
                 at(self.offset),
@@ -248,7 +246,7 @@ def backward_entries(
     y, x = (torch.arange(len(range(k)[taps])) for k, taps in zip(kernel, phase))
     tap[phase] = -LANES * (y[:, None] * made.row + x)
     tap = tap.flatten()
-    size = _block_size((len(y), len(x)), channels, rows, len(forward))
+    size = _block_size((len(y), len(x)), channels, rows, forward.count)
     counts = torch.zeros(math.ceil(rows / size) * channels + 1, dtype=torch.int32)
     what = forward.view(0), at(forward.flat), _int(channels), _int(len(tap)), at(tap), _int(size)
     kernels = library(torch.float32)

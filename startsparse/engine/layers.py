@@ -119,10 +119,7 @@ class Product:
         return [self.to_input(d_y, into[0], parts)], [d_values]
 
     def to_input(
-        self,
-        d_y: Tensor,
-        d_x: Tensor | None,
-        parts: Iterable[tuple[Listed | whole.Rows | winograd.Tiled, Tensor]],
+        self, d_y: Tensor, d_x: Tensor | None, parts: Iterable[tuple[Part, Tensor]]
     ) -> Tensor:
         """The gradient of x, added to ``d_x``; ``parts``: of each phase, and their values."""
         blocks, add = d_y.shape[1], d_x is not None
@@ -222,9 +219,10 @@ class Affine:
 
     def norm_for(self, y: Tensor, images: int) -> tuple[CNorm, Tensor]:
         """For the kernels; and the memory that it points to: mean and inverse deviation."""
-        norm = self.norm
-        statistics = y.new_empty(2, self.given.channels)
-        own = [_pointer(row) for row in statistics]
+        norm, channels = self.norm, self.given.channels
+        statistics = y.new_empty(2 * channels)
+        mean = statistics.data_ptr()
+        own = mean, mean + channels * y.element_size()
         pointers = [_pointer(parameter) for parameter in self.parameters[:2]]
         if norm is None:
             return CNorm(*pointers, None, None, 0.0, 0.0, _PLAIN, *own), statistics
@@ -233,7 +231,7 @@ class Affine:
             raise ValueError("BatchNorm in training needs more than one value per channel")
         share = norm.momentum
         if norm.training and norm.running_mean is not None:
-            norm.num_batches_tracked += 1
+            norm.num_batches_tracked.add_(1)
             if share is None:  # the plain average over all batches
                 share = 1 / norm.num_batches_tracked.item()
         keep = norm.training or not batch

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from startsparse.engine import memory
+
 LANES = 16
 
 _int = ctypes.c_int64
@@ -53,7 +55,7 @@ class Space:
     def empty(self, blocks: int, like: Tensor) -> Tensor:
         """A map of this space, its numbers and border not set."""
         shape = self.channels, blocks, self.height + 2 * self.border, self.row, LANES
-        return torch.empty(shape, dtype=like.dtype)
+        return memory.empty(shape, like.dtype)
 
     def view(self, data: Tensor) -> CMap:
         """``data`` for the kernels."""
@@ -85,9 +87,9 @@ def at(tensor: Tensor) -> ctypes.c_void_p:
 def to_map(images: Tensor, space: Space) -> Tensor:
     """[B, C, H, W] -> a map. Differentiable."""
     missing = -len(images) % LANES
-    padding = (space.border,) * 4 + (0, 0, 0, missing)
-    padded = torch.nn.functional.pad(images, padding)
-    return padded.view(-1, LANES, *padded.shape[1:]).permute(2, 0, 3, 4, 1).contiguous()
+    if missing or space.border:
+        images = torch.nn.functional.pad(images, (space.border,) * 4 + (0, 0, 0, missing))
+    return images.unflatten(0, (-1, LANES)).permute(2, 0, 3, 4, 1).contiguous()
 
 
 def to_images(data: Tensor, space: Space, images: int) -> Tensor:

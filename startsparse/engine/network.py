@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from startsparse.engine import memory
 from startsparse.engine.build import library
 from startsparse.engine.layers import Product
 from startsparse.engine.lowering import lower
@@ -121,6 +122,7 @@ class SparseForm:
         for source in self.program.effective.values():
             source.both.dense.effective = None
         self.entered, self._single = False, None
+        memory.release()
 
     def _chosen(self) -> Iterator[tuple[str, Product, nn.Module]]:
         """The layers that compute sparsely: name, product, module."""

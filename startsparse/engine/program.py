@@ -1,5 +1,6 @@
 """A network as a list of steps on maps, which `lowering` makes of it."""
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,25 +142,30 @@ class Program:
             return _Run.apply(self, images, *parameters)
         return self._forward(images, keep=False)[0]
 
+    @functools.cached_property
+    def _last_use(self) -> dict[str, int]:
+        """Value -> the last step that reads it."""
+        return {name: i for i, step in enumerate(self.steps) for name in step.inputs}
+
     def _forward(self, images: Tensor, keep: bool) -> tuple[Tensor, list]:
         """Logits; and what the backward of each step needs, and its parameters, if ``keep``."""
         if self.flat:
             images = images.flatten(1)[:, :, None, None]
         values, kept = {self.start: to_map(images, self.spaces[self.start])}, []
-        last_use = {name: i for i, step in enumerate(self.steps) for name in step.inputs}
+        count, last_use = len(images), self._last_use
         for i, step in enumerate(self.steps):
-            inputs = [values[name] for name in step.inputs]
-            values[step.output], needed = step.now.forward(*inputs, len(images))
+            inputs, now = [values[name] for name in step.inputs], step.now
+            values[step.output], needed = now.forward(*inputs, count)
             if keep:
-                kept.append((needed, step.now.parameters))
+                kept.append((needed, now.parameters))
             for name in step.inputs:
                 if last_use[name] == i:
                     values.pop(name, None)
         result = values[self.result]
-        return to_images(result, self.spaces[self.result], len(images)).flatten(1), kept
+        return to_images(result, self.spaces[self.result], count).flatten(1), kept
 
-    def _backward(self, kept: list, d_logits: Tensor) -> dict[Tensor, Tensor]:
-        """Parameter -> gradient. Uses ``kept`` up."""
+    def _backward(self, kept: list, d_logits: Tensor) -> dict[int, Tensor]:
+        """``id`` of a parameter -> its gradient. Uses ``kept`` up."""
         d_result = to_map(d_logits[:, :, None, None], self.spaces[self.result])
         maps, gradients = {self.result: d_result}, {}
         for step in reversed(self.steps):
@@ -171,7 +177,8 @@ class Program:
             maps.update(zip(step.inputs, made))
             for parameter, gradient in zip(parameters, learned):
                 if parameter is not None and gradient is not None:
-                    gradients[parameter] = added(gradient, gradients.get(parameter))
+                    place = id(parameter)  # a tensor's own hash takes longer
+                    gradients[place] = added(gradient, gradients.get(place))
         return gradients
 
 
@@ -188,4 +195,4 @@ class _Run(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_logits: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.program._backward(ctx.kept, d_logits)
-        return None, None, *(gradients.get(parameter) for parameter in ctx.parameters)
+        return None, None, *(gradients.get(id(parameter)) for parameter in ctx.parameters)

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from startsparse.engine import memory
 from startsparse.engine.build import library
 from startsparse.engine.entries import Positions, Window, backward_phases
 from startsparse.engine.maps import LANES, Space, at
@@ -68,7 +69,7 @@ class Rows:
     def weights(self, x: Tensor, d_y: Tensor, places: Positions) -> Tensor:
         """The gradient of the values."""
         kernels, sizes = library(x.dtype), (_int(self.count), _int(self.rows))
-        scratch = x.new_empty(kernels.whole_scratch_size(*sizes))
+        scratch = memory.empty([kernels.whole_scratch_size(*sizes)], x.dtype)
         packed = x.new_empty(self._size)
         offset = at(self.offset(places.given_stride))
         kernels.whole_weights(

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from startsparse.engine import memory
 from startsparse.engine.build import library
 from startsparse.engine.entries import Positions, Window
 from startsparse.engine.maps import Space, at
@@ -49,14 +50,14 @@ class Tiled:
         packed[self.place] = values
         maps = self.given.view(x), self.made.view(y)
         kernels = library(x.dtype)
-        scratch = x.new_empty(kernels.winograd_scratch_size(*maps))
+        scratch = memory.empty([kernels.winograd_scratch_size(*maps)], x.dtype)
         kernels.winograd_gather(*maps, at(packed), *self.padding, at(scratch), _bool(add))
 
     def weights(self, x: Tensor, d_y: Tensor, _places: Positions) -> Tensor:
         """The gradient of the values."""
         maps = self.given.view(x), self.made.view(d_y)
         kernels, packed = library(x.dtype), x.new_empty(self._size)
-        scratch = x.new_empty(kernels.winograd_scratch_size(*maps))
+        scratch = memory.empty([kernels.winograd_scratch_size(*maps)], x.dtype)
         kernels.winograd_weights(*maps, at(packed), *self.padding, at(scratch))
         return packed[self.place]
 
