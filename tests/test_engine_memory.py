@@ -4,8 +4,10 @@ import gc
 
 import pytest
 import torch
+from torch import nn
 
 from startsparse.engine import memory
+from startsparse.engine.network import SparseForm
 
 LARGE = memory._LARGE // 4  # float32 numbers
 
@@ -54,8 +56,10 @@ def test_a_far_too_large_buffer_is_left_for_others():
     assert address(memory.empty([19 * LARGE], torch.float32)) == where
 
 
-def test_released_memory_is_not_kept():
+def test_memory_is_kept_until_a_sparse_form_is_gone():
+    form = SparseForm(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), (1, 2, 2))
     memory.empty([LARGE], torch.float32)
     assert len(memory._free) == 1
-    memory.release()
+    del form
+    gc.collect()
     assert memory._free == []

@@ -8,6 +8,7 @@ effective weight keep their parameters, but as such vectors, and without a mask.
 approximated: the numbers are those of the masked model but for the order in which they are summed.
 """
 
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
@@ -42,6 +43,7 @@ class SparseForm:
         self.model = model
         self.program = lower(model, shape)
         library(next(model.parameters()).dtype)
+        weakref.finalize(self, memory.release).atexit = False
         self.entered = False
         self._single: SingleImage | None = None
         self._listed: dict[str, tuple[Tensor | None, int]] = {}  # mask, version that entries are of
@@ -122,7 +124,6 @@ class SparseForm:
         for source in self.program.effective.values():
             source.both.dense.effective = None
         self.entered, self._single = False, None
-        memory.release()
 
     def _chosen(self) -> Iterator[tuple[str, Product, nn.Module]]:
         """The layers that compute sparsely: name, product, module."""

@@ -29,7 +29,7 @@ constexpr int64_t cached = 144;       // channels of a tile of positions that st
 struct Share {
   int64_t numbers, least;
 };
-constexpr Share for_maps{1 << 19, 4}, for_weights{1 << 21, 16};
+constexpr Share for_maps{1 << 19, 4}, for_weights{1 << 20, 16};
 
 constexpr Scalar a2 = 0.5, b2 = 2;  // squares of the points; a * b = 1
 const Scalar a = std::sqrt(a2), b = std::sqrt(b2);
@@ -281,6 +281,8 @@ struct Work {
         given{scratch + points * size, channels, tiles.count},
         made{given.data + given.size(), rows, tiles.count} {}
 
+  int64_t numbers() const { return points * size + given.size() + made.size(); }
+
   // f(point, four rows) for all, in parallel.
   template <typename F>
   void each(F f) const {
@@ -296,8 +298,8 @@ struct Work {
 extern "C" {
 
 int64_t winograd_scratch_size(Map in, Map out) {
-  const Work work(in, out, nullptr, for_weights);
-  return points * work.size + work.given.size() + work.made.size();
+  return std::max(Work(in, out, nullptr, for_maps).numbers(),
+                  Work(in, out, nullptr, for_weights).numbers());
 }
 
 // up, left: the padding. weight: [9, rows / 4, channels, 4], rows and channels that are not there included, as zeros; out
