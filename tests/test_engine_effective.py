@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import test_engine_network
@@ -13,7 +14,7 @@ from test_engine_network import clock, equal_states, optimizer_of, step
 from torch import nn
 
 from ER_SLT.edge_popup import popup, set_density
-from startsparse.engine import choice
+from startsparse.engine import choice, winograd
 from startsparse.engine.choice import choose
 from startsparse.engine.compaction import CompactedProduct, nonzero
 from startsparse.engine.entries import Window
@@ -181,16 +182,17 @@ def test_single_images_after_the_weights_have_changed(kind, mode):
 # Compaction
 
 
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(
     channels=st.tuples(st.integers(1, 12), st.sampled_from([1, 5, 40])),
     stride=st.integers(1, 3),
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     zeros=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
     images=st.sampled_from([1, 17]),
+    worth=st.sampled_from([0.01, 0.4, 2.0]),
     seed=st.integers(0, 9),
 )
-def test_compacted_lists_and_products(channels, stride, density, zeros, images, seed):
+def test_compacted_lists_and_products(channels, stride, density, zeros, images, worth, seed):
     draw = torch.Generator().manual_seed(seed)
     mask = torch.rand(*channels, 3, 3, generator=draw) < density
     window, space = Window((3, 3), (stride, stride), (1, 1)), Space(channels[1], 5, 4)
@@ -210,7 +212,8 @@ def test_compacted_lists_and_products(channels, stride, density, zeros, images, 
 
     for zeros_learn in (True, False):
         product = CompactedProduct(window, space, made, zeros_learn)
-        product.set_mask(mask)
+        with patch.object(winograd, "worth", lambda *_: worth if stride == 1 else 2):
+            product.set_mask(mask)
         assert torch.equal(product.flat, mask.flatten().nonzero().flatten())
         values = product.values = weight.reshape(-1)[product.flat].requires_grad_()
         for part in (product.entries, *product.transposed):
@@ -229,6 +232,8 @@ def test_compacted_lists_and_products(channels, stride, density, zeros, images, 
             assert list(zip(found.offset.tolist(), found.order.tolist())) == left
             assert torch.equal(found.values, values.detach()[found.order])
         mine, kept_ = product.forward(x, images)
+        most_are_used = stride == 1 and int(values.count_nonzero()) >= worth * mask.numel()
+        assert isinstance(kept_[2], winograd.Tiled) == most_are_used
         close(made.inside(mine), made.inside(y))
         (mine,), (d_mine,) = product.backward(kept_, d_y, [None])
         close(space.inside(mine), space.inside(d_x))

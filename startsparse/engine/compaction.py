@@ -1,7 +1,8 @@
 """Products of effective weights: which of them are zero changes from step to step.
 
 The entries of the whole mask are listed once. Each forward and backward pass takes those from the
-lists whose value is not zero (`compaction.cpp`), which costs one look at each entry.
+lists whose value is not zero (`compaction.cpp`), which costs one look at each entry; or all of them
+where most are used and `winograd` is faster.
 """
 
 import ctypes
@@ -9,9 +10,10 @@ import ctypes
 import torch
 from torch import Tensor
 
+from startsparse.engine import winograd
 from startsparse.engine.build import library
 from startsparse.engine.entries import Entries, Listed, Window
-from startsparse.engine.layers import Gradients, Product
+from startsparse.engine.layers import Gradients, Part, Product
 from startsparse.engine.maps import Space, at
 
 
@@ -68,27 +70,46 @@ class CompactedProduct(Product):
         for part in (self.entries, *self.transposed):
             part.order = rank if part.order is None else rank[part.order]
             part.flat = self.flat
+        sizes = self.window, self.given, self.made
+        self.whole, self._many = None, winograd.worth(*sizes) * mask.numel()
+        if len(self.flat) >= self._many:
+            self.whole = winograd.Winograd(mask, *sizes)
 
-    def forward(self, x: Tensor, images: int) -> tuple[Tensor, tuple[Tensor, Tensor, Nonzero]]:  # noqa: ARG002
+    def forward(self, x: Tensor, images: int) -> tuple[Tensor, tuple[Tensor, Tensor, Part]]:  # noqa: ARG002
         """The product; the border of what it makes is not set."""
-        blocks = x.shape[1]
-        y, places = self.made.empty(blocks, x), self.positions(blocks)[0]
-        part = nonzero(self.entries, self.values.detach(), places.given_stride)
-        part.gather(x, y, part.values, places, add=False)
+        values, places = self.values.detach(), self.positions(x.shape[1])[0]
+        if self.whole and int(values.count_nonzero()) >= self._many:
+            part, used = self.whole.forward, values
+        else:
+            part = nonzero(self.entries, values, places.given_stride)
+            used = part.values
+        y = self.made.empty(x.shape[1], x)
+        part.gather(x, y, used, places, add=False)
         return y, (x, self.values, part)
 
     def backward(
-        self, kept: tuple[Tensor, Tensor, Nonzero], d_y: Tensor, into: Gradients | None
+        self, kept: tuple[Tensor, Tensor, Part], d_y: Tensor, into: Gradients | None
     ) -> tuple[Gradients, Gradients]:
         """``into`` None: the gradient of x is not needed."""
         x, values, part = kept
-        d_values = None
-        if values.requires_grad:
-            learn = self.entries if self.zeros_learn else part
-            d_values = torch.zeros_like(values)
-            d_values[learn.order] = learn.weights(x, d_y, self.positions(x.shape[1])[0])
+        needs_gradient, values = values.requires_grad, values.detach()
+        d_values = self._gradient(part, x, d_y, values) if needs_gradient else None
         if into is None:
             return [None], [d_values]
-        values, stride = values.detach(), self.made.stride(x.shape[1])
-        parts = (nonzero(part, values, stride) for part in self.transposed)
-        return [self.to_input(d_y, into[0], ((p, p.values) for p in parts))], [d_values]
+        if isinstance(part, Nonzero):
+            stride = self.made.stride(x.shape[1])
+            listed = (nonzero(part, values, stride) for part in self.transposed)
+            parts = ((part, part.values) for part in listed)
+        else:
+            parts = ((part, values) for part in self.whole.backward)
+        return [self.to_input(d_y, into[0], parts)], [d_values]
+
+    def _gradient(self, part: Part, x: Tensor, d_y: Tensor, values: Tensor) -> Tensor:
+        places = self.positions(x.shape[1])[0]
+        if not isinstance(part, Nonzero):
+            gradient = part.weights(x, d_y, places)
+            return gradient if self.zeros_learn else gradient.masked_fill_(values == 0, 0)
+        learn = self.entries if self.zeros_learn else part
+        gradient = torch.zeros_like(values)
+        gradient[learn.order] = learn.weights(x, d_y, places)
+        return gradient
