@@ -2,8 +2,9 @@
 
 Kernels in C++: `products.cpp` says how a sparse layer is computed, `layers.cpp` has what lies
 between, `planes.cpp` both for single images. `build` compiles them on first use; `maps` and
-`entries` lay out activations and weights for them (`whole`: weights of nearly dense layers;
-`compaction`: effective weights, of which others are zero in each step).
+`entries` lay out activations and weights for them (`whole` and `winograd`: weights of nearly dense
+layers; `compaction`: effective weights, of which others are zero in each step); `memory` keeps what
+a step needs for the next one.
 
 `lowering` writes a network as a `program`: a list of `layers`, each with its forward and backward.
 `network` gives a trainer's model that form and takes it back; `single` runs the same program for

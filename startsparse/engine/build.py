@@ -6,6 +6,8 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -52,11 +54,10 @@ def _command(dtype: torch.dtype) -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     torch_folder = Path(torch.__file__).parent
     return [
-        *(os.environ.get("CXX", "g++"), "-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp"),
+        *(os.environ.get("CXX", "g++"), "-std=c++20", "-O3", "-fPIC", "-fopenmp"),
         *_FLAGS.get(capability, []),
         *(f"-DCPU_CAPABILITY={capability}", f"-DSCALAR={_SCALARS[dtype]}"),
-        *(f"-I{torch_folder / 'include'}", *(str(_FOLDER / name) for name in _SOURCES)),
-        *(f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"),
+        f"-I{torch_folder / 'include'}",
     ]
 
 
@@ -65,12 +66,24 @@ def _build(command: list[str], path: Path) -> None:
     if not shutil.which(command[0]):
         raise NoCompilerError(f"there is no C++ compiler {command[0]} (set CXX, or install g++)")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        done = subprocess.run([*command, "-o", str(temporary)], capture_output=True, text=True)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line]
-            reason = lines[0].strip() if lines else f"exit code {done.returncode}"
-            raise NoCompilerError(f"{command[0]} cannot build the sparse kernels: {reason}")
+    link = ["-shared", f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+    with replacing(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        objects = [f"{folder}/{name}.o" for name in _SOURCES]
+        with ThreadPoolExecutor() as pool:  # most of the time goes into PyTorch's headers
+            commands = [
+                [*command, "-c", str(_FOLDER / name), "-o", made]
+                for name, made in zip(_SOURCES, objects)
+            ]
+            list(pool.map(_run, commands))
+        _run([*command, *objects, *link, "-o", str(temporary)])
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line]
+        reason = lines[0].strip() if lines else f"exit code {done.returncode}"
+        raise NoCompilerError(f"{command[0]} cannot build the sparse kernels: {reason}")
 
 
 def _cache() -> Path:

@@ -125,7 +125,9 @@ void transform_weights(const Scalar* x, Scalar* y, int64_t size) {
   at::parallel_for(0, size / lanes, 64, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin * lanes; k < end * lanes; k += width)
       square<T>([&](int64_t i, int64_t j) { return Vec::loadu(x + (i * T::from + j) * size + k); },
-                [&](int64_t i, int64_t j, const Vec& v) { v.store(y + (i * T::to + j) * size + k); });
+                [&](int64_t i, int64_t j, const Vec& v) {
+                  v.store(y + (i * T::to + j) * size + k);
+                });
   });
 }
 
@@ -137,8 +139,10 @@ struct Tiles {
       : blocks(made.blocks),
         down((made.height + four - 1) / four),
         right((made.columns + four - 1) / four),
-        begin(0),
-        count(std::min(ceil_four(all()), std::max(share.least, ceil_four(share.numbers / (points * lanes * channels))))) {}
+        begin(0) {
+    const int64_t most = ceil_four(share.numbers / (points * lanes * channels));
+    count = std::min(ceil_four(all()), std::max(share.least, most));
+  }
 
   int64_t all() const { return blocks * down * right; }
 
@@ -164,8 +168,8 @@ struct Transformed {
   }
 };
 
-// The tiles of a map, each from a few pixels `up` and to the `left` of it on. Channels, positions and pixels that are
-// not there are zero.
+// The tiles of a map, each from a few pixels `up` and to the `left` of it on. Channels, positions
+// and pixels that are not there are zero.
 template <typename T>
 void transform(const Map& map, const Tiles& tiles, int64_t up, int64_t left,
                const Transformed& to) {
@@ -216,19 +220,21 @@ void transform_back(const Transformed& from, const Tiles& tiles, const Map& map,
       const int64_t height = map.height - h, columns = map.columns - w;
       for (int64_t r = 0; r < lanes; r += width) {
         Scalar* to = map.at(n, c, h, w) + r;
-        square<Made>([&](int64_t i, int64_t j) { return Vec::loadu(from.at(i * six + j, c, q) + r); },
-                     [&](int64_t i, int64_t j, const Vec& y) {
-                       if (i >= height || j >= columns) return;
-                       Scalar* pixel = to + i * line + j * lanes;
-                       (add ? y + Vec::loadu(pixel) : y).store(pixel);
-                     });
+        const auto at = [&](int64_t i, int64_t j) {
+          return Vec::loadu(from.at(i * six + j, c, q) + r);
+        };
+        square<Made>(at, [&](int64_t i, int64_t j, const Vec& y) {
+          if (i >= height || j >= columns) return;
+          Scalar* pixel = to + i * line + j * lanes;
+          (add ? y + Vec::loadu(pixel) : y).store(pixel);
+        });
       }
     }
   });
 }
 
-// made[row][q] = sum over channels: weight[channel][row] * given[channel][q], of four rows and a few
-// positions; given and made: a point of transformed maps, weight: [channels, 4].
+// made[row][q] = sum over channels: weight[channel][row] * given[channel][q], of four rows and a
+// few positions; given and made: a point of transformed maps, weight: [channels, 4].
 [[gnu::noinline]] void product(const Scalar* given, int64_t given_stride, const Scalar* weight,
                                int64_t channels, Scalar* made, int64_t made_stride, bool fresh) {
   Vec sum[four][tile * registers];
@@ -297,15 +303,16 @@ struct Work {
 
 extern "C" {
 
+// Numbers of scratch that both functions need.
 int64_t winograd_scratch_size(Map in, Map out) {
   return std::max(Work(in, out, nullptr, for_maps).numbers(),
                   Work(in, out, nullptr, for_weights).numbers());
 }
 
-// up, left: the padding. weight: [9, rows / 4, channels, 4], rows and channels that are not there included, as zeros; out
-// is written, or added to what is there.
-void winograd_gather(Map in, Map out, const Scalar* weight, int64_t up, int64_t left, Scalar* scratch,
-                     bool add) {
+// The convolution of `in`, which is written to `out` or added to what is there. up, left: padding;
+// weight: [9, rows / 4, channels, 4], zero for rows and channels that are not there.
+void winograd_gather(Map in, Map out, const Scalar* weight, int64_t up, int64_t left,
+                     Scalar* scratch, bool add) {
   Work work(in, out, scratch, for_maps);
   Tiles& tiles = work.tiles;
   transform_weights<Weight>(weight, work.weight, work.size);
@@ -323,8 +330,9 @@ void winograd_gather(Map in, Map out, const Scalar* weight, int64_t up, int64_t 
   }
 }
 
-// gradient: as the weight of `winograd_gather`.
-void winograd_weights(Map in, Map d_out, Scalar* gradient, int64_t up, int64_t left, Scalar* scratch) {
+// The gradient of the weight of `winograd_gather`, laid out as it is.
+void winograd_weights(Map in, Map d_out, Scalar* gradient, int64_t up, int64_t left,
+                      Scalar* scratch) {
   Work work(in, d_out, scratch, for_weights);
   Tiles& tiles = work.tiles;
   std::fill(work.weight, work.weight + points * work.size, Scalar(0));
