@@ -15,7 +15,7 @@ import torch
 from startsparse.atomic import replacing
 from startsparse.errors import UserError
 
-_FOLDER = Path(__file__).parent
+_FOLDER, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
 _SOURCES = ("products.cpp", "compaction.cpp", "layers.cpp", "planes.cpp", "winograd.cpp")
 _HEADERS = ("maps.h", "norm.h")
 _SCALARS = {torch.float32: "float", torch.float64: "double"}
@@ -52,12 +52,11 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
 
 def _command(dtype: torch.dtype) -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
-    torch_folder = Path(torch.__file__).parent
     return [
         *(os.environ.get("CXX", "g++"), "-std=c++20", "-O3", "-fPIC", "-fopenmp"),
         *_FLAGS.get(capability, []),
         *(f"-DCPU_CAPABILITY={capability}", f"-DSCALAR={_SCALARS[dtype]}"),
-        f"-I{torch_folder / 'include'}",
+        f"-I{_TORCH / 'include'}",
     ]
 
 
@@ -66,7 +65,7 @@ def _build(command: list[str], path: Path) -> None:
     if not shutil.which(command[0]):
         raise NoCompilerError(f"there is no C++ compiler {command[0]} (set CXX, or install g++)")
     path.parent.mkdir(parents=True, exist_ok=True)
-    link = ["-shared", f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+    link = ["-shared", f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
     with replacing(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as folder:
         objects = [f"{folder}/{name}.o" for name in _SOURCES]
         with ThreadPoolExecutor() as pool:  # most of the time goes into PyTorch's headers

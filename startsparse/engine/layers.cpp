@@ -8,7 +8,6 @@
 #include "norm.h"
 
 #include <cmath>
-#include <tuple>
 #include <utility>
 
 namespace {
@@ -167,15 +166,10 @@ template <Gate gate>
     }
 }
 
-// f(c0, c1) for the channels from c0 to c1, at most `few`: small ones are done together, so that none
-// waits for what is computed of the sums of another.
-constexpr int64_t few = 16;
-
 template <typename F>
-inline void each_few(const Map& y, F f) {
-  const int64_t step = y.blocks * y.height * y.columns <= 64 ? few : 1;
-  at::parallel_for(0, y.channels, step, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; c += step) f(c, std::min(c + step, end));
+inline void each_channel(const Map& y, F f) {
+  at::parallel_for(0, y.channels, 1, [&](int64_t c0, int64_t c1) {
+    for (int64_t c = c0; c < c1; c++) f(c);
   });
 }
 
@@ -196,20 +190,27 @@ void affine(Map y, bool first, const Scalar* before, Norm norm, Map residual, bo
   const auto apply = residual.data ? relu ? affine_channel<true, true> : affine_channel<true, false>
                      : relu        ? affine_channel<false, true>
                                    : affine_channel<false, false>;
-  each_few(y, [&](int64_t c0, int64_t c1) {
-    double mean[few] = {}, variance[few] = {};
-    for (int64_t c = c0; c < c1 && first; c++)
-      affine_channel<false, true>(y.channel(c), 1, before ? before[c] : 0, {}, y.channel(c), p);
-    if (norm.mode == batch) {
-      for (int64_t c = c0; c < c1; c++) mean[c - c0] = sum_of(y.channel(c), p) / count;
-      for (int64_t c = c0; c < c1; c++)
-        variance[c - c0] = squares_about(mean[c - c0], y.channel(c), p) / count;
+  each_channel(y, [&](int64_t c) {
+    const Channel from = y.channel(c);
+    if (first) affine_channel<false, true>(from, 1, before ? before[c] : 0, {}, from, p);
+    norm.mean[c] = 0, norm.inverse[c] = 1;
+    if (norm.mode != plain) {
+      double mean, variance;
+      if (norm.mode == batch) {
+        mean = sum_of(from, p) / count;
+        variance = squares_about(mean, from, p) / count;
+        if (norm.running_mean) {
+          const double share = norm.momentum, unbiased = variance * (count / (count - 1));
+          norm.running_mean[c] += share * (mean - norm.running_mean[c]);
+          norm.running_variance[c] += share * (unbiased - norm.running_variance[c]);
+        }
+      } else {
+        mean = norm.running_mean[c], variance = norm.running_variance[c];
+      }
+      norm.mean[c] = mean, norm.inverse[c] = 1 / std::sqrt(variance + norm.epsilon);
     }
-    for (int64_t c = c0; c < c1; c++) norm.set(c, mean[c - c0], variance[c - c0], count);
-    for (int64_t c = c0; c < c1; c++) {
-      zero_borders(z, c);
-      apply(y.channel(c), norm.scale(c), norm.shift(c), residual.channel(c), z.channel(c), p);
-    }
+    zero_borders(z, c);
+    apply(from, norm.scale(c), norm.shift(c), residual.channel(c), z.channel(c), p);
   });
 }
 
@@ -229,25 +230,20 @@ void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, in
   const auto apply = !relu   ? gradient_channel<Gate::open>
                      : z.data ? gradient_channel<Gate::by_z>
                               : gradient_channel<Gate::by_y>;
-  each_few(y, [&](int64_t c0, int64_t c1) {
-    double slope[few] = {}, constant[few] = {};
-    for (int64_t c = c0; c < c1; c++)
-      std::tie(d_beta[c], d_gamma[c]) =
-          sums_of(d_z.channel(c), z.channel(c), y.channel(c), norm.mean[c], norm.scale(c),
-                  norm.shift(c), p);
-    for (int64_t c = c0; c < c1; c++) {
-      d_gamma[c] *= norm.inverse[c];
-      if (norm.mode != batch) continue;
-      slope[c - c0] = -norm.scale(c) * norm.inverse[c] * d_gamma[c] / count;
-      constant[c - c0] = -norm.scale(c) * d_beta[c] / count;
+  each_channel(y, [&](int64_t c) {
+    const Channel d = d_z.channel(c), result = z.channel(c), from = y.channel(c);
+    const Scalar mean = norm.mean[c], scale = norm.scale(c), shift = norm.shift(c);
+    const auto [sum, product] = sums_of(d, result, from, mean, scale, shift, p);
+    d_beta[c] = sum, d_gamma[c] = product * norm.inverse[c];
+    double slope = 0, constant = 0;
+    if (norm.mode == batch) {
+      slope = -scale * norm.inverse[c] * d_gamma[c] / count;
+      constant = -scale * sum / count;
     }
-    for (int64_t c = c0; c < c1; c++) {
-      zero_borders(d_y, c);
-      apply(d_z.channel(c), z.channel(c), y.channel(c), norm.mean[c], norm.scale(c), norm.shift(c),
-            slope[c - c0], constant[c - c0], d_y.channel(c), d_residual.channel(c), p);
-    }
-    for (int64_t c = c0; c < c1 && first; c++) {  // y is now what that ReLU made
-      const Channel from = y.channel(c), to = d_y.channel(c);
+    zero_borders(d_y, c);
+    const Channel to = d_y.channel(c);
+    apply(d, result, from, mean, scale, shift, slope, constant, to, d_residual.channel(c), p);
+    if (first) {  // y is now what that ReLU made
       gradient_channel<Gate::by_z>(to, from, from, 0, 1, 0, 0, 0, to, {}, p);
       d_before[c] = sum_of(to, p);
     }

@@ -42,7 +42,8 @@ class Product:
         """Compute the map ``made`` from the map ``given``, whose borders are wide enough."""
         self.window, self.given, self.made = window, given, made
         self.values = nn.Parameter(torch.empty(0))
-        self.whole: whole.Whole | winograd.Winograd | None = None
+        self.whole: whole.Whole | winograd.Winograd | None = None  # or else
+        self.entries: entries.Entries | None = None
         self.phases = entries.backward_phases(window)
         # Pixels that no tap reaches get no gradient: with a stride above the kernel, say.
         self.skips = any(k < s for k, s in zip(window.kernel, window.stride))
@@ -53,7 +54,7 @@ class Product:
         mask = mask.contiguous().view(*mask.shape[:2], *self.window.kernel)
         sizes = self.window, self.given, self.made
         density = int(mask.count_nonzero()) / max(1, mask.numel())
-        self.whole = None
+        self.whole = self.entries = None
         if density >= winograd.worth(*sizes):
             self.whole = winograd.Winograd(mask, *sizes)
         elif density >= whole.worth(self.made):
@@ -73,12 +74,11 @@ class Product:
     def lists(self) -> list[Tensor]:
         """All that is stored beside the values to find their places."""
         places = [t for pair in self._places[1] for t in (pair.given, pair.made)]
-        if self.whole:
-            return [*places, *self.whole.lists()]
-        parts = [self.entries, *self.transposed]
+        of_whole = self.whole.lists() if self.whole else []
+        parts = [self.entries, *self.transposed] if self.entries else []
         tensors = [t for part in parts for t in (part.offset, part.first)]
         orders = [part.order for part in parts if part.order is not None]
-        return [*tensors, *places, self.flat, *orders]
+        return [*places, self.flat, *of_whole, *tensors, *orders]
 
     def positions(self, blocks: int) -> list[Positions]:
         """Of the output, and of each phase of the input's gradient."""

@@ -105,7 +105,7 @@ class Whole:
             self.backward.append(Rows(channels, rows, LANES * taps.flatten(), place, chosen))
 
     def lists(self) -> list[Tensor]:
-        """All that is stored beside the values to find their places."""
+        """Where the stored values go."""
         parts = [self.forward, *self.backward]
         chosen = [part.chosen for part in self.backward]
-        return [self.flat, *(part.place for part in parts), *chosen]
+        return [*(part.place for part in parts), *chosen]

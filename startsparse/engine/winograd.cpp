@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t six = 6, points = six * six;
 constexpr int64_t four = 4;  // pixels of a tile, and rows, or channels, that are done at once
 constexpr int64_t tile = std::max<int64_t>(1, 4 / registers);  // positions, likewise
-constexpr int64_t cached = 144;       // channels of a tile of positions that stay in the cache
+constexpr int64_t cached = 144;  // channels of a tile of positions that stay in the cache
 
 // Positions at a time: as many as keep the transformed maps in the cache, but a least number, since
 // each time all transformed weights are read, or their sums added up.
@@ -266,7 +266,7 @@ void transform_back(const Transformed& from, const Tiles& tiles, const Map& map,
     for (int64_t row = 0; row < four; row++) d[row] = Vec::loadu(d_made + row * made_stride + i);
     for (int64_t c = 0; c < four; c++) {
       const Vec x = Vec::loadu(given + c * given_stride + i);
-      for (int64_t row = 0; row < four; row++) 
+      for (int64_t row = 0; row < four; row++)
         sum[c * four + row] = at::vec::fmadd(x, d[row], sum[c * four + row]);
     }
   }

@@ -79,5 +79,5 @@ class Winograd:
         self.backward = [Tiled(made, given, back, torch.stack([8 - tap, channel, row]))]
 
     def lists(self) -> list[Tensor]:
-        """All that is stored beside the values to find their places."""
-        return [self.flat, self.forward.place, self.backward[0].place]
+        """Where the stored values go."""
+        return [part.place for part in (self.forward, *self.backward)]
