@@ -34,7 +34,8 @@ class CPositions(ctypes.Structure):
     """`Positions` of products.cpp."""
 
     _fields_ = [("input", ctypes.c_void_p), ("output", ctypes.c_void_p)] + [
-        (name, ctypes.c_int64) for name in ("count", "group", "row_stride")
+        (name, ctypes.c_int64)
+        for name in ("count", "group", "row_stride", "channels", "channel_stride", "reach")
     ]
 
 
@@ -75,19 +76,31 @@ class Window:
 
 
 class Positions:
-    """Pixels of two maps, pair by pair: what is read for them, and where it goes."""
+    """Pixels of two maps, pair by pair: what is read for them, and where it goes.
 
-    def __init__(self, given: Tensor, made: Tensor, given_stride: int, made_stride: int):
-        """Take int64 places in the maps' memory, and the numbers from one channel to the next."""
+    Args:
+        given, made: int64, places in the maps' memory.
+        given_stride, made_stride: numbers from one channel to the next.
+        channels: of the map that is read, to be fetched ahead; 0: it is in the cache.
+        reach: numbers from a place to the last that is read for it.
+    """
+
+    def __init__(
+        self, given: Tensor, made: Tensor, given_stride: int, made_stride: int,
+        channels: int = 0, reach: int = 0,
+    ):  # fmt: skip
         self.given, self.made, self.count = given, made, len(given)
         self.given_stride, self.made_stride = given_stride, made_stride
+        self._ahead = channels, given_stride, reach
         self._views: dict[int, CPositions] = {}
 
     def view(self, group: int) -> CPositions:
         """For the kernels, ``group`` positions before the next row."""
         if group not in self._views:
             pointers = self.given.data_ptr(), self.made.data_ptr()
-            self._views[group] = CPositions(*pointers, self.count, group, self.made_stride)
+            self._views[group] = CPositions(
+                *pointers, self.count, group, self.made_stride, *self._ahead
+            )
         return self._views[group]
 
 
@@ -176,11 +189,14 @@ def forward_positions(window: Window, given: Space, made: Space, blocks: int) ->
     """Of y[position] = sum of w x[position * stride - padding + tap]."""
     (sy, sx), (py, px) = window.stride, window.padding
     y, x = torch.arange(made.height), torch.arange(made.width)
+    down, right = (k - 1 for k in window.kernel)
     return Positions(
         given.positions(blocks, y * sy - py, x * sx - px),
         made.positions(blocks, y, x),
         given.stride(blocks),
         made.stride(blocks),
+        given.channels,
+        LANES * (down * given.row + right),
     )
 
 
@@ -230,6 +246,7 @@ def backward_positions(
         given.positions(blocks, *firsts),
         made.stride(blocks),
         given.stride(blocks),
+        made.channels,
     )
 
 

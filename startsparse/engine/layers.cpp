@@ -7,6 +7,7 @@
 #include "maps.h"
 #include "norm.h"
 
+#include <array>
 #include <cmath>
 #include <utility>
 
@@ -25,6 +26,18 @@ struct Pixels {
   double count() const { return double(((blocks - 1) * lanes + last) * height * columns); }
   bool partial(int64_t n) const { return n + 1 == blocks && last < lanes; }
 };
+
+// Channels that are fetched while another is computed, line by line; those without a map are not.
+using Ahead = std::array<Channel, 3>;
+
+inline Channel next(const Map& x, int64_t c) {
+  return c + 1 < x.channels ? x.channel(c + 1) : Channel{};
+}
+
+template <bool written>
+[[gnu::always_inline]] inline void fetch_line(const Ahead& ahead, int64_t n, int64_t h) {
+  for (const Channel& channel : ahead) fetch<written>(channel.row(n, h), channel.line);
+}
 
 // A sum of many vectors: short stretches in their own precision, those in double.
 struct Sum {
@@ -77,10 +90,12 @@ inline void each_vector(const Pixels& p, F row, End end) {
   return sum.all;  // images that are not there are zero
 }
 
-[[gnu::noinline]] double squares_about(Scalar mean, const Channel& y, const Pixels& p) {
+[[gnu::noinline]] double squares_about(Scalar mean, const Channel& y, const Ahead& made,
+                                       const Pixels& p) {
   const Vec centre(mean);
   Sum sum;
   each_vector(p, [&](int64_t n, int64_t h) {
+    fetch_line<true>(made, n, h);
     return [&, from = y.row(n, h), partial = p.partial(n)](int64_t i, int64_t r, int64_t part) {
       Vec d = Vec::loadu(from + i) - centre;
       if (partial) d = d * p.present_at(i);
@@ -92,13 +107,15 @@ inline void each_vector(const Pixels& p, F row, End end) {
 
 template <bool with_residual, bool relu>
 [[gnu::noinline]] void affine_channel(const Channel& y, Scalar scale, Scalar shift,
-                                      const Channel& residual, const Channel& z, const Pixels& p) {
+                                      const Channel& residual, const Channel& z, const Ahead& next,
+                                      const Pixels& p) {
   const Vec a(scale), b(shift), zero(Scalar(0));
   for (int64_t n = 0; n < p.blocks; n++)
     for (int64_t h = 0; h < p.height; h++) {
       const Scalar *from = y.row(n, h), *other = residual.row(n, h);
       Scalar* to = z.row(n, h);
       const bool partial = p.partial(n);
+      fetch_line<false>(next, n, h);
       for (int64_t i = 0; i < p.columns * lanes; i += width) {
         Vec v = at::vec::fmadd(Vec::loadu(from + i), a, b);
         if (with_residual) v = v + Vec::loadu(other + i);
@@ -127,11 +144,12 @@ struct Gradient {
 template <Gate gate>
 [[gnu::noinline]] std::pair<double, double> gradient_sums(
     const Channel& d_z, const Channel& z, const Channel& y, Scalar mean, Scalar scale,
-    Scalar shift, const Pixels& p) {
+    Scalar shift, const Ahead& made, const Pixels& p) {
   const Gradient<gate> gradient(scale, shift);
   const Vec centre(mean);
   Sum sums, products;
   each_vector(p, [&](int64_t n, int64_t h) {
+    fetch_line<true>(made, n, h);
     return [&, d = d_z.row(n, h), result = z.row(n, h), from = y.row(n, h)](
                int64_t i, int64_t r, int64_t part) {
       const Vec v = Vec::loadu(from + i);  // d_z is zero for images that are not there
@@ -148,7 +166,8 @@ template <Gate gate>
 [[gnu::noinline]] void gradient_channel(const Channel& d_z, const Channel& z, const Channel& y,
                                         Scalar mean, Scalar scale, Scalar shift, Scalar slope,
                                         Scalar constant, const Channel& d_y,
-                                        const Channel& d_residual, const Pixels& p) {
+                                        const Channel& d_residual, const Ahead& next,
+                                        const Pixels& p) {
   const Gradient<gate> gradient(scale, shift);
   const Vec a(scale), centre(mean), k(slope), c(constant);
   for (int64_t n = 0; n < p.blocks; n++)
@@ -156,6 +175,7 @@ template <Gate gate>
       const Scalar *d = d_z.row(n, h), *result = z.row(n, h), *from = y.row(n, h);
       Scalar *to = d_y.row(n, h), *other = d_residual.row(n, h);
       const bool partial = p.partial(n);
+      fetch_line<false>(next, n, h);
       for (int64_t i = 0; i < p.columns * lanes; i += width) {
         const Vec v = Vec::loadu(from + i), g = gradient(Vec::loadu(d + i), v, result + i);
         Vec sum = at::vec::fmadd(a, g, at::vec::fmadd(v - centre, k, c));
@@ -177,6 +197,22 @@ inline void zero_borders(const Map& x, int64_t c) {
   for (int64_t n = 0; n < x.blocks && x.data; n++) x.zero_border(n, c);
 }
 
+// f(n, c) for each plane of a map, in the order of memory.
+template <typename F>
+inline void each_plane(const Map& x, F f) {
+  at::parallel_for(0, x.channels * x.blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; item++) f(item % x.blocks, item / x.blocks);
+  });
+}
+
+// The lines, or columns, that a window reads, of so many that there are.
+struct Reach {
+  int64_t first, last;  // the last is not read
+  Reach(int64_t window, int64_t kernel, int64_t stride, int64_t padding, int64_t size)
+      : first(std::max<int64_t>(window * stride - padding, 0)),
+        last(std::min(window * stride - padding + kernel, size)) {}
+};
+
 }  // namespace
 
 extern "C" {
@@ -192,13 +228,13 @@ void affine(Map y, bool first, const Scalar* before, Norm norm, Map residual, bo
                                    : affine_channel<false, false>;
   each_channel(y, [&](int64_t c) {
     const Channel from = y.channel(c);
-    if (first) affine_channel<false, true>(from, 1, before ? before[c] : 0, {}, from, p);
+    if (first) affine_channel<false, true>(from, 1, before ? before[c] : 0, {}, from, {}, p);
     norm.mean[c] = 0, norm.inverse[c] = 1;
     if (norm.mode != plain) {
       double mean, variance;
       if (norm.mode == batch) {
         mean = sum_of(from, p) / count;
-        variance = squares_about(mean, from, p) / count;
+        variance = squares_about(mean, from, {z.channel(c)}, p) / count;
         if (norm.running_mean) {
           const double share = norm.momentum, unbiased = variance * (count / (count - 1));
           norm.running_mean[c] += share * (mean - norm.running_mean[c]);
@@ -210,7 +246,8 @@ void affine(Map y, bool first, const Scalar* before, Norm norm, Map residual, bo
       norm.mean[c] = mean, norm.inverse[c] = 1 / std::sqrt(variance + norm.epsilon);
     }
     zero_borders(z, c);
-    apply(from, norm.scale(c), norm.shift(c), residual.channel(c), z.channel(c), p);
+    apply(from, norm.scale(c), norm.shift(c), residual.channel(c), z.channel(c),
+          {next(y, c), next(residual, c)}, p);
   });
 }
 
@@ -232,8 +269,9 @@ void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, in
                               : gradient_channel<Gate::by_y>;
   each_channel(y, [&](int64_t c) {
     const Channel d = d_z.channel(c), result = z.channel(c), from = y.channel(c);
+    const Channel to = d_y.channel(c);
     const Scalar mean = norm.mean[c], scale = norm.scale(c), shift = norm.shift(c);
-    const auto [sum, product] = sums_of(d, result, from, mean, scale, shift, p);
+    const auto [sum, product] = sums_of(d, result, from, mean, scale, shift, {to}, p);
     d_beta[c] = sum, d_gamma[c] = product * norm.inverse[c];
     double slope = 0, constant = 0;
     if (norm.mode == batch) {
@@ -241,10 +279,10 @@ void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, in
       constant = -scale * sum / count;
     }
     zero_borders(d_y, c);
-    const Channel to = d_y.channel(c);
-    apply(d, result, from, mean, scale, shift, slope, constant, to, d_residual.channel(c), p);
+    apply(d, result, from, mean, scale, shift, slope, constant, to, d_residual.channel(c),
+          {next(d_z, c), next(z, c), next(y, c)}, p);
     if (first) {  // y is now what that ReLU made
-      gradient_channel<Gate::by_z>(to, from, from, 0, 1, 0, 0, 0, to, {}, p);
+      gradient_channel<Gate::by_z>(to, from, from, 0, 1, 0, 0, 0, to, {}, {}, p);
       d_before[c] = sum_of(to, p);
     }
   });
@@ -252,22 +290,22 @@ void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, in
 
 // The largest of each window; beyond the edge there is nothing.
 void max_pool(Map x, int64_t kernel, int64_t stride, int64_t padding, Map y) {
-  at::parallel_for(0, x.blocks * x.channels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; item++) {
-      const int64_t n = item / x.channels, c = item % x.channels;
-      y.zero_border(n, c);
-      for (int64_t oh = 0; oh < y.height; oh++)
-        for (int64_t ow = 0; ow < y.columns; ow++) {
-          const int64_t top = oh * stride - padding, left = ow * stride - padding;
-          Vec best[registers];
-          for (auto& v : best) v = Vec(-INFINITY);
-          for (int64_t h = std::max<int64_t>(top, 0); h < std::min(top + kernel, x.height); h++)
-            for (int64_t w = std::max<int64_t>(left, 0); w < std::min(left + kernel, x.columns);
-                 w++)
-              for (int64_t r = 0; r < registers; r++)
-                best[r] = at::vec::maximum(best[r], Vec::loadu(x.at(n, c, h, w) + r * width));
-          for (int64_t r = 0; r < registers; r++) best[r].store(y.at(n, c, oh, ow) + r * width);
-        }
+  each_plane(x, [&](int64_t n, int64_t c) {
+    y.zero_border(n, c);
+    for (int64_t oh = 0; oh < y.height; oh++) {
+      const Reach down(oh, kernel, stride, padding, x.height);
+      for (int64_t h = down.first; h < down.last; h++)
+        fetch<false>(x.at(n, c, h, 0) + x.plane(), x.columns * lanes);
+      for (int64_t ow = 0; ow < y.columns; ow++) {
+        const Reach right(ow, kernel, stride, padding, x.columns);
+        Vec best[registers];
+        for (auto& v : best) v = Vec(-INFINITY);
+        for (int64_t h = down.first; h < down.last; h++)
+          for (int64_t w = right.first; w < right.last; w++)
+            for (int64_t r = 0; r < registers; r++)
+              best[r] = at::vec::maximum(best[r], Vec::loadu(x.at(n, c, h, w) + r * width));
+        for (int64_t r = 0; r < registers; r++) best[r].store(y.at(n, c, oh, ow) + r * width);
+      }
     }
   });
 }
@@ -275,28 +313,29 @@ void max_pool(Map x, int64_t kernel, int64_t stride, int64_t padding, Map y) {
 // The gradient goes to the first of the largest, as in PyTorch.
 void max_pool_backward(Map d_y, Map y, Map x, int64_t kernel, int64_t stride, int64_t padding,
                        Map d_x) {
-  at::parallel_for(0, x.blocks * x.channels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; item++) {
-      const int64_t n = item / x.channels, c = item % x.channels;
-      const int64_t plane = (x.height + 2 * d_x.border) * (x.columns + 2 * d_x.border) * lanes;
-      Scalar* start = d_x.at(n, c, -d_x.border, -d_x.border);
-      std::fill(start, start + plane, Scalar(0));
-      for (int64_t oh = 0; oh < y.height; oh++)
-        for (int64_t ow = 0; ow < y.columns; ow++) {
-          const int64_t top = oh * stride - padding, left = ow * stride - padding;
-          for (int64_t r = 0; r < registers; r++) {
-            const Vec best = Vec::loadu(y.at(n, c, oh, ow) + r * width), zero(Scalar(0));
-            Vec left_over = Vec::loadu(d_y.at(n, c, oh, ow) + r * width);
-            for (int64_t h = std::max<int64_t>(top, 0); h < std::min(top + kernel, x.height); h++)
-              for (int64_t w = std::max<int64_t>(left, 0); w < std::min(left + kernel, x.columns);
-                   w++) {
-                const Vec here = Vec::loadu(x.at(n, c, h, w) + r * width) == best;
-                Scalar* to = d_x.at(n, c, h, w) + r * width;
-                (Vec::loadu(to) + Vec::blendv(zero, left_over, here)).store(to);
-                left_over = Vec::blendv(left_over, zero, here);
-              }
-          }
+  each_plane(x, [&](int64_t n, int64_t c) {
+    Scalar* start = d_x.at(n, c, -d_x.border, -d_x.border);
+    std::fill(start, start + d_x.plane(), Scalar(0));
+    for (int64_t oh = 0; oh < y.height; oh++) {
+      const Reach down(oh, kernel, stride, padding, x.height);
+      for (int64_t h = down.first; h < down.last; h++) {
+        fetch<false>(x.at(n, c, h, 0) + x.plane(), x.columns * lanes);
+        fetch<true>(d_x.at(n, c, h, 0) + d_x.plane(), x.columns * lanes);
+      }
+      for (int64_t ow = 0; ow < y.columns; ow++) {
+        const Reach right(ow, kernel, stride, padding, x.columns);
+        for (int64_t r = 0; r < registers; r++) {
+          const Vec best = Vec::loadu(y.at(n, c, oh, ow) + r * width), zero(Scalar(0));
+          Vec left_over = Vec::loadu(d_y.at(n, c, oh, ow) + r * width);
+          for (int64_t h = down.first; h < down.last; h++)
+            for (int64_t w = right.first; w < right.last; w++) {
+              const Vec here = Vec::loadu(x.at(n, c, h, w) + r * width) == best;
+              Scalar* to = d_x.at(n, c, h, w) + r * width;
+              (Vec::loadu(to) + Vec::blendv(zero, left_over, here)).store(to);
+              left_over = Vec::blendv(left_over, zero, here);
+            }
         }
+      }
     }
   });
 }

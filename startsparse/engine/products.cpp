@@ -40,6 +40,7 @@ struct Positions {
   const int64_t* in;   // [count], in numbers
   const int64_t* out;  // [count], in numbers; row 0
   int64_t count, group, row_stride;
+  int64_t channels, channel_stride, reach;  // of the input; from a position to its last tap
 };
 
 // Where the T positions from `from` on find their input: base(t) + offset of the entry. If they lie
@@ -129,6 +130,36 @@ inline void each_tile(const Positions& at, int64_t q0, int64_t q1, F f) {
       f(several, std::type_identity<Apart<T>>(), at.in + q, at.out + q);
   }
   for (; q < q1; q++) f(single, std::type_identity<SideBySide>(), at.in + q, at.out + q);
+}
+
+// Bytes of maps that are fetched while as many are used: the second-level cache is to hold both.
+constexpr int64_t fetched = 3 << 17;
+
+// Makes groups of positions small enough to be fetched; if even a few are too large, none will be.
+inline void fit_group(Positions& at, int64_t rows) {
+  constexpr int64_t least = 8;
+  const int64_t bytes = (at.channels + rows) * lanes * sizeof(Scalar);  // of a position
+  const int64_t most = fetched / bytes / least * least;
+  if (most == 0) at.channels = 0;
+  if (at.channels) at.group = std::min(at.group, most);
+}
+
+// Fetches what the positions from q0 to q1 read of the input, while others are computed: of all its
+// channels, in `shares` shares, of which this is one.
+[[gnu::always_inline]] inline void fetch_input(const Scalar* in, const Positions& at, int64_t q0,
+                                               int64_t q1, int64_t share, int64_t shares) {
+  const int64_t first = at.channels * share / shares, last = at.channels * (share + 1) / shares;
+  for (int64_t c = first; c < last; c++)
+    for (int64_t q = q0; q < std::min(q1, at.count); q++)
+      fetch<false>(in + at.in[q] + c * at.channel_stride + at.reach, lanes);
+}
+
+// The same of a row of the output.
+template <bool written>
+[[gnu::always_inline]] inline void fetch_row(const Scalar* row, const Positions& at, int64_t q0,
+                                             int64_t q1) {
+  for (int64_t q = q0; q < std::min(q1, at.count) && at.channels; q++)
+    fetch<written>(row + at.out[q], lanes);
 }
 
 // Of a layer that has most of its weights, all are computed, zeros too: four rows share what they
@@ -332,6 +363,7 @@ void set_offsets(const int32_t* flat, const int32_t* order, int64_t entries, int
 void gather(const Scalar* in, Scalar* out, const Scalar* value, Entries entries, Positions at,
             bool add) {
   if (at.count == 0) return;
+  fit_group(at, entries.rows);
   const int64_t groups = (at.count + at.group - 1) / at.group;
   const int64_t parts = std::min(entries.rows, (4 * at::get_num_threads() + groups - 1) / groups);
   at::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
@@ -344,10 +376,14 @@ void gather(const Scalar* in, Scalar* out, const Scalar* value, Entries entries,
           const int32_t* bounds = entries.first + block * entries.rows + row;
           const int64_t count = bounds[1] - bounds[0];
           const bool fresh = block == 0 && !add;
+          Scalar* to = out + row * at.row_stride;
+          if (block == 0 && parts == 1) {
+            fetch_input(in, at, q1, q1 + at.group, row, entries.rows);
+            fetch_row<true>(to, at, q1, q1 + at.group);
+          }
           if (count == 0 && !fresh) continue;
           const int32_t* offset = entries.offset + bounds[0];
           const Scalar* values = value + bounds[0];
-          Scalar* to = out + row * at.row_stride;
           each_tile<tile>(at, q0, q1, [&](auto t, auto bases, const int64_t* from, const int64_t* where) {
             gather_tile<t, typename decltype(bases)::type>(in, to, from, where, offset, values,
                                                            count, fresh);
@@ -362,6 +398,7 @@ void weights(const Scalar* in, const Scalar* d_out, Scalar* gradient, Scalar* sc
              Entries entries, Positions at) {
   const int64_t parts = std::min(entries.rows, int64_t(4 * at::get_num_threads()));
   // Of few positions all are done before the next row: so its sums stay in the cache.
+  fit_group(at, entries.rows);
   const int64_t group = at.count <= few ? few : at.group;
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     std::vector<Scalar> own;
@@ -372,12 +409,14 @@ void weights(const Scalar* in, const Scalar* d_out, Scalar* gradient, Scalar* sc
         for (int64_t row = row0; row < row1; row++) {
           const int32_t* bounds = entries.first + block * entries.rows + row;
           const int64_t count = bounds[1] - bounds[0];
+          if (block == 0) fetch_input(in, at, q1, q1 + group, row - row0, row1 - row0);
           if (count == 0) continue;
+          const Scalar* d = d_out + row * at.row_stride;
+          if (block == 0) fetch_row<false>(d, at, q1, q1 + group);
           const int32_t* offset = entries.offset + bounds[0];
           if (at.count <= few) own.resize(std::max<size_t>(own.size(), count * width));
           Scalar* sums = at.count <= few ? own.data() : scratch + bounds[0] * width;
           if (q0 == 0) std::fill(sums, sums + count * width, Scalar(0));
-          const Scalar* d = d_out + row * at.row_stride;
           each_tile<tile>(at, q0, q1, [&](auto t, auto bases, const int64_t* from, const int64_t* where) {
             weights_tile<t, typename decltype(bases)::type>(in, d, from, where, offset, sums, count);
           });

@@ -186,6 +186,8 @@ void transform(const Map& map, const Tiles& tiles, int64_t up, int64_t left,
       }
       const auto [n, h0, w0] = tiles.place(q);
       const int64_t h = h0 - up, w = w0 - left;
+      for (int64_t i = 0; i < T::from && c + 1 < map.channels; i++)
+        fetch<false>(map.at(n, c + 1, h + i, w), four * lanes);
       const bool inside = std::min(h, w) >= -border && h + T::from <= map.height + border &&
                           w + T::from <= map.columns + border;
       for (int64_t r = 0; r < lanes; r += width) {
@@ -218,6 +220,8 @@ void transform_back(const Transformed& from, const Tiles& tiles, const Map& map,
       if (!tiles.has(q)) continue;
       const auto [n, h, w] = tiles.place(q);
       const int64_t height = map.height - h, columns = map.columns - w;
+      for (int64_t i = 0; i < four && c + 1 < map.channels; i++)
+        fetch<true>(map.at(n, c + 1, h + i, w), four * lanes);
       for (int64_t r = 0; r < lanes; r += width) {
         Scalar* to = map.at(n, c, h, w) + r;
         const auto at = [&](int64_t i, int64_t j) {
