@@ -38,7 +38,7 @@ NETWORKS = {
 }
 DENSITIES = {"resnet18": (0.2, 0.1, 0.05, 0.01), "vgg16": (0.1, 0.01), "mlp": (0.1, 0.05, 0.01)}
 # pairs of measurements, and steps in a row that are one
-PAIRS = {"resnet18": (5, 2), "vgg16": (5, 3), "mlp": (20, 10), "resnet20": (15, 1)}
+PAIRS = {"resnet18": (5, 2), "vgg16": (5, 3), "mlp": (10, 50), "resnet20": (15, 1)}
 INFERENCE = 0.05  # density of the networks that are evaluated
 
 

@@ -14,8 +14,8 @@ from startsparse.engine.maps import LANES, Space, at
 _bool, _int = ctypes.c_bool, ctypes.c_int64
 
 _TILE = 8  # positions that the kernels do at a time, or twice as many as they do
-_CACHE = 34_000  # bytes of input that one tile of positions should read at most
-_PER_ROW = 14  # entries that a row should have, on average, in a block of input channels
+_CACHE = 40_000  # bytes of input that one tile of positions should read at most
+_PER_ROW = 28  # entries that a row should have, on average, in a block of input channels
 _PER_GROUP = 28  # and in a group of tiles, before the next row comes
 
 

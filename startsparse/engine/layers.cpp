@@ -7,8 +7,8 @@
 #include "maps.h"
 #include "norm.h"
 
-#include <array>
 #include <cmath>
+#include <initializer_list>
 #include <utility>
 
 namespace {
@@ -27,17 +27,30 @@ struct Pixels {
   bool partial(int64_t n) const { return n + 1 == blocks && last < lanes; }
 };
 
-// Channels that are fetched while another is computed, line by line; those without a map are not.
-using Ahead = std::array<Channel, 3>;
+// Maps of which a channel is fetched, line by line, while another is computed: the same that is
+// computed of maps that it makes, the next one of maps that are read.
+template <bool made>
+class Ahead {
+ public:
+  explicit Ahead(std::initializer_list<Map> all) {
+    for (const Map& map : all)
+      if (map.data && map.large()) maps[count++] = map;  // others are in the cache
+  }
 
-inline Channel next(const Map& x, int64_t c) {
-  return c + 1 < x.channels ? x.channel(c + 1) : Channel{};
-}
+  [[gnu::always_inline]] void fetch_line(int64_t c, int64_t n, int64_t h) const {
+    for (int64_t i = 0; i < count; i++) {
+      const Map& map = maps[i];
+      if (made)
+        fetch<true>(map.at(n, c, h, 0), map.line());
+      else if (c + 1 < map.channels)
+        fetch<false>(map.at(n, c + 1, h, 0), map.line());
+    }
+  }
 
-template <bool written>
-[[gnu::always_inline]] inline void fetch_line(const Ahead& ahead, int64_t n, int64_t h) {
-  for (const Channel& channel : ahead) fetch<written>(channel.row(n, h), channel.line);
-}
+ private:
+  Map maps[3];
+  int64_t count = 0;
+};
 
 // A sum of many vectors: short stretches in their own precision, those in double.
 struct Sum {
@@ -90,12 +103,12 @@ inline void each_vector(const Pixels& p, F row, End end) {
   return sum.all;  // images that are not there are zero
 }
 
-[[gnu::noinline]] double squares_about(Scalar mean, const Channel& y, const Ahead& made,
-                                       const Pixels& p) {
+[[gnu::noinline]] double squares_about(Scalar mean, const Channel& y, const Pixels& p,
+                                       const Ahead<true>& made, int64_t c) {
   const Vec centre(mean);
   Sum sum;
   each_vector(p, [&](int64_t n, int64_t h) {
-    fetch_line<true>(made, n, h);
+    made.fetch_line(c, n, h);
     return [&, from = y.row(n, h), partial = p.partial(n)](int64_t i, int64_t r, int64_t part) {
       Vec d = Vec::loadu(from + i) - centre;
       if (partial) d = d * p.present_at(i);
@@ -107,15 +120,15 @@ inline void each_vector(const Pixels& p, F row, End end) {
 
 template <bool with_residual, bool relu>
 [[gnu::noinline]] void affine_channel(const Channel& y, Scalar scale, Scalar shift,
-                                      const Channel& residual, const Channel& z, const Ahead& next,
-                                      const Pixels& p) {
+                                      const Channel& residual, const Channel& z, const Pixels& p,
+                                      const Ahead<false>& read, int64_t c) {
   const Vec a(scale), b(shift), zero(Scalar(0));
   for (int64_t n = 0; n < p.blocks; n++)
     for (int64_t h = 0; h < p.height; h++) {
       const Scalar *from = y.row(n, h), *other = residual.row(n, h);
       Scalar* to = z.row(n, h);
       const bool partial = p.partial(n);
-      fetch_line<false>(next, n, h);
+      read.fetch_line(c, n, h);
       for (int64_t i = 0; i < p.columns * lanes; i += width) {
         Vec v = at::vec::fmadd(Vec::loadu(from + i), a, b);
         if (with_residual) v = v + Vec::loadu(other + i);
@@ -144,12 +157,12 @@ struct Gradient {
 template <Gate gate>
 [[gnu::noinline]] std::pair<double, double> gradient_sums(
     const Channel& d_z, const Channel& z, const Channel& y, Scalar mean, Scalar scale,
-    Scalar shift, const Ahead& made, const Pixels& p) {
+    Scalar shift, const Pixels& p, const Ahead<true>& made, int64_t c) {
   const Gradient<gate> gradient(scale, shift);
   const Vec centre(mean);
   Sum sums, products;
   each_vector(p, [&](int64_t n, int64_t h) {
-    fetch_line<true>(made, n, h);
+    made.fetch_line(c, n, h);
     return [&, d = d_z.row(n, h), result = z.row(n, h), from = y.row(n, h)](
                int64_t i, int64_t r, int64_t part) {
       const Vec v = Vec::loadu(from + i);  // d_z is zero for images that are not there
@@ -166,19 +179,19 @@ template <Gate gate>
 [[gnu::noinline]] void gradient_channel(const Channel& d_z, const Channel& z, const Channel& y,
                                         Scalar mean, Scalar scale, Scalar shift, Scalar slope,
                                         Scalar constant, const Channel& d_y,
-                                        const Channel& d_residual, const Ahead& next,
-                                        const Pixels& p) {
+                                        const Channel& d_residual, const Pixels& p,
+                                        const Ahead<false>& read, int64_t c) {
   const Gradient<gate> gradient(scale, shift);
-  const Vec a(scale), centre(mean), k(slope), c(constant);
+  const Vec a(scale), centre(mean), k(slope), b(constant);
   for (int64_t n = 0; n < p.blocks; n++)
     for (int64_t h = 0; h < p.height; h++) {
       const Scalar *d = d_z.row(n, h), *result = z.row(n, h), *from = y.row(n, h);
       Scalar *to = d_y.row(n, h), *other = d_residual.row(n, h);
       const bool partial = p.partial(n);
-      fetch_line<false>(next, n, h);
+      read.fetch_line(c, n, h);
       for (int64_t i = 0; i < p.columns * lanes; i += width) {
         const Vec v = Vec::loadu(from + i), g = gradient(Vec::loadu(d + i), v, result + i);
-        Vec sum = at::vec::fmadd(a, g, at::vec::fmadd(v - centre, k, c));
+        Vec sum = at::vec::fmadd(a, g, at::vec::fmadd(v - centre, k, b));
         if (partial) sum = sum * p.present_at(i);
         if (other) g.store(other + i);
         sum.store(to + i);
@@ -222,23 +235,25 @@ extern "C" {
 void affine(Map y, bool first, const Scalar* before, Norm norm, Map residual, bool relu,
             int64_t last, Map z) {
   const Pixels p(y, last, std::max({y.border, residual.border, z.border}));
-  const double count = p.count();
+  const Ahead<true> made({z});
+  const Ahead<false> read({y, residual}), none({});
+  const double count = p.count(), unbiased = count / (count - 1);
   const auto apply = residual.data ? relu ? affine_channel<true, true> : affine_channel<true, false>
                      : relu        ? affine_channel<false, true>
                                    : affine_channel<false, false>;
   each_channel(y, [&](int64_t c) {
     const Channel from = y.channel(c);
-    if (first) affine_channel<false, true>(from, 1, before ? before[c] : 0, {}, from, {}, p);
+    if (first) affine_channel<false, true>(from, 1, before ? before[c] : 0, {}, from, p, none, c);
     norm.mean[c] = 0, norm.inverse[c] = 1;
     if (norm.mode != plain) {
       double mean, variance;
       if (norm.mode == batch) {
         mean = sum_of(from, p) / count;
-        variance = squares_about(mean, from, {z.channel(c)}, p) / count;
+        variance = squares_about(mean, from, p, made, c) / count;
         if (norm.running_mean) {
-          const double share = norm.momentum, unbiased = variance * (count / (count - 1));
-          norm.running_mean[c] += share * (mean - norm.running_mean[c]);
-          norm.running_variance[c] += share * (unbiased - norm.running_variance[c]);
+          Scalar &mean_so_far = norm.running_mean[c], &variance_so_far = norm.running_variance[c];
+          mean_so_far += norm.momentum * (mean - mean_so_far);
+          variance_so_far += norm.momentum * (variance * unbiased - variance_so_far);
         }
       } else {
         mean = norm.running_mean[c], variance = norm.running_variance[c];
@@ -246,8 +261,7 @@ void affine(Map y, bool first, const Scalar* before, Norm norm, Map residual, bo
       norm.mean[c] = mean, norm.inverse[c] = 1 / std::sqrt(variance + norm.epsilon);
     }
     zero_borders(z, c);
-    apply(from, norm.scale(c), norm.shift(c), residual.channel(c), z.channel(c),
-          {next(y, c), next(residual, c)}, p);
+    apply(from, norm.scale(c), norm.shift(c), residual.channel(c), z.channel(c), p, read, c);
   });
 }
 
@@ -260,6 +274,8 @@ void affine(Map y, bool first, const Scalar* before, Norm norm, Map residual, bo
 void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, int64_t last, Map d_y,
                      Map d_residual, Scalar* d_gamma, Scalar* d_beta, Scalar* d_before) {
   const Pixels p(y, last, std::max({d_z.border, z.border, y.border, d_y.border, d_residual.border}));
+  const Ahead<true> made({d_y});
+  const Ahead<false> read({d_z, z, y}), none({});
   const double count = p.count();
   const auto sums_of = !relu   ? gradient_sums<Gate::open>
                        : z.data ? gradient_sums<Gate::by_z>
@@ -271,7 +287,7 @@ void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, in
     const Channel d = d_z.channel(c), result = z.channel(c), from = y.channel(c);
     const Channel to = d_y.channel(c);
     const Scalar mean = norm.mean[c], scale = norm.scale(c), shift = norm.shift(c);
-    const auto [sum, product] = sums_of(d, result, from, mean, scale, shift, {to}, p);
+    const auto [sum, product] = sums_of(d, result, from, mean, scale, shift, p, made, c);
     d_beta[c] = sum, d_gamma[c] = product * norm.inverse[c];
     double slope = 0, constant = 0;
     if (norm.mode == batch) {
@@ -279,10 +295,10 @@ void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, in
       constant = -scale * sum / count;
     }
     zero_borders(d_y, c);
-    apply(d, result, from, mean, scale, shift, slope, constant, to, d_residual.channel(c),
-          {next(d_z, c), next(z, c), next(y, c)}, p);
+    apply(d, result, from, mean, scale, shift, slope, constant, to, d_residual.channel(c), p,
+          read, c);
     if (first) {  // y is now what that ReLU made
-      gradient_channel<Gate::by_z>(to, from, from, 0, 1, 0, 0, 0, to, {}, {}, p);
+      gradient_channel<Gate::by_z>(to, from, from, 0, 1, 0, 0, 0, to, {}, p, none, c);
       d_before[c] = sum_of(to, p);
     }
   });

@@ -13,6 +13,7 @@ using Vec = at::vec::Vectorized<Scalar>;
 constexpr int64_t lanes = 16;                 // images of a block
 constexpr int64_t width = Vec::size();        // numbers of a vector register
 constexpr int64_t registers = lanes / width;  // registers of a position
+constexpr uint64_t large_size = 1 << 20;      // bytes
 
 // The pixels of one channel.
 struct Channel {
@@ -31,11 +32,17 @@ struct Map {
     return data + (((c * blocks + n) * rows + h + border) * line + w + border) * lanes;
   }
 
+  // Whether it comes from memory: it would fill a second-level cache.
+  bool large() const { return channels * blocks * plane() * sizeof(Scalar) > large_size; }
+
+  // Numbers from one line of pixels to the next.
+  int64_t line() const { return (columns + 2 * border) * lanes; }
+
   // Numbers from one block of a channel to the next; after the last comes the next channel.
-  int64_t plane() const { return (height + 2 * border) * (columns + 2 * border) * lanes; }
+  int64_t plane() const { return (height + 2 * border) * line(); }
 
   Channel channel(int64_t c) const {
-    return {data ? at(0, c, 0, 0) : nullptr, plane(), (columns + 2 * border) * lanes};
+    return {data ? at(0, c, 0, 0) : nullptr, plane(), line()};
   }
 
   void zero_border(int64_t n, int64_t c) const {

@@ -135,12 +135,13 @@ inline void each_tile(const Positions& at, int64_t q0, int64_t q1, F f) {
 // Bytes of maps that are fetched while as many are used: the second-level cache is to hold both.
 constexpr int64_t fetched = 3 << 17;
 
-// Makes groups of positions small enough to be fetched; if even a few are too large, none will be.
+// Makes groups of positions small enough to be fetched. If even a few are too large, or all stay in
+// the cache, none will be.
 inline void fit_group(Positions& at, int64_t rows) {
   constexpr int64_t least = 8;
-  const int64_t bytes = (at.channels + rows) * lanes * sizeof(Scalar);  // of a position
+  const uint64_t bytes = (at.channels + rows) * lanes * sizeof(Scalar);  // of a position
   const int64_t most = fetched / bytes / least * least;
-  if (most == 0) at.channels = 0;
+  if (most == 0 || at.count * bytes <= large_size) at.channels = 0;
   if (at.channels) at.group = std::min(at.group, most);
 }
 
