@@ -173,7 +173,7 @@ struct Transformed {
 template <typename T>
 void transform(const Map& map, const Tiles& tiles, int64_t up, int64_t left,
                const Transformed& to) {
-  const int64_t line = (map.columns + 2 * map.border) * lanes, border = map.border;
+  const int64_t line = map.line(), border = map.border;
   at::parallel_for(0, to.channels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * to.count; i < end * to.count; i++) {
       const int64_t c = i / to.count, q = i % to.count;
@@ -213,7 +213,7 @@ void transform(const Map& map, const Tiles& tiles, int64_t up, int64_t left,
 
 // Back to pixels, which are written or added to what is there.
 void transform_back(const Transformed& from, const Tiles& tiles, const Map& map, bool add) {
-  const int64_t line = (map.columns + 2 * map.border) * lanes;
+  const int64_t line = map.line();
   at::parallel_for(0, map.channels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * from.count; i < end * from.count; i++) {
       const int64_t c = i / from.count, q = i % from.count;
