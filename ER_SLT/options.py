@@ -27,6 +27,8 @@ class SLTOptions(Options):
 
     set: Annotated[choice(SETS), called("dataset")] = "cifar10"
     """Data set"""
+    augment: bool = False
+    """Crop training images at random, and flip them unless they are digits"""
     arch: Annotated[choice(MODELS), called("model")] = "resnet18"
     """Network"""
     init: Annotated[choice(INITS), called("initBias")] = "kn-zero-bias"
