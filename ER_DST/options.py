@@ -33,9 +33,12 @@ class DSTOptions(Options):
     arch: Annotated[choice(MODELS), called("model")] = "resnet20"
     """Network"""
     init: Annotated[choice(INITS), called("init-method")] = "default"
-    """Initial weights: Kaiming normal; normal, uniform or bimodal, scaled by the density of the
-    layer; looks-linear: mirrored orthogonal blocks, with which a dense mlp begins linear; random
-    masks are not mirrored and break that"""
+    """Initial weights. default, as published for the network: VGG: Kaiming normal with fan_out, the
+    classifier normal with 0.01; ResNets, mlp and algorithmic: PyTorch's own rule, also for biases
+    (those of ImageNet: convolutions as in VGG); gcn: Glorot uniform. kaiming: Kaiming normal with
+    fan_in; normal, uniform or bimodal, scaled by the density of the layer; looks-linear: mirrored
+    orthogonal blocks, with which a dense mlp begins linear; random masks are not mirrored and break
+    that"""
     er_sparse_method: Annotated[choice(SPARSE_INITS, ratios.ALIASES), called("sparse-init")] = "ERK"
     """Initial mask: random with this layer-wise ratio; snip: the mask that SNIP finds; ER_snip,
     ER_synflow, ER_imp: random with the layer-wise ratio that this pruner finds"""

@@ -67,7 +67,7 @@ EFFECTS = {
     "sparse": ({"sparse": False}, {}),
     **{
         f"init-method {init}": ({"init": init}, {})
-        for init in ("normal", "uniform", "bimodal", "looks-linear")
+        for init in ("kaiming", "normal", "uniform", "bimodal", "looks-linear")
     },
 }
 
@@ -149,7 +149,7 @@ BAD = {
     "--sparse-init: 'erdos' is none of uniform, ERK": ["--sparse-init", "erdos"],
     "--growth: 'both' is none of random, gradient, momentum": ["--growth", "both"],
     "--prune: 'random' is none of magnitude": ["--prune", "random"],
-    "--init-method: 'he' is none of default, normal": ["--init-method", "he"],
+    "--init-method: 'he' is none of default, kaiming": ["--init-method", "he"],
     "--optimizer: 'adamw' is none of sgd, adam": ["--optimizer", "adamw"],
     "--is-prune: 'maybe' should be True or False": ["--is-prune", "maybe"],
     "--flow-preservation: needs a value": ["--flow-preservation"],
