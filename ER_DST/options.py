@@ -15,6 +15,8 @@ from startsparse.errors import OptionError
 from startsparse.models import MODELS
 from startsparse.options import Options, require_range
 
+FLOW = ("False", "True", "always")
+FLOW_ALIASES = {"no": "False", "0": "False", "yes": "True", "1": "True"}
 SPARSE_INITS = (*ratios.METHODS, "snip", *PRUNER_RATIOS)
 
 
@@ -80,9 +82,10 @@ class DSTOptions(Options):
     is_prune: Truth = True
     """False: the mask stays as it was drawn"""
     grow_within_init: bool = False
-    """Grow only weights of the initial mask; --flow-preservation may still add others"""
-    flow_preservation: Truth = False
-    """Give every unit without an incoming or outgoing edge a random one, at the same density"""
+    """Grow only weights of the initial mask; --flow-preservation always may still add others"""
+    flow_preservation: choice(FLOW, FLOW_ALIASES) = "False"
+    """True: give every unit without an incoming or outgoing edge a random one, at the same density,
+    in the initial mask; always: also after every update, which may leave units without again"""
     ortho_repair: Truth = False
     """Bring the initial weights of each layer as near to orthogonal as its mask allows"""
     imp_epochs: int = 2
