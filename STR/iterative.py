@@ -145,6 +145,7 @@ def prune_to(trainer: Trainer, *, level: int, density: float) -> None:
             level=level,
             batch=lambda: first_batch(trainer.data.train, len(trainer.history)),
             shape=trainer.data.shape.input,
+            temperature=options.grasp_temperature,
         )
     except ValueError as error:  # scores that are not numbers, say
         raise UserError(f"--pruner: {options.pruner} at density {density:g}: {error}") from None
