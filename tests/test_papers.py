@@ -7,6 +7,7 @@ test_pruning and test_topology; the cubic schedule by hand in test_topology.
 
 import copy
 import math
+from itertools import pairwise
 
 import dst_runs
 import numpy as np
@@ -128,7 +129,7 @@ def test_grasp():
 
 
 def test_synflow():
-    """Tanaka et al. 2020, algorithm 1: 100 rounds, rho^(-k/100) of the weights left after the k-th."""
+    """Tanaka et al. 2020, algorithm 1: rho^(-k/100) of the weights are left after round k of 100."""
     model = with_masks(convolutional(), 1.0)
     weights = [weight.detach().clone() for _, weight, _ in masked_weights(model)]
     total, ones = sum(weight.numel() for weight in weights), torch.ones(1, 2, 7, 7).double()
@@ -339,7 +340,7 @@ def test_masks_that_move(tmp_path, method, form):
             slope = (slope + 0.01 * value) * there
             speed[name] = (0.9 * speed[name] + slope) * there  # Nesterov
             state[name] = value * there - 0.1 * (slope + 0.9 * speed[name])
-    moved = [int((a != b).sum()) for a, b in zip(places, places[1:])]
+    moved = [int((a != b).sum()) for a, b in pairwise(places)]
     assert min(moved[:2]) > 0
     trainer.run_phases([whole])
     found = dst_runs.masks(trainer.model)
