@@ -129,7 +129,7 @@ def test_grasp():
 
 
 def test_synflow():
-    """Tanaka et al. 2020, algorithm 1: rho^(-k/100) of the weights are left after round k of 100."""
+    """Tanaka et al. 2020, algorithm 1: rho^(-k/100) of the weights are left after round k."""
     model = with_masks(convolutional(), 1.0)
     weights = [weight.detach().clone() for _, weight, _ in masked_weights(model)]
     total, ones = sum(weight.numel() for weight in weights), torch.ones(1, 2, 7, 7).double()
