@@ -10,7 +10,13 @@ from ER_DST.options import DSTOptions
 from ER_DST.topology import METHODS, Schedule, add_to_momentum, prune_uniformly, update
 from startsparse import er, flops, flow
 from startsparse.errors import UserError
-from startsparse.masks import density_table, keep_inside, masked_weights, sparse_layers
+from startsparse.masks import (
+    density_table,
+    keep_inside,
+    mask_gradients,
+    masked_weights,
+    sparse_layers,
+)
 from startsparse.pruning import layer_counts
 from startsparse.trainer import Phase, Trainer
 
@@ -60,7 +66,13 @@ def phase(options: DSTOptions, steps_per_epoch: int) -> Phase:
 
 
 def step_masks(trainer: Trainer, step: int, *, plan: Schedule) -> None:
-    """Between the backward pass and the weights' step: an update, where one is due."""
+    """Between the backward pass and the weights' step: an update, where one is due.
+
+    The gradient that chose a weight does not move it as well: in this step only weights that were
+    in the mask before have one. What is new starts at 0, without momentum or moments, and the next
+    step's gradient is the first to move it (RigL, Evci et al. 2020, algorithm 1, takes no step of
+    the weights at an update; GraNet, Liu et al. 2021, takes it before the masks move).
+    """
     options, model = trainer.options, trainer.model
     if options.grows and options.growth == "momentum":
         add_to_momentum(model, options.momentum)
@@ -92,6 +104,7 @@ def step_masks(trainer: Trainer, step: int, *, plan: Schedule) -> None:
     for name, _, mask in masked_weights(model):
         model.get_submodule(name).ever_active |= mask
     keep_inside(model, trainer.optimizer)
+    mask_gradients([w.grad for _, w, _ in masked_weights(model)], list(before.values()))
     row = {"step": step, "epoch": step // steps + 1}
     row |= {"drop_fraction": fraction} | describe(model, before)
     trainer.tables.setdefault("topology", []).append(row)

@@ -21,8 +21,14 @@ log = logging.getLogger("startsparse")
 
 
 def phases(options: STROptions) -> list[Phase]:
-    """Warm-up, one phase before each pruning, and the final training."""
+    """Warm-up, one phase before each pruning, and the final training.
+
+    Learning-rate rewinding (--rewind none; Renda et al. 2020) starts the schedule again and nothing
+    else, so momentum goes on; where weights go back, momentum that moved others says nothing.
+    """
+    keeps_momentum = options.rewind == "none"
     policy = {"lr_policy": options.prune_scheduler, "lr_min": options.lr_min}
+    policy |= {"keeps_momentum": keeps_momentum}
     warm_up = Phase("warm-up", options.warmup_epochs, "constant", then=keep_rewind_point)
     levels = [
         Phase(
@@ -33,7 +39,13 @@ def phases(options: STROptions) -> list[Phase]:
         )
         for level, density in enumerate(options.threshold_list)
     ]
-    final = Phase("final", options.epochs, options.lr_policy, options.lr_min)
+    final = Phase(
+        "final",
+        options.epochs,
+        options.lr_policy,
+        options.lr_min,
+        keeps_momentum=keeps_momentum,
+    )
     return [warm_up, *levels, final] if options.warmup_epochs else [*levels, final]
 
 

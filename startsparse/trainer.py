@@ -22,7 +22,7 @@ from startsparse import checkpoint, flops, parallel, processes, schedules
 from startsparse.data import AnyBatches, Data
 from startsparse.engine.compute import Compute
 from startsparse.errors import UserError
-from startsparse.masks import density_table
+from startsparse.masks import density_table, keep_inside
 from startsparse.options import Options
 from startsparse.runs import Run, selected_weights
 from startsparse.training import evaluate, first_bad_layer, means, new_sums, train_epoch
@@ -51,6 +51,7 @@ class Phase:
     select_from: int = 0  # epochs before this one, of this phase, are no candidates for the best
     dense_gradients: bool = False  # every step needs the gradients outside the masks too
     moves: Callable[[int], bool] = lambda _step: False  # whether each_step may move masks, by step
+    keeps_momentum: bool = False  # of the phase before, where weights go on from there
 
 
 @dataclasses.dataclass
@@ -194,7 +195,8 @@ class Trainer:
                 phase.then(self)
                 if self.place.phase + 1 == len(phases):
                     return
-                self._start(self.place.phase + 1)
+                following = self.place.phase + 1
+                self._start(following, phases[following].keeps_momentum)
         finally:
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
@@ -274,10 +276,13 @@ class Trainer:
             "training_flops_share": self.flops["training"] / max(self.flops["dense"], 1),
         }
 
-    def _start(self, index: int) -> None:
-        """Begin phase ``index``: the schedule, the momentum and the search for the best anew."""
+    def _start(self, index: int, keeps_momentum: bool) -> None:
+        """Begin phase ``index``: the schedule and the search for the best anew."""
         self.place, self._counted = Place(phase=index), 0
-        self.optimizer = make_optimizer(self.model, self.options)
+        if keeps_momentum:
+            keep_inside(self.model, self.optimizer)  # masks may have shrunk
+        else:
+            self.optimizer = make_optimizer(self.model, self.options)
         self.sums, self.best = new_sums(self.device), {}
         self.save()
 
