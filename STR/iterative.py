@@ -23,7 +23,8 @@ log = logging.getLogger("startsparse")
 def phases(options: STROptions) -> list[Phase]:
     """Warm-up, one phase before each pruning, and the final training."""
     policy = {"lr_policy": options.prune_scheduler, "lr_min": options.lr_min}
-    warm_up = Phase("warm-up", options.warmup_epochs, "constant", then=keep_rewind_point)
+    rise = options.warmup_epochs
+    warm_up = Phase("warm-up", rise, "constant", warmup=rise, then=keep_rewind_point)
     levels = [
         Phase(
             f"level {level}",
@@ -34,7 +35,7 @@ def phases(options: STROptions) -> list[Phase]:
         for level, density in enumerate(options.threshold_list)
     ]
     final = Phase("final", options.epochs, options.lr_policy, options.lr_min)
-    return [warm_up, *levels, final] if options.warmup_epochs else [*levels, final]
+    return [warm_up, *levels, final] if rise else [*levels, final]
 
 
 def begin(trainer: Trainer) -> None:

@@ -94,12 +94,14 @@ class Options:
     lr: float = 0.1
     """Learning rate, before its schedule"""
     lr_min: float = 0.0
-    """Learning rate at the end of a cosine; multistep does not go below it"""
+    """Learning rate at the end of a cosine; multistep does not go below it, and every30, every60
+    and constant do not look at it"""
     lr_policy: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "cosine"
-    """Schedule of the final training; multistep divides by 10 at 1/2 and 3/4, every30 at 30, 60
-    and 90 %"""
+    """Schedule of the final training; multistep divides by 10 at 1/2 and 3/4 of it, every30 every
+    30 epochs and every60 (step) every 60, never in a training that is shorter"""
     warmup_length: int = 0
-    """First epochs of every training in which the learning rate rises linearly"""
+    """First epochs of every training in which the learning rate rises linearly; every30 and every60
+    count them"""
     weight_decay: Annotated[float, also("--wd")] = 1e-4
     """Weight decay"""
     no_bn_decay: bool = False

@@ -160,7 +160,7 @@ def test_what_is_kept_after_warm_up_comes_back_and_pruning_is_measured(run, monk
     monkeypatch.setattr(Trainer, "save", keep)
     monkeypatch.setattr(iterative, "prune_to", measure)
     folder = run(*MLP, "--warmup-epochs", "1", "--rewind", "weights", "--final_prune_epoch", "3",
-                 "--threshold-list", "0.1", "0.03", "--lr", "0.5",
+                 "--threshold-list", "0.1", "0.03", "--lr", "1",
                  "--prune-scheduler", "constant")  # fmt: skip
 
     warm = states[0, 1]
@@ -186,3 +186,11 @@ def test_what_is_kept_after_warm_up_comes_back_and_pruning_is_measured(run, monk
 def test_reset_weights_means_rewind_weights(run):
     levels = [*MLP, "--threshold-list", "0.1", "--final_prune_epoch", "1"]
     assert same(run(*levels, "--reset-weights"), run(*levels, "--rewind", "weights", where="b"))
+
+
+def test_rates_of_the_warm_up_and_of_the_level_after_it(run):
+    rates = pd.read_csv(run(*MLP, "--warmup-epochs", "2", "--lr", "0.6", "--threshold-list", "0.1",
+                            "--final_prune_epoch", "2", "--prune-scheduler", "step",
+                            "--warmup-length", "1") / "epochs.csv")["lr"]  # fmt: skip
+    # Of the last of 6 steps of each epoch.
+    assert rates.tolist()[:4] == pytest.approx([0.3, 0.6, 0.6, 0.6])
