@@ -74,7 +74,8 @@ class Options:
     """Run folder, checkpoint or JSON of layer densities that --er-sparse-method network copies; of
     a run that found a ratio by a pruner it is that one (ratios.json), not its last (layers.json)"""
     er_budget: choice(ratios.BUDGETS) = "exact"
-    """exact: the density asked for; clip: the clipped, lower one of the paper's research code"""
+    """exact: the density asked for; clip: the clipped, lower one of the paper's research code, in
+    which levels above it prune nothing"""
     er_sampling: choice(masks.SAMPLINGS) = "bernoulli"
     """bernoulli: each weight is drawn by itself; exact: a fixed number of weights per layer"""
     first_layer_dense: bool = False
