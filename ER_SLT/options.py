@@ -67,7 +67,8 @@ class SLTOptions(Options):
     batch_size: Annotated[int, called("batch-size", "-b")] = 128
     """Images, or other examples, per step; a graph is always one batch"""
     lr_policy: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "every30"
-    """Schedule of each level; every30 divides by 10 at 30, 60 and 90 %, multistep at 1/2 and 3/4"""
+    """Schedule of each level; every30 divides by 10 every 30 epochs and every60 (step) every 60,
+    never in a level that is shorter; multistep at 1/2 and 3/4"""
     weight_decay: Annotated[float, called("wd", "--weight-decay")] = 5e-4
     """Weight decay of the scores"""
 
