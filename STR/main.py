@@ -6,6 +6,8 @@ cd STR && python main.py [--config FILE.yaml] [options]; --help lists them.
 from collections.abc import Sequence
 from pathlib import Path
 
+import startsparse.threads  # noqa: F401 - before torch
+
 import torch
 
 from startsparse import checkpoint, data, er, masks, models, parallel, recipe, runs
