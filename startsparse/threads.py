@@ -12,15 +12,15 @@ import sys
 from pathlib import Path
 
 # Any of these is the user's own word on waiting, or on the number of threads.
-_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
-_NUMBER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+NUMBER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def sleep_while_waiting() -> None:
     """Let waiting threads sleep, unless the user has said how they wait or torch is loaded."""
-    if "torch" not in sys.modules and not any(name in os.environ for name in _WAITING):
+    if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
@@ -37,7 +37,7 @@ def fit() -> None:
 
 def number_is_given() -> bool:
     """Whether the user, or torchrun, has said how many threads there are."""
-    return any(name in os.environ for name in _NUMBER)
+    return any(name in os.environ for name in NUMBER)
 
 
 def cores() -> int:

@@ -178,7 +178,7 @@ def test_every_device_has_a_run(tmp_path, monkeypatch, options, expected):
     ],
 )
 def test_runs_at_the_same_time_share_the_cores(tmp_path, monkeypatch, options, given, expected):
-    for name in threads._NUMBER:
+    for name in threads.NUMBER:
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)

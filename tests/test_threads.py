@@ -11,7 +11,7 @@ import torch
 from startsparse import errors, threads
 
 ROOT = Path(__file__).parents[1]
-OWN = threads._WAITING + threads._NUMBER
+OWN = threads.WAITING + threads.NUMBER
 FOUND = {name: value for name, value in os.environ.items() if name not in OWN}
 
 
@@ -65,7 +65,7 @@ def test_the_user_is_heard(telling):
 
 
 def test_where_torch_is_loaded_already_nothing_is_set(monkeypatch):
-    for name in threads._WAITING:
+    for name in threads.WAITING:
         monkeypatch.delenv(name, raising=False)
     threads.sleep_while_waiting()
     assert "OMP_WAIT_POLICY" not in os.environ
@@ -148,7 +148,7 @@ def test_cores_without_cgroups(machine, monkeypatch):
     [(2, None, 2), (8, None, 4), (2, "OMP_NUM_THREADS", 4), (2, "MKL_NUM_THREADS", 4)],
 )
 def test_a_program_has_no_more_threads_than_cores(monkeypatch, cores, given, expected):
-    for name in threads._NUMBER:
+    for name in threads.NUMBER:
         monkeypatch.delenv(name, raising=False)
     if given:
         monkeypatch.setenv(given, "4")
