@@ -26,10 +26,10 @@ CONFIGS = Path(__file__).parent / "configs"
 log = logging.getLogger("startsparse")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, kind: type[SLTOptions] = SLTOptions) -> None:
     """One run, from options to report; or the accuracy of a ticket."""
-    options = parse(SLTOptions, CONFIGS, argv)
-    with own_names(SLTOptions):
+    options = parse(kind, CONFIGS, argv)
+    with own_names(kind):
         if options.evaluate:
             evaluate(Path(options.evaluate), list(sys.argv[1:] if argv is None else argv))
         else:
@@ -42,9 +42,10 @@ def train(options: SLTOptions) -> None:
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
-        plan(options, recipe.expected_shape(options))
+        planned, _ = plan(options, recipe.expected_shape(options))
 
     devices = parallel.choose_devices(options.multigpu)
+    recipe.show_run(options, folder, planned, devices)
     images = recipe.load_data(options, devices[0])
     model, requested = plan(options, images.shape)
     er.attach_er_masks(model, requested, options)

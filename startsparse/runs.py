@@ -20,6 +20,7 @@
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import logging
 import math
@@ -27,7 +28,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,10 @@ import torch
 import startsparse
 from startsparse import processes
 from startsparse.atomic import replacing, write_text
-from startsparse.commandline import flag, read_yaml, run_folder, write_yaml
+from startsparse.commandline import read_yaml, run_folder, write_yaml
 from startsparse.console import log
 from startsparse.errors import OptionError, UserError
+from startsparse.fields import flag
 from startsparse.options import Options
 from startsparse.processes import by_first
 
@@ -234,18 +236,26 @@ def _newest(base: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
+def next_folder(options: Options) -> Path:
+    """The folder that a new run gets, unless another process is faster."""
+    return next(folder for folder in _folders(_base(options)) if not folder.exists())
+
+
+def _folders(base: Path) -> Iterator[Path]:
+    """``base``, and the same with -2, -3 ...: no run ever overwrites another."""
+    yield base
+    for number in itertools.count(2):
+        yield base.with_name(f"{base.name}-{number}")
+
+
 @by_first
 def _create(base: Path) -> Path:
-    """``base``, or with -2, -3 ... where that exists: no run ever overwrites another."""
     base.parent.mkdir(parents=True, exist_ok=True)
-    folder, number = base, 1
-    while True:
-        try:
+    for folder in _folders(base):
+        with suppress(FileExistsError):
             folder.mkdir()
             return folder
-        except FileExistsError:
-            number += 1
-            folder = base.with_name(f"{base.name}-{number}")
+    raise AssertionError
 
 
 def _cell(value: Any) -> Any:

@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from startsparse import batched, batched_compute, flow, parallel, pruning, ratios, training
 from startsparse.atomic import write_text
-from startsparse.commandline import Truth, choice, default_is, from_flags
+from startsparse.commandline import from_flags
 from startsparse.data import data_root, tables
 from startsparse.data.rows import Rows
 from startsparse.data.tables import Table
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError, run_script
+from startsparse.fields import Truth, choice, default_is
 from startsparse.masks import attach_masks, density_table, draw_masks, keep_inside, sparse_layers
 from startsparse.models import INITS, build, init_weights
 from startsparse.options import require_range
@@ -38,7 +39,7 @@ class TabularOptions:
 
     tables: tuple[str, ...] = ("breast-cancer",)
     """breast-cancer, digits, ACSEmployment, ACSIncome, or the paths of .csv files"""
-    data: Annotated[str, default_is("$STARTSPARSE_DATA, else ./data")] = ""
+    data: Annotated[str, default_is("$STARTSPARSE_DATA, else data/ at the root")] = ""
     """Folder of the census files"""
     state: str = "AL"
     """State of the census, two letters"""

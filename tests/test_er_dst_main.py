@@ -18,7 +18,7 @@ from startsparse import data, models, ratios
 from startsparse.commandline import from_flags
 from startsparse.masks import sparse_layers
 
-DEMO = ["--config", str(ROOT / "ER_DST/configs/demo.yaml"), "--width", "4", "--epochs", "2"]
+DEMO = ["--config", str(ROOT / "ER_DST/configs/digits.yaml"), "--width", "4", "--epochs", "2"]
 MLP = [
     *("--sparse", "--model", "mlp", "--width", "16", "--epochs", "1", "--batch-size", "128"),
     *("--update-frequency", "3", "--final-density", "0.1"),

@@ -15,7 +15,8 @@ import ER_SLT.main
 import STR.main
 from ER_DST.options import DSTOptions
 from ER_SLT.options import SLTOptions
-from startsparse.commandline import normal, parse
+from startsparse.commandline import parse
+from startsparse.fields import normal
 from STR import run_imp
 from STR.options import STROptions
 

@@ -11,26 +11,26 @@ commands() {
   for seed in 1 2 3; do
     for flow in False True; do
       while read -r name init density method; do
-        echo --name $name --sparse-init $init --init-density $density --method $method \
-          --config configs/digits.yaml --model vgg11 --width 16 --sparse --final-density 0.01 \
-          --flow-preservation $flow --seed $seed --sparse-compute off \
-          --log-dir runs/dst-digits/$init-$flow --result-dir ../results/dst-digits --resume auto
+        echo --config configs/digits-dst.yaml --name $name --sparse-init $init \
+          --init-density $density $method --flow-preservation $flow --seed $seed \
+          --sparse-compute off --log-dir runs/dst-digits/$init-$flow \
+          --result-dir ../results/dst-digits --resume auto
       done <<'END'
-GraNet ERK 0.5 GraNet
-GraNet pyramidal 0.1 GraNet
-GraNet balanced 0.05 GraNet
-GMP ERK 0.5 GMP
-GMP pyramidal 0.1 GMP
-GMP balanced 0.05 GMP
-DST-gradient ERK 0.01 DST --growth gradient
-DST-gradient pyramidal 0.01 DST --growth gradient
-DST-gradient balanced 0.01 DST --growth gradient
-DST-random ERK 0.01 DST --growth random
-DST-random pyramidal 0.01 DST --growth random
-DST-random balanced 0.01 DST --growth random
-static ERK 0.01 DST --is-prune False
-static pyramidal 0.01 DST --is-prune False
-static balanced 0.01 DST --is-prune False
+GraNet ERK 0.5 --method GraNet --final-density 0.01
+GraNet pyramidal 0.1 --method GraNet --final-density 0.01
+GraNet balanced 0.05 --method GraNet --final-density 0.01
+GMP ERK 0.5 --method GMP --final-density 0.01
+GMP pyramidal 0.1 --method GMP --final-density 0.01
+GMP balanced 0.05 --method GMP --final-density 0.01
+DST-gradient ERK 0.01 --method DST --growth gradient
+DST-gradient pyramidal 0.01 --method DST --growth gradient
+DST-gradient balanced 0.01 --method DST --growth gradient
+DST-random ERK 0.01 --method DST --growth random
+DST-random pyramidal 0.01 --method DST --growth random
+DST-random balanced 0.01 --method DST --growth random
+static ERK 0.01 --is-prune False
+static pyramidal 0.01 --is-prune False
+static balanced 0.01 --is-prune False
 END
     done
   done
@@ -42,7 +42,7 @@ python -m startsparse.report ../results/dst-digits/results.csv \
   --plot ../results/dst-digits/plot.png | tee ../results/dst-digits/table.md
 { # of the tested networks
   echo run,dead_outputs,dead_inputs
-  for run in runs/dst-digits/*/digits/*/seed-?; do
+  for run in runs/dst-digits/*/digits-dst/*/seed-?; do
     echo "$run,$(tail -n 1 "$run/density.csv" | cut -d , -f 7,8)"
   done
 } > ../results/dst-digits/dead_units.csv
