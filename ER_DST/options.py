@@ -10,12 +10,14 @@ from ER_DST.sparse_inits import PRUNER_RATIOS
 from ER_DST.topology import GROWTH, METHODS, PRUNE
 from startsparse import conditions as on
 from startsparse import masks, ratios, schedules
-from startsparse.data import SETS
+from startsparse.data import PADDINGS, SETS
 from startsparse.errors import OptionError
 from startsparse.fields import Condition, Truth, called, choice, counts, default_is
 from startsparse.models import MODELS
 from startsparse.options import Options, require_range
 
+FLOW = ("False", "True", "always")
+FLOW_ALIASES = {"no": "False", "0": "False", "yes": "True", "1": "True"}
 SPARSE_INITS = (*ratios.METHODS, "snip", *PRUNER_RATIOS)
 
 # When options count, see `startsparse.fields.Condition`.
@@ -58,12 +60,18 @@ class DSTOptions(Options):
         counts(on.FILES),
     ] = ""
     """Folder of the data sets"""
+    padding: Annotated[choice(PADDINGS), counts(on.IMAGES, on.AUGMENTED, on.PADDED)] = "reflect"
+    """What random crops show beyond the border of an image: black, or the image mirrored; crops of
+    imagenet lie inside it"""
     arch: Annotated[choice(MODELS), called("model")] = "resnet20"
     """Network"""
     init: Annotated[choice(INITS), called("init-method")] = "default"
-    """Initial weights: Kaiming normal; normal, uniform or bimodal, scaled by the density of the
-    layer; looks-linear: mirrored orthogonal blocks, with which a dense mlp begins linear; random
-    masks are not mirrored and break that"""
+    """Initial weights. default, as published for the network: VGG: Kaiming normal with fan_out, the
+    classifier normal with 0.01; ResNets, mlp and algorithmic: PyTorch's own rule, also for biases
+    (those of ImageNet: convolutions as in VGG); gcn: Glorot uniform. kaiming: Kaiming normal with
+    fan_in; normal, uniform or bimodal, scaled by the density of the layer; looks-linear: mirrored
+    orthogonal blocks, with which a dense mlp begins linear; random masks are not mirrored and break
+    that"""
     er_sparse_method: Annotated[
         choice(SPARSE_INITS, ratios.ALIASES), called("sparse-init"), counts(on.MASK)
     ] = "ERK"
@@ -115,9 +123,10 @@ class DSTOptions(Options):
     is_prune: Annotated[Truth, counts(SPARSE)] = True
     """False: the mask stays as it was drawn"""
     grow_within_init: Annotated[bool, counts(SPARSE, MOVES, GROWS)] = False
-    """Grow only weights of the initial mask; --flow-preservation may still add others"""
-    flow_preservation: Annotated[Truth, counts(SPARSE)] = False
-    """Give every unit without an incoming or outgoing edge a random one, at the same density"""
+    """Grow only weights of the initial mask; --flow-preservation always may still add others"""
+    flow_preservation: Annotated[choice(FLOW, FLOW_ALIASES), counts(SPARSE)] = "False"
+    """True: give every unit without an incoming or outgoing edge a random one, at the same density,
+    in the initial mask; always: also after every update, which may leave units without again"""
     ortho_repair: Annotated[Truth, counts(SPARSE)] = False
     """Bring the initial weights of each layer as near to orthogonal as its mask allows"""
     imp_epochs: Annotated[int, counts(SPARSE, IMP, SEARCHES)] = 2

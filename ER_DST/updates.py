@@ -17,7 +17,7 @@ from startsparse.masks import (
     masked_weights,
     sparse_layers,
 )
-from startsparse.pruning import layer_counts
+from startsparse.pruning import layer_counts, weights_left
 from startsparse.trainer import Phase, Trainer
 
 log = logging.getLogger("startsparse")
@@ -99,7 +99,7 @@ def step_masks(trainer: Trainer, step: int, *, plan: Schedule) -> None:
         )
     except ValueError as error:  # a score that is not a number
         raise UserError(f"--growth: at step {step + 1}: {error}") from None
-    if options.flow_preservation:
+    if options.flow_preservation == "always":
         preserve_flow(model, options.seed, step)
     for name, _, mask in masked_weights(model):
         model.get_submodule(name).ever_active |= mask
@@ -126,12 +126,12 @@ def check_flow(model: nn.Module, requested: dict[str, float], options: DSTOption
     """Say, before training, where flow preservation needs more weights than are asked for.
 
     What global pruning leaves in a layer is for its scores to say: of GraNet's and GMP's final
-    density only the total is checked.
+    density only the total is checked, and only where updates are followed by a repair.
 
     Args:
         requested: the density asked of each layer at the start; {}: not known yet.
     """
-    if not (requested and options.flow_preservation):
+    if not requested or options.flow_preservation == "False":
         return
     layers, dense = sparse_layers(model), er.dense_layers(model, options)
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
@@ -139,6 +139,8 @@ def check_flow(model: nn.Module, requested: dict[str, float], options: DSTOption
     needs = {n: sizes[n] if n in dense else flow.needed(layers[n].weight.shape) for n in layers}
     start = {name: density * sizes[name] for name, density in requested.items()}
     _warn_thin("start", start, needs)
+    if options.prunes and options.flow_preservation != "always":
+        return  # what the repair adds at the start, pruning takes away
     final = options.requested * sum(sizes.values())
     if options.prunes and METHODS[options.method].prune is prune_uniformly:
         masked = [name for name in layers if name not in dense]
@@ -152,6 +154,19 @@ def check_flow(model: nn.Module, requested: dict[str, float], options: DSTOption
             sum(needs.values()),
             options.requested,
             final,
+        )
+
+
+def warn_of_thin_start(model: nn.Module, options: DSTOptions) -> None:
+    """Say where the mask has fewer weights from the start than --final-density asks for."""
+    if not options.prunes:
+        return
+    kept = sum(int(mask.sum()) for _, _, mask in masked_weights(model))
+    if weights_left(model, options.final_density) > kept:
+        log.warning(
+            "warning: --final-density: %g is above the %.6f that the mask has; nothing is pruned",
+            options.final_density,
+            density_table(model).iloc[-1]["density"],
         )
 
 

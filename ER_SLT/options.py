@@ -14,7 +14,8 @@ from startsparse.models import MODELS
 from startsparse.options import Options, require_range
 
 # When options count, see `startsparse.fields.Condition`.
-BIASES = Condition(lambda o: INITS[o.init][1] != "none", "with --init {o.init}")
+BIASES = Condition(lambda o: INITS[o.init][1] not in ("none", "signed"), "with --init {o.init}")
+SCALED = Condition(lambda o: o.sparsity < 1, "with --sparsity 1")
 LEVELS = Condition(lambda o: o.levels > 1, "with --levels 1")
 ANNEALS = Condition(lambda o: o.anneal, "with --anneal False")
 GLOBAL = Condition(lambda o: o.per_layer or o.global_ranking, "when taken back without --global")
@@ -48,16 +49,19 @@ class SLTOptions(Options):
 
     set: Annotated[choice(SETS), called("dataset")] = "digits"
     """Data set"""
+    augment: Annotated[bool, counts(on.IMAGES)] = False
+    """Crop training images at random, and flip them unless they are digits"""
     arch: Annotated[choice(MODELS), called("model")] = "resnet18"
     """Network"""
     init: Annotated[choice(INITS), called("initBias")] = "kn-zero-bias"
     """How the frozen weights and biases are drawn. kn: normal, ortho: mirrored orthogonal blocks,
-    signed-const: + or - one value; without biases, with biases like the weights, or special:
-    biases that undo one another"""
+    signed-const: + or - one value per layer; without biases, with biases of the same kind, or
+    special: biases that undo one another"""
     bfac: Annotated[float, counts(BIASES)] = 0.05
-    """Factor of the standard deviation of biases"""
-    scale_fan: Annotated[bool, counts(on.MASK)] = False
-    """Divide the weights of each layer by the square root of its density in the random mask"""
+    """Factor of the standard deviation of biases; signed-const-with-bias has none"""
+    scale_fan: Annotated[bool, counts(SCALED)] = False
+    """Divide the weights of each layer by the square root of the density that it computes with in
+    the ticket: --sparsity, or that of its random mask where that is lower"""
 
     no_bn_decay: Annotated[bool, counts(NO_NORM)] = False
     """Of no effect: BatchNorm has no parameters"""
@@ -77,7 +81,8 @@ class SLTOptions(Options):
     epochs: int = 100
     """Epochs of each level"""
     score_init: choice(SCORE_INITS) = "kaiming"
-    """Initial scores: all but equal, or uniform in +-1/sqrt(fan_in)"""
+    """Initial scores: all 0.5, with an excess below 0.0001 to break ties, or uniform in
+    +-1/sqrt(fan_in)"""
     per_layer: Annotated[bool, default_is("yes, without --global"), counts(GLOBAL)] = False
     """Rank the scores of each layer by themselves: every layer has the same density"""
     global_ranking: Annotated[bool, called("global")] = False
@@ -86,7 +91,8 @@ class SLTOptions(Options):
     batch_size: Annotated[int, called("batch-size", "-b"), counts(on.BATCHES)] = 128
     """Images, or other examples, per step; a graph is always one batch"""
     lr_policy: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "every30"
-    """Schedule of each level; every30 divides by 10 at 30, 60 and 90 %, multistep at 1/2 and 3/4"""
+    """Schedule of each level; every30 divides by 10 every 30 epochs and every60 (step) every 60,
+    never in a level that is shorter; multistep at 1/2 and 3/4"""
     weight_decay: Annotated[float, called("wd", "--weight-decay")] = 5e-4
     """Weight decay of the scores"""
 

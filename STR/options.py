@@ -6,12 +6,12 @@ from typing import Annotated, ClassVar
 
 from torch import nn
 
-from startsparse import runs, schedules
+from startsparse import runs, schedules, scores
 from startsparse.errors import OptionError
 from startsparse.fields import Condition, choice, counts, default_is
 from startsparse.models import MODELS, RESNET_TYPES
 from startsparse.models.init import INITS
-from startsparse.options import Options, require_range
+from startsparse.options import FALLING, Options, require_range
 from startsparse.pruning import PRUNERS
 from STR.rewinds import REWINDS
 from STR.thresholds import FUNCTIONS
@@ -26,6 +26,7 @@ OWN_WEIGHTS = Condition(
 )
 SOFT = Condition(lambda o: o.soft, "with --conv-type {o.conv_type}")
 PRUNES = Condition(lambda o: bool(o.threshold_list), "without --threshold-list", "threshold_list")
+GRASP = Condition(lambda o: o.pruner == "grasp", "without --pruner grasp")
 TARGET = Condition(lambda o: o.pruner == "mask-ref", "without --pruner mask-ref")
 
 
@@ -39,7 +40,13 @@ class STROptions(Options):
         "network": ("arch", "resnet_type", "width", "init", "conv_type", "start_from"),
         "random mask": Options.groups["random mask"],
         "iterative pruning": (
-            *("threshold_list", "pruner", "target_expt_name", "final_prune_epoch"),
+            *(
+                "threshold_list",
+                "pruner",
+                "grasp_temperature",
+                "target_expt_name",
+                "final_prune_epoch",
+            ),
             *("prune_scheduler", "rewind", "reset_weights", "warmup_epochs"),
         ),
         "soft thresholds": ("sparse_function", "sInit_value", "st_decay"),
@@ -71,6 +78,8 @@ class STROptions(Options):
     """Densities to prune to, one after the other"""
     pruner: Annotated[choice(PRUNER_NAMES), counts(PRUNES)] = "mag"
     """What decides which weights go; mask-ref takes the masks of the run --target-expt-name"""
+    grasp_temperature: Annotated[float, counts(PRUNES, GRASP)] = scores.TEMPERATURE
+    """Logits are divided by this for --pruner grasp; 1 is the loss of the training"""
     target_expt_name: Annotated[str, default_is("none"), counts(PRUNES, TARGET)] = ""
     """Run folder whose masks, level by level, --pruner mask-ref takes"""
     start_from: Annotated[str, default_is("none")] = ""
@@ -87,9 +96,10 @@ class STROptions(Options):
     prune_scheduler: Annotated[
         choice(schedules.LEARNING_RATES, schedules.ALIASES), counts(PRUNES)
     ] = "cosine"
-    """Schedule of the learning rate before each pruning, begun anew each time"""
+    """Schedule of the learning rate before each pruning, begun anew each time; step is every60"""
     warmup_epochs: int = 0
-    """Epochs at a constant learning rate before anything else; --rewind goes back to their end"""
+    """Epochs before anything else in which the learning rate rises linearly to --lr; --rewind goes
+    back to their end"""
 
     @property
     def masked(self) -> bool:
@@ -129,7 +139,8 @@ class STROptions(Options):
     @property
     def falls(self) -> bool:
         """Whether some learning rate falls to --lr-min."""
-        return super().falls or (bool(self.threshold_list) and self.prune_scheduler != "constant")
+        before = bool(self.threshold_list) and self.prune_scheduler in FALLING
+        return super().falls or before
 
     @property
     def requested(self) -> float:
@@ -167,6 +178,7 @@ class STROptions(Options):
         super().check()
         require_range(self, "warmup_epochs", low=0)
         require_range(self, "final_prune_epoch", low=1)
+        require_range(self, "grasp_temperature", low=0, open_low=True)
         if self.st_decay is not None:
             require_range(self, "st_decay", low=0)
         if self.threshold_list and self.conv_type != "ConvMask":

@@ -12,6 +12,9 @@ FILE = Condition(
 )
 DENSE = Condition(lambda o: o.keeps_dense, "{o.no_mask}")
 SGD = Condition(lambda o: o.optimizer == "sgd", "with --optimizer {o.optimizer}")
+IMAGES = Condition(lambda o: SHAPES[o.set].size > 1, "with --set {o.set}, which has no images")
+AUGMENTED = Condition(lambda o: o.augment, "with --no-augment")
+PADDED = Condition(lambda o: o.set != "imagenet", "with --set imagenet, whose crops lie inside")
 IMAGENET = Condition(lambda o: o.set == "imagenet", "without --set imagenet")
 MODULAR = Condition(lambda o: o.set == "modular-addition", "without --set modular-addition")
 FILES = Condition(lambda o: o.set not in WITHOUT_FILES, "with --set {o.set}, which has no files")
@@ -28,6 +31,6 @@ DECAYS = Condition(lambda o: o.weight_decay > 0, "with --weight-decay 0")
 NORMED = Condition(
     lambda o: o.arch not in ("gcn", "algorithmic"), "with --arch {o.arch}, which has no BatchNorm"
 )
-FALLS = Condition(lambda o: o.falls, "with --lr-policy constant")
+FALLS = Condition(lambda o: o.falls, "with --lr-policy {o.lr_policy}")
 MOMENTUM = Condition(lambda o: o.uses_momentum, "with --optimizer {o.optimizer}")
 SPARSE_FORM = Condition(lambda o: o.sparse_compute != "on" or not o.obstacle, "as on: {o.obstacle}")

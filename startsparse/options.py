@@ -11,7 +11,7 @@ from torch import nn
 
 from startsparse import conditions as on
 from startsparse import masks, processes, ratios, schedules
-from startsparse.data import OWN_PARTS, SETS, SHAPES, data_root, modular
+from startsparse.data import OWN_PARTS, PADDINGS, SETS, SHAPES, data_root, modular
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
 from startsparse.fields import (
@@ -27,6 +27,9 @@ from startsparse.models import MODELS
 from startsparse.models.init import INITS
 
 log = logging.getLogger("startsparse")
+
+FALLING = ("cosine", "multistep")
+"""Schedules that look at --lr-min."""
 
 
 @dataclasses.dataclass
@@ -57,7 +60,17 @@ class Options:
             "save_every",
         ),
         "data": (
-            *("set", "data", "mirror", "valid_split", "workers", "modulus", "train_fraction"),
+            *(
+                "set",
+                "data",
+                "mirror",
+                "valid_split",
+                "workers",
+                "augment",
+                "padding",
+                "modulus",
+                "train_fraction",
+            ),
         ),
         "network": ("arch", "width", "init"),
         "random mask": (
@@ -102,6 +115,11 @@ class Options:
     validation part of their own"""
     workers: Annotated[int, counts(on.IMAGENET)] = 4
     """Processes that decode images (imagenet only; small sets are held on the device)"""
+    augment: Annotated[bool, counts(on.IMAGES)] = True
+    """Crop training images at random, and flip them unless they are digits"""
+    padding: Annotated[choice(PADDINGS), counts(on.IMAGES, on.AUGMENTED, on.PADDED)] = "zeros"
+    """What random crops show beyond the border of an image: black, or the image mirrored; crops of
+    imagenet lie inside it"""
 
     modulus: Annotated[int, counts(on.MODULAR)] = 59
     """p of a + b mod p; modular-addition only"""
@@ -127,7 +145,8 @@ class Options:
     """Run folder, checkpoint or JSON of layer densities that --er-sparse-method network copies; of
     a run that found a ratio by a pruner it is that one (ratios.json), not its last (layers.json)"""
     er_budget: Annotated[choice(ratios.BUDGETS), counts(on.MASK, on.CLIPS)] = "exact"
-    """exact: the density asked for; clip: the clipped, lower one of the paper's research code"""
+    """exact: the density asked for; clip: the clipped, lower one of the paper's research code, in
+    which levels above it prune nothing"""
     er_sampling: Annotated[choice(masks.SAMPLINGS), counts(on.MASK)] = "bernoulli"
     """bernoulli: each weight is drawn by itself; exact: a fixed number of weights per layer"""
     first_layer_dense: Annotated[bool, counts(on.DENSE)] = False
@@ -147,12 +166,14 @@ class Options:
     lr: float = 0.1
     """Learning rate, before its schedule"""
     lr_min: Annotated[float, counts(on.FALLS)] = 0.0
-    """Learning rate at the end of a cosine; multistep does not go below it"""
+    """Learning rate at the end of a cosine; multistep does not go below it, and every30, every60
+    and constant do not look at it"""
     lr_policy: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "cosine"
-    """Schedule of the final training; multistep divides by 10 at 1/2 and 3/4, every30 at 30, 60
-    and 90 %"""
+    """Schedule of the final training; multistep divides by 10 at 1/2 and 3/4 of it, every30 every
+    30 epochs and every60 (step) every 60, never in a training that is shorter"""
     warmup_length: int = 0
-    """First epochs of every training in which the learning rate rises linearly"""
+    """First epochs of every training in which the learning rate rises linearly; every30 and every60
+    count them"""
     weight_decay: Annotated[float, also("--wd")] = 1e-4
     """Weight decay"""
     no_bn_decay: Annotated[bool, counts(on.DECAYS, on.NORMED)] = False
@@ -211,7 +232,7 @@ class Options:
     @property
     def falls(self) -> bool:
         """Whether some learning rate falls to --lr-min."""
-        return self.lr_policy != "constant"
+        return self.lr_policy in FALLING
 
     @property
     def uses_momentum(self) -> bool:

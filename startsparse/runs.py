@@ -38,7 +38,7 @@ import pandas as pd
 import torch
 
 import startsparse
-from startsparse import processes
+from startsparse import effects, processes
 from startsparse.atomic import replacing, write_text
 from startsparse.commandline import read_yaml, run_folder, write_yaml
 from startsparse.console import log
@@ -154,6 +154,7 @@ def find_run(options: Options) -> Path | None:
         raise OptionError(f"--evaluate: there is no run in {_base(options)} yet")
     if folder is not None:
         saved = read_yaml(type(options), folder / "options.yaml")
+        effects.settle(saved)
         check_same(options, saved, f"the run in {folder} was started")
     return folder
 

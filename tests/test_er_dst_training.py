@@ -4,12 +4,25 @@ import dataclasses
 
 import pytest
 import torch
-from dst_runs import CPU, STEPS, WEIGHTS, begin, counts, dead_units, masks, options, train
+from dst_runs import (
+    CPU,
+    STEPS,
+    WEIGHTS,
+    begin,
+    counts,
+    dead_units,
+    masks,
+    options,
+    some_data,
+    train,
+)
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ER_DST import main as script
+from ER_DST.options import FLOW
 from ER_DST.topology import GROWTH, METHODS, update
-from ER_DST.updates import phase, preserve_flow
+from ER_DST.updates import phase, preserve_flow, warn_of_thin_start
 from startsparse import checkpoint, flow
 from startsparse.errors import UserError
 from startsparse.masks import attach_masks, draw_masks, keep_inside, masked_weights, sparse_layers
@@ -276,7 +289,7 @@ def test_flow_preservation_leaves_no_dead_unit(tmp_path, monkeypatch, method, gr
         growth=growth,
         er_sparse_init=0.16 if method == "DST" else 0.3,
         final_density=0.16,
-        flow_preservation=True,
+        flow_preservation="always",
         update_frequency=1,
         seed=2,
         lr=1.0,
@@ -285,6 +298,24 @@ def test_flow_preservation_leaves_no_dead_unit(tmp_path, monkeypatch, method, gr
     assert len(repairs) == 2 * STEPS  # at the start and before every step but the first
     assert sum(dead > 0 for dead, *_ in repairs) > 1
     assert trainer.tables["topology"][-1]["density"] == pytest.approx(0.16, abs=0.05)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_flow_preservation_true_repairs_the_initial_mask_only(tmp_path, monkeypatch, method):
+    steps, repair = [], flow.repair
+
+    def watched(model, seed, step, **kwargs):
+        steps.append(step)
+        return repair(model, seed, step, **kwargs)
+
+    monkeypatch.setattr(flow, "repair", watched)
+    asked = {"method": method, "er_sparse_init": 0.2, "final_density": 0.1, "seed": 2}
+    asked |= {"growth": "random", "update_frequency": 1}
+    assert dead_units(begin(tmp_path, options(**asked))[0].model) > 0
+    assert dead_units(begin(tmp_path, options(**asked, flow_preservation="True"))[0].model) == 0
+    trainer = train(tmp_path, options(**asked, flow_preservation="True"))
+    assert steps == [0, 0]  # of the two networks
+    assert trainer.tables["topology"][-1]["dead_units"] == dead_units(trainer.model) > 0
 
 
 def test_repair_does_not_undo_growth():
@@ -316,7 +347,7 @@ def test_without_it_units_die(tmp_path):
 # --- topology.csv ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preserved", [False, True])
+@pytest.mark.parametrize("preserved", FLOW)
 @pytest.mark.parametrize("within", [False, True])
 @pytest.mark.parametrize("method", ["DST", "GraNet", "GMP"])
 def test_a_row_says_where_the_masks_are_and_have_been(tmp_path, method, within, preserved):
@@ -348,7 +379,7 @@ def test_a_row_says_where_the_masks_are_and_have_been(tmp_path, method, within, 
         assert row["ever_active"] >= last
         last = row["ever_active"]
         assert row["step"] == step
-        if not preserved and (within or method == "GMP"):
+        if preserved != "always" and (within or method == "GMP"):
             assert new <= initial
 
     trainer = train(tmp_path, asked, look)
@@ -395,3 +426,17 @@ def test_no_epoch_before_the_final_density_is_the_best(tmp_path, monkeypatch, as
     assert kept == sum(counts(trainer.model).values())
     if trainer.options.prunes:
         assert kept == round(0.1 * WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("final", "budget", "said"), [(0.49, "clip", 1), (0.49, "exact", 0), (0.48, "clip", 0)]
+)
+def test_a_final_density_above_a_clipped_start_is_said(caplog, final, budget, said):
+    """By hand: 0.5 of 288 is 36 a layer, the last one has 32; clipped, that is 140 or 0.486."""
+    asked = options(
+        er_sparse_method="balanced", er_budget=budget, er_sampling="exact", final_density=final
+    )
+    model, *_ = script.network(asked, some_data(), CPU)
+    warn_of_thin_start(model, asked)
+    line = f"warning: --final-density: {final:g} is above the {140 / 288:.6f} that the mask has; "
+    assert [line in message for message in caplog.messages].count(True) == said
