@@ -42,7 +42,8 @@ def show_run(
     count = sum(parameter.numel() for parameter in model.parameters())
     device = ", ".join(map(str, devices))
     if devices[0].type == "cpu":
-        device += f", {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        device += f", {threads} thread" + "s" * (threads > 1)
     log.info("config   %s", options.config or "none")
     log.info("run      %s", folder or runs.next_folder(options))
     log.info("network  %s, %s parameters", options.network_name, f"{count:,}")
