@@ -17,7 +17,8 @@ from startsparse.models import MODELS
 from startsparse.options import Options, require_range
 
 FLOW = ("False", "True", "always")
-FLOW_ALIASES = {"no": "False", "0": "False", "yes": "True", "1": "True"}
+FLOW_ALIASES = dict.fromkeys(("no", "0", "off"), "False")
+FLOW_ALIASES |= dict.fromkeys(("yes", "1", "on"), "True")
 SPARSE_INITS = (*ratios.METHODS, "snip", *PRUNER_RATIOS)
 
 # When options count, see `startsparse.fields.Condition`.

@@ -93,6 +93,7 @@ def parse(kind: type[T], configs: Path, argv: Sequence[str] | None = None) -> T:
     options = from_flags(kind, argv, base)
     options.config = base.config
     with own_names(kind):
+        options.check_places()
         effects.refuse_named(options, named(kind, argv))
         effects.settle(options)
         options.check()

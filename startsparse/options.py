@@ -1,16 +1,14 @@
 """The options that all scripts share, as one dataclass; a script's own dataclass extends it."""
 
 import dataclasses
-import logging
 import re
-from pathlib import Path
 from typing import Annotated, ClassVar
 
 import torch
 from torch import nn
 
 from startsparse import conditions as on
-from startsparse import masks, processes, ratios, schedules
+from startsparse import data_flag, masks, processes, ratios, schedules
 from startsparse.data import OWN_PARTS, PADDINGS, SETS, SHAPES, data_root, modular
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
@@ -20,13 +18,9 @@ from startsparse.fields import (
     counts,
     default_is,
     flag,
-    normal,
-    shown,
 )
 from startsparse.models import MODELS
 from startsparse.models.init import INITS
-
-log = logging.getLogger("startsparse")
 
 FALLING = ("cosine", "multistep")
 """Schedules that look at --lr-min."""
@@ -246,27 +240,8 @@ class Options:
 
     @classmethod
     def understood(cls, argv: list[str]) -> list[str]:
-        """Flags as they are meant: --data cifar10 is the set where no folder has that name.
-
-        Raises:
-            OptionError: another set is named as well.
-        """
-        sets, meant, index = {normal(name): name for name in SETS}, list(argv), 0
-        while shown(cls)["data"] == "data" and index < len(meant):
-            word, equals, value = meant[index].partition("=")
-            parts = 1 if equals else 2
-            value = value if equals else "".join(meant[index + 1 : index + 2])
-            if word == "--data" and normal(value) in sets and not Path(value).is_dir():
-                own = flag(shown(cls)["set"])
-                if any(other.partition("=")[0] == own for other in argv):
-                    raise OptionError(
-                        f"--data: is the folder of the sets, and there is no folder {value}; "
-                        f"{own} names the set already"
-                    )
-                log.info("--data %s: read as %s %s; there is no such folder", value, own, value)
-                meant[index : index + parts] = [own, value]
-            index += 1
-        return meant
+        """Flags as they are meant, see `data_flag`."""
+        return data_flag.understood(cls, argv)
 
     def default_name(self) -> str:
         """Name of a run that was given none."""
@@ -285,12 +260,15 @@ class Options:
             return "--amp bf16 computes in a format that it does not have"
         return "--compile has a form of its own" if self.compile else ""
 
+    def check_places(self) -> None:
+        """Raise `OptionError` for a folder that is not there, before anything else is said of it."""
+        data_root(self.data)
+
     def derive(self) -> None:
         """Set the options that follow from others."""
 
     def check(self) -> None:
         """Raise `OptionError` for values that cannot be meant; names the option."""
-        data_root(self.data)
         self.derive()
         require_range(self, "er_sparse_init", low=0, high=1, open_low=True)
         require_range(self, "valid_split", low=0, high=1, open_high=True)

@@ -156,7 +156,9 @@ BAD = {
     "--er-sparse-init: 1.5 should be above 0 and at most 1": ["--er-sparse-init", "1.5"],
     "--threshold-list: 0.3 should be above 0 and at most 0.2": ["--threshold-list", "0.3"],
     "--threshold-list: prunes masks": ["--threshold-list", "0.1", "--conv-type", "STRConv"],
-    "--grasp-temperature: 0.0 should be above 0": ["--grasp-temperature", "0"],
+    "--grasp-temperature: 0.0 should be above 0": [
+        *("--grasp-temperature", "0", "--pruner", "grasp", "--threshold-list", "0.1")
+    ],
     "--er-sparse-method: network needs an --er-sparsity-file": ["--er-sparse-method", "network"],
     "--er-sparsity-file: has no effect without --er-sparse-method network": [
         "--er-sparsity-file",
