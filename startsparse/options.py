@@ -261,7 +261,7 @@ class Options:
         return "--compile has a form of its own" if self.compile else ""
 
     def check_places(self) -> None:
-        """Raise `OptionError` for a folder that is not there, before anything else is said of it."""
+        """Raise `OptionError` for a folder that is not there; asked before anything else."""
         data_root(self.data)
 
     def derive(self) -> None:

@@ -192,9 +192,7 @@ def test_a_folder_that_is_not_there_is_an_error_before_anything_is_loaded(script
     monkeypatch.setattr(recipe, "load_data", lambda *_: pytest.fail("loaded"))
     name = "--data-dir" if script == "ER_DST" else "--data"
     for sets in ([], ["--set", "cifar10"]):
-        with pytest.raises(
-            OptionError, match=f"^{name}: /nowhere is no folder; name, or make, the"
-        ):
+        with pytest.raises(OptionError, match=f"^{name}: '/nowhere' is no folder; name, or "):
             main([*sets, "--data-dir", "/nowhere"])
 
 

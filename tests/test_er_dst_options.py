@@ -281,7 +281,7 @@ def test_yaml_has_the_names_of_the_command_line(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
         "init_density: 0.3\ndata: mnist\nmodel: MLP\nl2: 1.0e-3\nsparse: true\northo-repair: on\n"
-        "sparse_init: ER_same_params\nfinal_prune_epoch: 3\ndata-dir: there\nlog_dir: here\n"
+        f"sparse_init: ER_same_params\nfinal_prune_epoch: 3\ndata-dir: {tmp_path}\nlog_dir: here\n"
     )
     found = parsed("--config", str(path))
     given = {
@@ -293,7 +293,7 @@ def test_yaml_has_the_names_of_the_command_line(tmp_path):
         "ortho_repair": True,
         "er_sparse_method": "balanced",
         "final_prune_epoch": 3,
-        "data": "there",
+        "data": str(tmp_path),
         "log_dir": "here",
     }
     assert {name: getattr(found, name) for name in given} == given
@@ -378,6 +378,9 @@ def test_other_spellings(argv, field, value):
 
 
 # --- warnings -------------------------------------------------------------------------------------
+
+
+FIRST = ["config", "run", "network", "device", "options"]
 
 
 def said_before_data(monkeypatch, capsys, *argv):
@@ -465,7 +468,7 @@ def test_layers_that_a_search_makes_too_thin_are_named(tmp_path, monkeypatch, ca
         "True",
     ]
     with pytest.raises(Stopped):
-        script.main(flags)
+        script.main(["--data", "cifar10", *flags])
     said = [line for line in capsys.readouterr().out.splitlines() if "fewer weights" in line]
     asked = options(er_sparse_method=sparse_init, er_sparse_init=0.1, final_density=0.1)
     model, requested, _ = script.network(asked, some_data(), CPU)

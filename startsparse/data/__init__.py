@@ -153,7 +153,7 @@ def data_root(option: str) -> Path:
     """
     if option and not Path(option).expanduser().is_dir():
         raise OptionError(
-            f"--data: {option} is no folder; name, or make, the one that holds the sets"
+            f"--data: '{option}' is no folder; name, or make, the one that holds the sets"
         )
     beside = Path(startsparse.__file__).parents[1] / "data"
     return Path(option or os.environ.get("STARTSPARSE_DATA") or beside).expanduser()
