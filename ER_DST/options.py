@@ -72,9 +72,13 @@ class DSTOptions(Options):
     """What decides which weights come: chance, the largest gradients, or the largest gradients
     averaged as momentum does"""
     prune_rate: float = 0.5
-    """Share of a layer's weights that is dropped and grown; falls to 0.005 as a cosine"""
+    """Share of a layer's weights that is dropped and grown; falls to 0.005 as a cosine, until the
+    end of the training or --stop-updates"""
     update_frequency: int = 100
     """Steps between changes of the mask"""
+    stop_updates: float = 1.0
+    """Share of the training, in (0, 1], after which nothing is dropped and grown any more, and at
+    which --prune-rate has fallen to 0.005 (RigL: 0.75); pruning goes on to its own end"""
     init_prune_epoch: int = 0
     """Epoch in which pruning starts"""
     final_prune_epoch: Annotated[int | None, default_is("110/160 of --epochs")] = None
@@ -148,6 +152,7 @@ class DSTOptions(Options):
         super().check()
         require_range(self, "final_density", low=0, high=1, open_low=True)
         require_range(self, "prune_rate", low=0, high=1)
+        require_range(self, "stop_updates", low=0, high=1, open_low=True)
         for name in ("update_frequency", "imp_epochs"):
             require_range(self, name, low=1)
         require_range(self, "init_prune_epoch", low=0)

@@ -49,7 +49,7 @@ class Phase:
     then: Callable[["Trainer"], None] = lambda _trainer: None  # done once, after the last epoch
     each_step: Callable[["Trainer", int], None] | None = None  # after the backward pass; phase step
     select_from: int = 0  # epochs before this one, of this phase, are no candidates for the best
-    dense_gradients: bool = False  # every step needs the gradients outside the masks too
+    dense_until: int = 0  # steps before this one need the gradients outside the masks too
     moves: Callable[[int], bool] = lambda _step: False  # whether each_step may move masks, by step
     keeps_momentum: bool = False  # of the phase before, where weights go on from there
 
@@ -122,7 +122,7 @@ class Trainer:
         example = torch.zeros(data.shape.input, device=self.device)
         self.forward_flops = flops.forward_flops(model, example)
         self.flops, self._counted = {"training": 0.0, "dense": 0.0}, 0
-        self._dense_gradients = False
+        self._dense_until = 0  # as of the phase, in steps of this epoch
         self.seconds = 0.0
         self._clock = time.monotonic()
         self._asked = 0  # the signal by which this process was asked to stop
@@ -254,10 +254,9 @@ class Trainer:
         steps, dense = done - self._counted, dict.fromkeys(self.forward_flops, 1.0)
         self._counted = done
         density = flops.densities(self.model)
-        per_step = flops.training(self.forward_flops, density)
-        if self._dense_gradients:
-            per_step += flops.dense_gradients(self.forward_flops, density)
-        self.flops["training"] += steps * per_step
+        self.flops["training"] += steps * flops.training(self.forward_flops, density)
+        outside = max(0, min(done, self._dense_until) - (done - steps))
+        self.flops["training"] += outside * flops.dense_gradients(self.forward_flops, density)
         self.flops["dense"] += steps * flops.training(self.forward_flops, dense)
 
     def costs(self) -> dict[str, float]:
@@ -288,7 +287,8 @@ class Trainer:
 
     def _epoch(self, phase: Phase) -> None:
         options, place, steps = self.options, self.place, len(self.data.train)
-        first, self._dense_gradients = place.epoch * steps, phase.dense_gradients
+        first = place.epoch * steps
+        self._dense_until = phase.dense_until - first
         rates = [
             schedules.learning_rate(
                 phase.lr_policy,
