@@ -10,7 +10,7 @@ from ER_DST.sparse_inits import PRUNER_RATIOS
 from ER_DST.topology import GROWTH, METHODS, PRUNE
 from startsparse import ratios, schedules
 from startsparse.commandline import Truth, called, choice, default_is
-from startsparse.data import SETS
+from startsparse.data import PADDINGS, SETS
 from startsparse.errors import OptionError
 from startsparse.models import MODELS
 from startsparse.options import Options, require_range
@@ -32,6 +32,9 @@ class DSTOptions(Options):
     """Data set"""
     data: Annotated[str, called("data-dir"), default_is("$STARTSPARSE_DATA, else ./data")] = ""
     """Folder of the data sets"""
+    padding: choice(PADDINGS) = "reflect"
+    """What random crops show beyond the border of an image: black, or the image mirrored; crops of
+    imagenet lie inside it"""
     arch: Annotated[choice(MODELS), called("model")] = "resnet20"
     """Network"""
     init: Annotated[choice(INITS), called("init-method")] = "default"

@@ -17,7 +17,7 @@ from startsparse.masks import (
     masked_weights,
     sparse_layers,
 )
-from startsparse.pruning import layer_counts
+from startsparse.pruning import layer_counts, weights_left
 from startsparse.trainer import Phase, Trainer
 
 log = logging.getLogger("startsparse")
@@ -166,6 +166,19 @@ def check_flow(model: nn.Module, requested: dict[str, float], options: DSTOption
             sum(needs.values()),
             options.requested,
             final,
+        )
+
+
+def warn_of_thin_start(model: nn.Module, options: DSTOptions) -> None:
+    """Say where the mask has fewer weights from the start than --final-density asks for."""
+    if not options.prunes:
+        return
+    kept = sum(int(mask.sum()) for _, _, mask in masked_weights(model))
+    if weights_left(model, options.final_density) > kept:
+        log.warning(
+            "warning: --final-density: %g is above the %.6f that the mask has; nothing is pruned",
+            options.final_density,
+            density_table(model).iloc[-1]["density"],
         )
 
 

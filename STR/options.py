@@ -59,9 +59,10 @@ class STROptions(Options):
     reset_weights: bool = False
     """The same as --rewind weights"""
     prune_scheduler: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "cosine"
-    """Schedule of the learning rate before each pruning, begun anew each time"""
+    """Schedule of the learning rate before each pruning, begun anew each time; step is every60"""
     warmup_epochs: int = 0
-    """Epochs at a constant learning rate before anything else; --rewind goes back to their end"""
+    """Epochs before anything else in which the learning rate rises linearly to --lr; --rewind goes
+    back to their end"""
 
     @property
     def masked(self) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 
 from startsparse import masks, processes, ratios, schedules
 from startsparse.commandline import also, choice, default_is, flag
-from startsparse.data import OWN_PARTS, SETS, SHAPES, modular
+from startsparse.data import OWN_PARTS, PADDINGS, SETS, SHAPES, modular
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
 from startsparse.models import MODELS
@@ -51,6 +51,11 @@ class Options:
     validation part of their own, and ignore it"""
     workers: int = 4
     """Processes that decode images (imagenet only; small sets are held on the device)"""
+    augment: bool = True
+    """Crop training images at random, and flip them unless they are digits"""
+    padding: choice(PADDINGS) = "zeros"
+    """What random crops show beyond the border of an image: black, or the image mirrored; crops of
+    imagenet lie inside it"""
 
     modulus: int = 59
     """p of a + b mod p; modular-addition only"""
@@ -74,7 +79,8 @@ class Options:
     """Run folder, checkpoint or JSON of layer densities that --er-sparse-method network copies; of
     a run that found a ratio by a pruner it is that one (ratios.json), not its last (layers.json)"""
     er_budget: choice(ratios.BUDGETS) = "exact"
-    """exact: the density asked for; clip: the clipped, lower one of the paper's research code"""
+    """exact: the density asked for; clip: the clipped, lower one of the paper's research code, in
+    which levels above it prune nothing"""
     er_sampling: choice(masks.SAMPLINGS) = "bernoulli"
     """bernoulli: each weight is drawn by itself; exact: a fixed number of weights per layer"""
     first_layer_dense: bool = False
@@ -94,12 +100,14 @@ class Options:
     lr: float = 0.1
     """Learning rate, before its schedule"""
     lr_min: float = 0.0
-    """Learning rate at the end of a cosine; multistep does not go below it"""
+    """Learning rate at the end of a cosine; multistep does not go below it, and every30, every60
+    and constant do not look at it"""
     lr_policy: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "cosine"
-    """Schedule of the final training; multistep divides by 10 at 1/2 and 3/4, every30 at 30, 60
-    and 90 %"""
+    """Schedule of the final training; multistep divides by 10 at 1/2 and 3/4 of it, every30 every
+    30 epochs and every60 (step) every 60, never in a training that is shorter"""
     warmup_length: int = 0
-    """First epochs of every training in which the learning rate rises linearly"""
+    """First epochs of every training in which the learning rate rises linearly; every30 and every60
+    count them"""
     weight_decay: Annotated[float, also("--wd")] = 1e-4
     """Weight decay"""
     no_bn_decay: bool = False

@@ -46,6 +46,7 @@ class Phase:
     epochs: int
     lr_policy: str
     lr_min: float = 0.0
+    warmup: int | None = None  # first epochs, of a linear rise; None: --warmup-length
     then: Callable[["Trainer"], None] = lambda _trainer: None  # done once, after the last epoch
     each_step: Callable[["Trainer", int], None] | None = None  # after the backward pass; phase step
     select_from: int = 0  # epochs before this one, of this phase, are no candidates for the best
@@ -183,10 +184,10 @@ class Trainer:
             while self.place.phase < len(phases):
                 processes.align(self.model)
                 phase = phases[self.place.phase]
-                if self.options.warmup_length > phase.epochs:
+                if self._warmup(phase) > phase.epochs:
                     log.warning(
                         "warning: --warmup-length: %d epochs, but %s has %d: --lr is not reached",
-                        self.options.warmup_length,
+                        self._warmup(phase),
                         phase.name,
                         phase.epochs,
                     )
@@ -285,6 +286,9 @@ class Trainer:
         self.sums, self.best = new_sums(self.device), {}
         self.save()
 
+    def _warmup(self, phase: Phase) -> int:
+        return self.options.warmup_length if phase.warmup is None else phase.warmup
+
     def _epoch(self, phase: Phase) -> None:
         options, place, steps = self.options, self.place, len(self.data.train)
         first = place.epoch * steps
@@ -294,9 +298,10 @@ class Trainer:
                 phase.lr_policy,
                 first + step,
                 phase.epochs * steps,
+                steps_per_epoch=steps,
                 start=options.lr,
                 end=phase.lr_min,
-                warmup=options.warmup_length * steps,
+                warmup=self._warmup(phase) * steps,
             )
             for step in range(steps)
         ]

@@ -279,7 +279,7 @@ def test_er_imp_trains_from_the_start_before_each_pruning(monkeypatch):
     model, requested, spent = script.network(asked, some_data(), CPU)
     dense, *_ = script.network(options(sparse=False), some_data(), CPU)
     first = dense.state_dict()
-    assert [epoch for epoch, _ in begun] == list(range(8))  # 4 levels, each order of data once
+    assert [epoch for epoch, _ in begun] == list(range(6))  # 3 levels, each order of data once
     kept, by_hand = [], 0
     for _, state in begun[::2]:
         masks = {n.removesuffix("_mask"): m for n, m in state.items() if n.endswith("weight_mask")}
@@ -289,7 +289,7 @@ def test_er_imp_trains_from_the_start_before_each_pruning(monkeypatch):
         for name, value in first.items():
             assert torch.equal(state[name], value * masks.get(name, 1)), name
     assert spent == pytest.approx(by_hand, rel=1e-12)
-    assert kept == [WEIGHTS, *(round(d * WEIGHTS) for d in (0.8, 0.64, 0.512))]
+    assert kept == [WEIGHTS, *(round(d * WEIGHTS) for d in (0.8, 0.64))]
     # The search leaves no trace in the network itself but its ratio.
     for name, weight, mask in masked_weights(model):
         assert torch.equal(weight, first[f"{name}.weight"] * mask)

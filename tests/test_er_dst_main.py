@@ -342,6 +342,8 @@ def test_the_published_command_means_what_it_says(monkeypatch):
         "nesterov": True,
         "lr_policy": "multistep",
         "valid_split": 0.1,
+        "augment": True,
+        "padding": "reflect",
         "prune_end": 110,
         "init_prune_epoch": 0,
     }

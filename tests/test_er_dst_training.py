@@ -5,13 +5,25 @@ import math
 
 import pytest
 import torch
-from dst_runs import CPU, STEPS, WEIGHTS, begin, counts, dead_units, masks, options, train
+from dst_runs import (
+    CPU,
+    STEPS,
+    WEIGHTS,
+    begin,
+    counts,
+    dead_units,
+    masks,
+    options,
+    some_data,
+    train,
+)
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ER_DST import main as script
 from ER_DST.options import FLOW
 from ER_DST.topology import GROWTH, METHODS, update
-from ER_DST.updates import phase, preserve_flow
+from ER_DST.updates import phase, preserve_flow, warn_of_thin_start
 from startsparse import checkpoint, flops, flow
 from startsparse.errors import UserError
 from startsparse.masks import attach_masks, draw_masks, keep_inside, masked_weights, sparse_layers
@@ -444,3 +456,17 @@ def test_no_epoch_before_the_final_density_is_the_best(tmp_path, monkeypatch, as
     assert kept == sum(counts(trainer.model).values())
     if trainer.options.prunes:
         assert kept == round(0.1 * WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("final", "budget", "said"), [(0.49, "clip", 1), (0.49, "exact", 0), (0.48, "clip", 0)]
+)
+def test_a_final_density_above_a_clipped_start_is_said(caplog, final, budget, said):
+    """By hand: 0.5 of 288 is 36 a layer, the last one has 32; clipped, that is 140 or 0.486."""
+    asked = options(
+        er_sparse_method="balanced", er_budget=budget, er_sampling="exact", final_density=final
+    )
+    model, *_ = script.network(asked, some_data(), CPU)
+    warn_of_thin_start(model, asked)
+    line = f"warning: --final-density: {final:g} is above the {140 / 288:.6f} that the mask has; "
+    assert [line in message for message in caplog.messages].count(True) == said

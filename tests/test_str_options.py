@@ -38,6 +38,8 @@ EFFECTS = {
     "clip-norm": (["--clip-norm", "0.1"], []),
     "batch-size": (["-b", "100"], []),
     "valid-split": (["--valid-split", "0.3"], []),
+    "augment": (["--no-augment"], []),
+    "padding": (["--padding", "reflect"], []),
     "init": (["--init", "orthogonal"], []),
     "er-sparse-method": (["--er-sparse-method", "ERK"], []),
     "er-sparse-init": (["--er-sparse-init", "0.5"], []),
