@@ -104,6 +104,11 @@ class DSTOptions(Options):
         return self.sparse
 
     @property
+    def draws_singly(self) -> bool:
+        """As for all scripts; the mask that SNIP finds is not drawn."""
+        return super().draws_singly and self.er_sparse_method != "snip"
+
+    @property
     def searches(self) -> bool:
         """Whether the layer-wise ratio is found by a pruner in this run."""
         found = self.sparse and self.er_sparse_method in PRUNER_RATIOS

@@ -57,6 +57,7 @@ def train(options: SLTOptions) -> None:
         trainer = Trainer(model, images, options, run, devices, lambda: flops.densities(model))
         trainer.load()
         recipe.show_densities(run, random_mask, "random_mask.csv")
+        recipe.say_deviation(model, requested, options)
         warn_of_small_masks(model, options)
         trainer.run_phases(phases(options))
 

@@ -82,7 +82,8 @@ class Options:
     """exact: the density asked for; clip: the clipped, lower one of the paper's research code, in
     which levels above it prune nothing"""
     er_sampling: choice(masks.SAMPLINGS) = "bernoulli"
-    """bernoulli: each weight is drawn by itself; exact: a fixed number of weights per layer"""
+    """bernoulli: each weight is drawn by itself, so that the density is met on average; exact: a
+    fixed number of weights per layer"""
     first_layer_dense: bool = False
     """Keep the first layer dense; its weights count towards the density"""
     last_layer_dense: bool = False
@@ -132,6 +133,11 @@ class Options:
     sparse_compute: choice(MODES) = "auto"
     """Compute and store only what is inside the masks, on CPUs, and of that compute only what soft
     thresholds and edge-popup use; auto: the layers that are faster so, found by trying"""
+
+    @property
+    def draws_singly(self) -> bool:
+        """Whether each weight of the first masks is drawn by itself, so that chance counts them."""
+        return self.er_sampling == "bernoulli"
 
     def default_name(self) -> str:
         """Name of a run that was given none."""
