@@ -72,20 +72,20 @@ class DSTOptions(Options):
     prune: choice(PRUNE) = "magnitude"
     """What decides which weights go"""
     growth: choice(GROWTH) = "gradient"
-    """What decides which weights come: chance, the largest gradients, or the largest gradients
-    averaged as momentum does"""
+    """What decides which weights come: chance, the largest gradients, or the largest sums of past
+    gradients with the factor --momentum, whatever the optimizer"""
     prune_rate: float = 0.5
     """Share of a layer's weights that is dropped and grown; falls to 0.005 as a cosine, until the
     end of the training or --stop-updates"""
     update_frequency: int = 100
-    """Steps between changes of the mask"""
+    """Steps between changes of the mask; the end of the pruning is one too"""
     stop_updates: float = 1.0
     """Share of the training, in (0, 1], after which nothing is dropped and grown any more, and at
     which --prune-rate has fallen to 0.005 (RigL: 0.75); pruning goes on to its own end"""
     init_prune_epoch: int = 0
-    """Epoch in which pruning starts"""
+    """Epochs after which pruning starts"""
     final_prune_epoch: Annotated[int | None, default_is("110/160 of --epochs")] = None
-    """Epoch at whose beginning --final-density is reached"""
+    """Epochs after which --final-density is reached"""
     is_prune: Truth = True
     """False: the mask stays as it was drawn"""
     grow_within_init: bool = False
@@ -94,7 +94,7 @@ class DSTOptions(Options):
     """True: give every unit without an incoming or outgoing edge a random one, at the same density,
     in the initial mask; always: also after every update, which may leave units without again"""
     ortho_repair: Truth = False
-    """Bring the initial weights of each layer as near to orthogonal as its mask allows"""
+    """Bring the initial weights of each layer that has a mask as near to orthogonal as it allows"""
     imp_epochs: int = 2
     """Epochs before each pruning by a fifth, from dense, that find the ratios of ER_imp here"""
 

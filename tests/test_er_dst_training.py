@@ -278,6 +278,8 @@ def test_dense_gradients_are_paid_for_up_to_the_stop_only(tmp_path, growth):
     """A mask of fixed counts: FLOPs of 24 steps, and of the dense gradients of some of them."""
     asked = options(method="DST", growth=growth, epochs=6, update_frequency=3, stop_updates=10 / 24)
     trainer = train(tmp_path, asked)
+    moving = phase(asked, STEPS).moves  # steps that sparse compute leaves to the masked network
+    assert [step for step in range(24) if moving(step)] == [3, 6, 9]
     density = flops.densities(trainer.model)
     outside = flops.dense_gradients(trainer.forward_flops, density)
     assert outside > 0
