@@ -41,6 +41,11 @@ class SLTOptions(Options):
     """Divide the weights of each layer by the square root of the density that it computes with in
     the ticket: --sparsity, or that of its random mask where that is lower"""
 
+    weight_scale: float = 1.0
+    """Factor of all frozen weights, for networks without BatchNorm (gcn, algorithmic): it sets the
+    size of the logits. With inputs as small as the features of a graph the loss stays at chance
+    if it is 1"""
+
     er_sparse_method: choice(ratios.METHODS, ratios.ALIASES) = "uniform"
     """Layer-wise ratio of the random mask; network: the ratio of --er-sparsity-file"""
     er_sparse_init: Annotated[float, called("er-init-density", "--er-sparse-init")] = 0.5
@@ -92,7 +97,8 @@ class SLTOptions(Options):
         super().check()
         require_range(self, "sparsity", low=0, high=1, open_low=True)
         require_range(self, "levels", low=1)
-        require_range(self, "bfac", low=0, open_low=True)
+        for name in ("bfac", "weight_scale"):
+            require_range(self, name, low=0, open_low=True)
         if self.per_layer and self.global_ranking:
             raise OptionError("--global: not with --per-layer, which --no-per-layer takes back")
         self.per_layer = not self.global_ranking
