@@ -1,7 +1,7 @@
 """Levels: each trains the scores at one density, lower than before, and leaves a ticket.
 
 Scores go on from level to level as the last epoch left them; optimizer and schedule begin anew. The
-ticket of a level is what its best validation epoch used.
+ticket of a level is what its best validation epoch used, or with --select last its last.
 """
 
 import dataclasses

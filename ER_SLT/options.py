@@ -50,8 +50,15 @@ class SLTOptions(Options):
     """Layer-wise ratio of the random mask; network: the ratio of --er-sparsity-file"""
     er_sparse_init: Annotated[float, called("er-init-density", "--er-sparse-init")] = 0.5
     """Density of the random mask, in (0, 1]: kept weights of all weights"""
+    first_layer_dense: bool = False
+    """No random mask in the first layer, whose weights count towards the density; the ticket has
+    --sparsity there too"""
+    last_layer_dense: bool = False
+    """No random mask in the last layer, whose weights count towards the density; the ticket has
+    --sparsity there too"""
     sparsity: float = 0.2
-    """Density of the ticket, in (0, 1]: weights and biases used, of all"""
+    """Density of the ticket, in (0, 1]: weights and biases used, of all; of a layer whose random
+    mask has fewer, all of those"""
     anneal: Truth = True
     """Go from --sparsity-start to --sparsity by the same factor each level; False: every level
     has --sparsity"""
