@@ -41,12 +41,24 @@ class SLTOptions(Options):
     """Divide the weights of each layer by the square root of the density that it computes with in
     the ticket: --sparsity, or that of its random mask where that is lower"""
 
+    weight_scale: float = 1.0
+    """Factor of all frozen weights, for networks without BatchNorm (gcn, algorithmic): it sets the
+    size of the logits. With inputs as small as the features of a graph the loss stays at chance
+    if it is 1"""
+
     er_sparse_method: choice(ratios.METHODS, ratios.ALIASES) = "uniform"
     """Layer-wise ratio of the random mask; network: the ratio of --er-sparsity-file"""
     er_sparse_init: Annotated[float, called("er-init-density", "--er-sparse-init")] = 0.5
     """Density of the random mask, in (0, 1]: kept weights of all weights"""
+    first_layer_dense: bool = False
+    """No random mask in the first layer, whose weights count towards the density; the ticket has
+    --sparsity there too"""
+    last_layer_dense: bool = False
+    """No random mask in the last layer, whose weights count towards the density; the ticket has
+    --sparsity there too"""
     sparsity: float = 0.2
-    """Density of the ticket, in (0, 1]: weights and biases used, of all"""
+    """Density of the ticket, in (0, 1]: weights and biases used, of all; of a layer whose random
+    mask has fewer, all of those"""
     anneal: Truth = True
     """Go from --sparsity-start to --sparsity by the same factor each level; False: every level
     has --sparsity"""
@@ -92,7 +104,8 @@ class SLTOptions(Options):
         super().check()
         require_range(self, "sparsity", low=0, high=1, open_low=True)
         require_range(self, "levels", low=1)
-        require_range(self, "bfac", low=0, open_low=True)
+        for name in ("bfac", "weight_scale"):
+            require_range(self, name, low=0, open_low=True)
         if self.per_layer and self.global_ranking:
             raise OptionError("--global: not with --per-layer, which --no-per-layer takes back")
         self.per_layer = not self.global_ranking
