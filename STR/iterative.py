@@ -24,7 +24,9 @@ def phases(options: STROptions) -> list[Phase]:
     """Warm-up, one phase before each pruning, and the final training."""
     policy = {"lr_policy": options.prune_scheduler, "lr_min": options.lr_min}
     rise = options.warmup_epochs
-    warm_up = Phase("warm-up", rise, "constant", warmup=rise, then=keep_rewind_point)
+    warm_up = Phase(
+        "warm-up", rise, "constant", warmup=rise, drifts=options.soft, then=keep_rewind_point
+    )
     levels = [
         Phase(
             f"level {level}",
@@ -34,7 +36,7 @@ def phases(options: STROptions) -> list[Phase]:
         )
         for level, density in enumerate(options.threshold_list)
     ]
-    final = Phase("final", options.epochs, options.lr_policy, options.lr_min)
+    final = Phase("final", options.epochs, options.lr_policy, options.lr_min, drifts=options.soft)
     return [warm_up, *levels, final] if rise else [*levels, final]
 
 
