@@ -108,7 +108,7 @@ def network(
             found, spent = pruner_ratio(model, options, images)
             requested = er.requested_densities(model, options, found)
         er.attach_er_masks(model, requested, options)
-    if options.flow_preservation:
+    if options.flow_preservation != "False":
         preserve_flow(model, options.seed, step=0)
     init_weights(model, options.init, options.seed)  # scaled by the densities that came out
     if options.ortho_repair:

@@ -10,11 +10,13 @@ from ER_DST.sparse_inits import PRUNER_RATIOS
 from ER_DST.topology import GROWTH, METHODS, PRUNE
 from startsparse import ratios, schedules
 from startsparse.commandline import Truth, called, choice, default_is
-from startsparse.data import SETS
+from startsparse.data import PADDINGS, SETS
 from startsparse.errors import OptionError
 from startsparse.models import MODELS
 from startsparse.options import Options, require_range
 
+FLOW = ("False", "True", "always")
+FLOW_ALIASES = {"no": "False", "0": "False", "yes": "True", "1": "True"}
 SPARSE_INITS = (*ratios.METHODS, "snip", *PRUNER_RATIOS)
 
 
@@ -30,12 +32,18 @@ class DSTOptions(Options):
     """Data set"""
     data: Annotated[str, called("data-dir"), default_is("$STARTSPARSE_DATA, else ./data")] = ""
     """Folder of the data sets"""
+    padding: choice(PADDINGS) = "reflect"
+    """What random crops show beyond the border of an image: black, or the image mirrored; crops of
+    imagenet lie inside it"""
     arch: Annotated[choice(MODELS), called("model")] = "resnet20"
     """Network"""
     init: Annotated[choice(INITS), called("init-method")] = "default"
-    """Initial weights: Kaiming normal; normal, uniform or bimodal, scaled by the density of the
-    layer; looks-linear: mirrored orthogonal blocks, with which a dense mlp begins linear; random
-    masks are not mirrored and break that"""
+    """Initial weights. default, as published for the network: VGG: Kaiming normal with fan_out, the
+    classifier normal with 0.01; ResNets, mlp and algorithmic: PyTorch's own rule, also for biases
+    (those of ImageNet: convolutions as in VGG); gcn: Glorot uniform. kaiming: Kaiming normal with
+    fan_in; normal, uniform or bimodal, scaled by the density of the layer; looks-linear: mirrored
+    orthogonal blocks, with which a dense mlp begins linear; random masks are not mirrored and break
+    that"""
     er_sparse_method: Annotated[choice(SPARSE_INITS, ratios.ALIASES), called("sparse-init")] = "ERK"
     """Initial mask: random with this layer-wise ratio; snip: the mask that SNIP finds; ER_snip,
     ER_synflow, ER_imp: random with the layer-wise ratio that this pruner finds"""
@@ -77,9 +85,10 @@ class DSTOptions(Options):
     is_prune: Truth = True
     """False: the mask stays as it was drawn"""
     grow_within_init: bool = False
-    """Grow only weights of the initial mask; --flow-preservation may still add others"""
-    flow_preservation: Truth = False
-    """Give every unit without an incoming or outgoing edge a random one, at the same density"""
+    """Grow only weights of the initial mask; --flow-preservation always may still add others"""
+    flow_preservation: choice(FLOW, FLOW_ALIASES) = "False"
+    """True: give every unit without an incoming or outgoing edge a random one, at the same density,
+    in the initial mask; always: also after every update, which may leave units without again"""
     ortho_repair: Truth = False
     """Bring the initial weights of each layer as near to orthogonal as its mask allows"""
     imp_epochs: int = 2

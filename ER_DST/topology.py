@@ -119,7 +119,7 @@ METHODS: dict[str, Method] = {
 
 
 class Schedule(NamedTuple):
-    """When masks move. Steps are counted from 0; an update comes before the weights' step.
+    """When masks move. Steps are counted from 0; an update comes before the step of the weights.
 
     Attributes:
         steps: of the whole training.

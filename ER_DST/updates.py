@@ -10,7 +10,13 @@ from ER_DST.options import DSTOptions
 from ER_DST.topology import METHODS, Schedule, add_to_momentum, prune_uniformly, update
 from startsparse import er, flops, flow
 from startsparse.errors import UserError
-from startsparse.masks import density_table, keep_inside, masked_weights, sparse_layers
+from startsparse.masks import (
+    density_table,
+    keep_inside,
+    mask_gradients,
+    masked_weights,
+    sparse_layers,
+)
 from startsparse.pruning import layer_counts, weights_left
 from startsparse.trainer import Phase, Trainer
 
@@ -60,7 +66,13 @@ def phase(options: DSTOptions, steps_per_epoch: int) -> Phase:
 
 
 def step_masks(trainer: Trainer, step: int, *, plan: Schedule) -> None:
-    """Between the backward pass and the weights' step: an update, where one is due."""
+    """Between the backward pass and the weights' step: an update, where one is due.
+
+    The gradient that chose a weight does not move it as well: in this step only weights that were
+    in the mask before have one. What is new starts at 0, without momentum or moments, and the next
+    step's gradient is the first to move it (RigL, Evci et al. 2020, algorithm 1, takes no step of
+    the weights at an update; GraNet, Liu et al. 2021, takes it before the masks move).
+    """
     options, model = trainer.options, trainer.model
     if options.grows and options.growth == "momentum":
         add_to_momentum(model, options.momentum)
@@ -87,11 +99,12 @@ def step_masks(trainer: Trainer, step: int, *, plan: Schedule) -> None:
         )
     except ValueError as error:  # a score that is not a number
         raise UserError(f"--growth: at step {step + 1}: {error}") from None
-    if options.flow_preservation:
+    if options.flow_preservation == "always":
         preserve_flow(model, options.seed, step)
     for name, _, mask in masked_weights(model):
         model.get_submodule(name).ever_active |= mask
     keep_inside(model, trainer.optimizer)
+    mask_gradients([w.grad for _, w, _ in masked_weights(model)], list(before.values()))
     row = {"step": step, "epoch": step // steps + 1}
     row |= {"drop_fraction": fraction} | describe(model, before)
     trainer.tables.setdefault("topology", []).append(row)
@@ -113,12 +126,12 @@ def check_flow(model: nn.Module, requested: dict[str, float], options: DSTOption
     """Say, before training, where flow preservation needs more weights than are asked for.
 
     What global pruning leaves in a layer is for its scores to say: of GraNet's and GMP's final
-    density only the total is checked.
+    density only the total is checked, and only where updates are followed by a repair.
 
     Args:
         requested: the density asked of each layer at the start; {}: not known yet.
     """
-    if not (requested and options.flow_preservation):
+    if not requested or options.flow_preservation == "False":
         return
     layers, dense = sparse_layers(model), er.dense_layers(model, options)
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
@@ -126,6 +139,8 @@ def check_flow(model: nn.Module, requested: dict[str, float], options: DSTOption
     needs = {n: sizes[n] if n in dense else flow.needed(layers[n].weight.shape) for n in layers}
     start = {name: density * sizes[name] for name, density in requested.items()}
     _warn_thin("start", start, needs)
+    if options.prunes and options.flow_preservation != "always":
+        return  # what the repair adds at the start, pruning takes away
     final = options.requested * sum(sizes.values())
     if options.prunes and METHODS[options.method].prune is prune_uniformly:
         masked = [name for name in layers if name not in dense]

@@ -84,7 +84,8 @@ def plan(options: SLTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, f
 
 def pop_up(model: nn.Module, options: SLTOptions) -> None:
     """Draw the weights of a network that has its masks, and freeze them; scores learn instead."""
-    init_weights(model, options.init, options.seed, options.bfac, options.scale_fan)
+    scaled = options.sparsity if options.scale_fan else None
+    init_weights(model, options.init, options.seed, options.bfac, scaled)
     popup(model, options.seed, options.score_init, options.ranking)
 
 

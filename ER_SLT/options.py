@@ -27,16 +27,19 @@ class SLTOptions(Options):
 
     set: Annotated[choice(SETS), called("dataset")] = "cifar10"
     """Data set"""
+    augment: bool = False
+    """Crop training images at random, and flip them unless they are digits"""
     arch: Annotated[choice(MODELS), called("model")] = "resnet18"
     """Network"""
     init: Annotated[choice(INITS), called("initBias")] = "kn-zero-bias"
     """How the frozen weights and biases are drawn. kn: normal, ortho: mirrored orthogonal blocks,
-    signed-const: + or - one value; without biases, with biases like the weights, or special:
-    biases that undo one another"""
+    signed-const: + or - one value per layer; without biases, with biases of the same kind, or
+    special: biases that undo one another"""
     bfac: float = 0.05
-    """Factor of the standard deviation of biases"""
+    """Factor of the standard deviation of biases; signed-const-with-bias has none"""
     scale_fan: bool = False
-    """Divide the weights of each layer by the square root of its density in the random mask"""
+    """Divide the weights of each layer by the square root of the density that it computes with in
+    the ticket: --sparsity, or that of its random mask where that is lower"""
 
     er_sparse_method: choice(ratios.METHODS, ratios.ALIASES) = "uniform"
     """Layer-wise ratio of the random mask; network: the ratio of --er-sparsity-file"""
@@ -54,7 +57,8 @@ class SLTOptions(Options):
     epochs: int = 100
     """Epochs of each level"""
     score_init: choice(SCORE_INITS) = "kaiming"
-    """Initial scores: all but equal, or uniform in +-1/sqrt(fan_in)"""
+    """Initial scores: all 0.5, with an excess below 0.0001 to break ties, or uniform in
+    +-1/sqrt(fan_in)"""
     per_layer: Annotated[bool, default_is("yes, without --global")] = False
     """Rank the scores of each layer by themselves: every layer has the same density"""
     global_ranking: Annotated[bool, called("global")] = False

@@ -21,8 +21,14 @@ log = logging.getLogger("startsparse")
 
 
 def phases(options: STROptions) -> list[Phase]:
-    """Warm-up, one phase before each pruning, and the final training."""
+    """Warm-up, one phase before each pruning, and the final training.
+
+    Learning-rate rewinding (--rewind none; Renda et al. 2020) starts the schedule again and nothing
+    else, so momentum goes on; where weights go back, momentum that moved others says nothing.
+    """
+    keeps_momentum = options.rewind == "none"
     policy = {"lr_policy": options.prune_scheduler, "lr_min": options.lr_min}
+    policy |= {"keeps_momentum": keeps_momentum}
     rise = options.warmup_epochs
     warm_up = Phase(
         "warm-up", rise, "constant", warmup=rise, drifts=options.soft, then=keep_rewind_point
@@ -36,7 +42,14 @@ def phases(options: STROptions) -> list[Phase]:
         )
         for level, density in enumerate(options.threshold_list)
     ]
-    final = Phase("final", options.epochs, options.lr_policy, options.lr_min, drifts=options.soft)
+    final = Phase(
+        "final",
+        options.epochs,
+        options.lr_policy,
+        options.lr_min,
+        drifts=options.soft,
+        keeps_momentum=keeps_momentum,
+    )
     return [warm_up, *levels, final] if rise else [*levels, final]
 
 
@@ -158,6 +171,7 @@ def prune_to(trainer: Trainer, *, level: int, density: float) -> None:
             level=level,
             batch=lambda: first_batch(trainer.data.train, len(trainer.history)),
             shape=trainer.data.shape.input,
+            temperature=options.grasp_temperature,
         )
     except ValueError as error:  # scores that are not numbers, say
         raise UserError(f"--pruner: {options.pruner} at density {density:g}: {error}") from None

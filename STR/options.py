@@ -6,7 +6,7 @@ from typing import Annotated
 
 from torch import nn
 
-from startsparse import runs, schedules
+from startsparse import runs, schedules, scores
 from startsparse.commandline import choice, default_is
 from startsparse.errors import OptionError
 from startsparse.models import RESNET_TYPES
@@ -43,6 +43,8 @@ class STROptions(Options):
     """Densities to prune to, one after the other"""
     pruner: choice(PRUNER_NAMES) = "mag"
     """What decides which weights go; mask-ref takes the masks of the run --target-expt-name"""
+    grasp_temperature: float = scores.TEMPERATURE
+    """Logits are divided by this for --pruner grasp; 1 is the loss of the training"""
     target_expt_name: Annotated[str, default_is("none")] = ""
     """Run folder whose masks, level by level, --pruner mask-ref takes"""
     start_from: Annotated[str, default_is("none")] = ""
@@ -107,6 +109,7 @@ class STROptions(Options):
             self.rewind = "weights"
         require_range(self, "warmup_epochs", low=0)
         require_range(self, "final_prune_epoch", low=1)
+        require_range(self, "grasp_temperature", low=0, open_low=True)
         if self.st_decay is not None:
             require_range(self, "st_decay", low=0)
         if self.threshold_list and self.conv_type != "ConvMask":

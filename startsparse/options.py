@@ -9,7 +9,7 @@ from torch import nn
 
 from startsparse import masks, processes, ratios, schedules
 from startsparse.commandline import also, choice, default_is, flag
-from startsparse.data import OWN_PARTS, SETS, SHAPES, modular
+from startsparse.data import OWN_PARTS, PADDINGS, SETS, SHAPES, modular
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
 from startsparse.models import MODELS
@@ -51,6 +51,11 @@ class Options:
     validation part of their own, and ignore it"""
     workers: int = 4
     """Processes that decode images (imagenet only; small sets are held on the device)"""
+    augment: bool = True
+    """Crop training images at random, and flip them unless they are digits"""
+    padding: choice(PADDINGS) = "zeros"
+    """What random crops show beyond the border of an image: black, or the image mirrored; crops of
+    imagenet lie inside it"""
 
     modulus: int = 59
     """p of a + b mod p; modular-addition only"""

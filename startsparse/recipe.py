@@ -66,6 +66,8 @@ def load_data(options: Options, device: torch.device) -> data.Data:
             seed=options.seed,
             device=device,
             workers=options.workers,
+            augment=options.augment,
+            padding=options.padding,
             passes=options.passes,
             modulus=options.modulus,
             train_fraction=options.train_fraction,

@@ -9,9 +9,14 @@ from collections.abc import Callable
 Policy = Callable[[float, float, float, float], float]  # of progress, epoch, start, end
 
 
-def cosine(progress: float, epoch: float, start: float, end: float) -> float:  # noqa: ARG001
+def cosine(progress: float, start: float, end: float) -> float:
     """Half a cosine wave from ``start`` to ``end`` (Loshchilov & Hutter 2017, eq. 5)."""
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def cosine_rate(progress: float, epoch: float, start: float, end: float) -> float:  # noqa: ARG001
+    """`cosine`, as a policy."""
+    return cosine(progress, start, end)
 
 
 def multistep(progress: float, epoch: float, start: float, end: float) -> float:  # noqa: ARG001
@@ -34,7 +39,7 @@ def constant(progress: float, epoch: float, start: float, end: float) -> float: 
 
 
 LEARNING_RATES: dict[str, Policy] = {
-    "cosine": cosine,
+    "cosine": cosine_rate,
     "multistep": multistep,
     "every30": every(30),
     "every60": every(60),

@@ -23,7 +23,7 @@ from startsparse.candidates import Candidates
 from startsparse.data import AnyBatches, Data
 from startsparse.engine.compute import Compute
 from startsparse.errors import UserError
-from startsparse.masks import density_table
+from startsparse.masks import density_table, keep_inside
 from startsparse.options import Options
 from startsparse.runs import Run, selected_weights
 from startsparse.training import evaluate, first_bad_layer, means, new_sums, train_epoch
@@ -54,6 +54,7 @@ class Phase:
     drifts: bool = False  # density changes by training itself; the best epoch has that of the last
     dense_gradients: bool = False  # every step needs the gradients outside the masks too
     moves: Callable[[int], bool] = lambda _step: False  # whether each_step may move masks, by step
+    keeps_momentum: bool = False  # of the phase before, where weights go on from there
 
 
 @dataclasses.dataclass
@@ -200,7 +201,8 @@ class Trainer:
                 phase.then(self)
                 if self.place.phase + 1 == len(phases):
                     return
-                self._start(self.place.phase + 1)
+                following = self.place.phase + 1
+                self._start(following, phases[following].keeps_momentum)
         finally:
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
@@ -280,10 +282,13 @@ class Trainer:
             "training_flops_share": self.flops["training"] / max(self.flops["dense"], 1),
         }
 
-    def _start(self, index: int) -> None:
-        """Begin phase ``index``: the schedule, the momentum and the search for the best anew."""
+    def _start(self, index: int, keeps_momentum: bool) -> None:
+        """Begin phase ``index``: the schedule and the search for the best anew."""
         self.place, self._counted = Place(phase=index), 0
-        self.optimizer = make_optimizer(self.model, self.options)
+        if keeps_momentum:
+            keep_inside(self.model, self.optimizer)  # masks may have shrunk
+        else:
+            self.optimizer = make_optimizer(self.model, self.options)
         self.sums, self.candidates.best = new_sums(self.device), {}
         self.save()
 

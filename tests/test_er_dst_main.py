@@ -217,7 +217,7 @@ def test_without_sparse_the_network_is_dense(run_dst):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_one_seed_is_one_run_and_another_seed_another(run_dst):
-    argv = [*MLP, "--growth", "random", "--flow-preservation", "True"]
+    argv = [*MLP, "--growth", "random", "--flow-preservation", "always"]
     one, again = (run_dst(*argv, where=where) for where in "ab")
     other = run_dst(*argv, "--seed", "2", where="c")
     assert same(one, again)
@@ -332,7 +332,7 @@ def test_the_published_command_means_what_it_says(monkeypatch):
         "prune": "magnitude",
         "init": "default",
         "is_prune": True,
-        "flow_preservation": True,
+        "flow_preservation": "True",
         "ortho_repair": False,
         "seed": 1,
         # and what the command does not say
@@ -342,6 +342,8 @@ def test_the_published_command_means_what_it_says(monkeypatch):
         "nesterov": True,
         "lr_policy": "multistep",
         "valid_split": 0.1,
+        "augment": True,
+        "padding": "reflect",
         "prune_end": 110,
         "init_prune_epoch": 0,
     }

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 ARGV = [
     *("--sparse", "--model", "mlp", "--width", "16", "--epochs", "2", "--batch-size", "128"),
     *("--update-frequency", "4", "--init-density", "0.3", "--final-density", "0.1"),
-    *("--flow-preservation", "True"),
+    *("--flow-preservation", "always"),
 ]
 STEPS = [4, 8, 12, 15, 16, 20]
 

@@ -58,7 +58,17 @@ def test_defaults_are_those_of_the_published_recipe():
     )  # fmt: skip
     assert options.anneal
     assert not options.nesterov
+    assert (options.augment, options.padding) == (False, "zeros")
     assert (options.bfac, options.scale_fan, options.shuffle) == (0.05, False, False)
+
+
+def test_images_are_cropped_where_that_is_asked_for():
+    found = []
+    for more in ([], ["--augment"], ["--augment", "--padding", "reflect"]):
+        options = parsed("--dataset", "digits", *more)
+        train = script.recipe.load_data(options, torch.device("cpu")).train
+        found.append((train.pad, bool(train._images[:, 0].any())))
+    assert found == [(0, True), (4, False), (4, True)]
 
 
 def test_without_arguments_the_demo_is_run():

@@ -11,6 +11,7 @@ from script_runs import MLP, TINY, same, weights
 
 from startsparse.data import SHAPES
 from startsparse.errors import OptionError
+from startsparse.masks import masked_weights
 from startsparse.schedules import geometric
 from startsparse.trainer import Trainer
 from STR import iterative
@@ -191,6 +192,34 @@ def test_what_is_kept_after_warm_up_comes_back_and_pruning_is_measured(run, monk
 def test_reset_weights_means_rewind_weights(run):
     levels = [*MLP, "--threshold-list", "0.1", "--final_prune_epoch", "1"]
     assert same(run(*levels, "--reset-weights"), run(*levels, "--rewind", "weights", where="b"))
+
+
+@pytest.mark.parametrize(("rewind", "goes_on"), [("none", True), ("weights", False)])
+def test_learning_rate_rewinding_keeps_the_momentum_inside_the_mask(
+    run, monkeypatch, rewind, goes_on
+):
+    momenta, save = {}, Trainer.save
+
+    def keep(trainer):
+        place = trainer.place.phase, trainer.place.epoch
+        for name, weight, mask in masked_weights(trainer.model):
+            state = trainer.optimizer.state.get(weight, {}).get("momentum_buffer")
+            momenta[(*place, name)] = mask.clone(), None if state is None else state.clone()
+        save(trainer)
+
+    monkeypatch.setattr(Trainer, "save", keep)
+    run(*MLP, "--rewind", rewind, "--threshold-list", "0.1", "0.03", "--final_prune_epoch", "2")
+    names = {name for _, _, name in momenta}
+    assert len(names) > 1
+    for phase in (1, 2):
+        for name in names:
+            _, before = momenta[phase - 1, 2, name]
+            mask, after = momenta[phase, 0, name]
+            if goes_on:
+                assert torch.equal(after, before * mask)
+                assert not torch.equal(after, before)
+            else:
+                assert after is None
 
 
 def test_rates_of_the_warm_up_and_of_the_level_after_it(run):

@@ -41,6 +41,8 @@ EFFECTS = {
     "clip-norm": (["--clip-norm", "0.1"], []),
     "batch-size": (["-b", "100"], []),
     "valid-split": (["--valid-split", "0.3"], []),
+    "augment": (["--no-augment"], []),
+    "padding": (["--padding", "reflect"], []),
     "init": (["--init", "orthogonal"], []),
     "er-sparse-method": (["--er-sparse-method", "ERK"], []),
     "er-sparse-init": (["--er-sparse-init", "0.5"], []),
@@ -76,6 +78,11 @@ EFFECTS = {
         for pruner in PRUNERS
         if pruner != "mag"
     },
+    "grasp-temperature": (
+        ["--threshold-list", "0.1", "--final_prune_epoch", "1", "--pruner", "grasp",
+         "--grasp-temperature", "1"],
+        ["--threshold-list", "0.1", "--final_prune_epoch", "1", "--pruner", "grasp"],
+    ),
     "prune-scheduler": (
         ["--threshold-list", "0.1", "--final_prune_epoch", "1", "--prune-scheduler", "step"],
         ["--threshold-list", "0.1", "--final_prune_epoch", "1"],
@@ -152,6 +159,7 @@ BAD = {
     "--er-sparse-init: 1.5 should be above 0 and at most 1": ["--er-sparse-init", "1.5"],
     "--threshold-list: 0.3 should be above 0 and at most 0.2": ["--threshold-list", "0.3"],
     "--threshold-list: prunes masks": ["--threshold-list", "0.1", "--conv-type", "STRConv"],
+    "--grasp-temperature: 0.0 should be above 0": ["--grasp-temperature", "0"],
     "--er-sparse-method: network needs an --er-sparsity-file": ["--er-sparse-method", "network"],
     "--er-sparsity-file: goes with --er": ["--er-sparsity-file", "x.json"],
     "--reset-weights: means weights, --rewind says bn": ["--reset-weights", "--rewind", "bn"],
