@@ -30,7 +30,9 @@ def phases(options: STROptions) -> list[Phase]:
     policy = {"lr_policy": options.prune_scheduler, "lr_min": options.lr_min}
     policy |= {"keeps_momentum": keeps_momentum}
     rise = options.warmup_epochs
-    warm_up = Phase("warm-up", rise, "constant", warmup=rise, then=keep_rewind_point)
+    warm_up = Phase(
+        "warm-up", rise, "constant", warmup=rise, drifts=options.soft, then=keep_rewind_point
+    )
     levels = [
         Phase(
             f"level {level}",
@@ -45,6 +47,7 @@ def phases(options: STROptions) -> list[Phase]:
         options.epochs,
         options.lr_policy,
         options.lr_min,
+        drifts=options.soft,
         keeps_momentum=keeps_momentum,
     )
     return [warm_up, *levels, final] if rise else [*levels, final]

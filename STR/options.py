@@ -75,6 +75,11 @@ class STROptions(Options):
         return self.conv_type in ("STRConv", "STRConvER")
 
     @property
+    def s_decay(self) -> float:
+        """Weight decay of s."""
+        return self.weight_decay if self.st_decay is None else self.st_decay
+
+    @property
     def requested(self) -> float:
         """The density asked for; soft thresholds go below it as far as they like."""
         return (1.0, *[self.er_sparse_init] * self.masked, *self.threshold_list)[-1]
@@ -88,9 +93,7 @@ class STROptions(Options):
 
     def decay(self, module: nn.Module, parameter: str) -> float:
         """Weight decay of a parameter; thresholds have --st-decay."""
-        if parameter == "threshold_logit" and self.st_decay is not None:
-            return self.st_decay
-        return super().decay(module, parameter)
+        return self.s_decay if parameter == "threshold_logit" else super().decay(module, parameter)
 
     def check(self) -> None:
         """Raise `OptionError` for values that cannot be meant; names the option."""

@@ -122,7 +122,8 @@ class Options:
     clip_norm: float = 0.0
     """Clip the norm of the gradients inside the masks (0: do not)"""
     select: choice(("best", "last")) = "best"
-    """Weights that are tested: those of the best validation epoch, or of the last epoch"""
+    """Weights that are tested: those of the best validation epoch (with soft thresholds, of the
+    best one within 10 % of the final density), or of the last epoch"""
 
     multigpu: Annotated[str, default_is("the first, if there is one")] = ""
     """GPUs, as in 0,1; several train by DataParallel. On CPUs, torchrun starts several processes"""

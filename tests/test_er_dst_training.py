@@ -452,7 +452,7 @@ def test_no_epoch_before_the_final_density_is_the_best(tmp_path, monkeypatch, as
         lambda self, _: {"loss": 1.0, "accuracy": accuracies[len(self.history)]},
     )
     trainer = train(tmp_path, options(final_density=0.1, **asked))
-    assert trainer.best["epoch"] == best
+    assert trainer.candidates.best["epoch"] == best
     state = checkpoint.load(tmp_path / "best.pt", CPU)["model"]
     kept = sum(int(mask.sum()) for name, mask in state.items() if name.endswith("weight_mask"))
     assert kept == sum(counts(trainer.model).values())
