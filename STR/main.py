@@ -7,6 +7,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import startsparse.threads  # noqa: F401 - before torch
+
 import torch
 
 from startsparse import checkpoint, data, er, masks, models, parallel, recipe, runs

@@ -63,7 +63,7 @@ class SweepOptions:
     result_dir: str = "results/imp"
     """Folder of results.csv, levels.csv, table.csv, table.md and plot.png"""
     jobs: Annotated[int | None, default_is("one for each of --devices")] = None
-    """Runs at the same time"""
+    """Runs at the same time; they share the cores, unless OMP_NUM_THREADS is set"""
     devices: Annotated[str, default_is("the first GPU, if there is one")] = ""
     """GPUs, as in 0,1; the runs of one time have them in turns, one each"""
     dry_run: bool = False

@@ -16,7 +16,7 @@ import pytest
 import torch
 from script_runs import weights
 
-from startsparse import checkpoint
+from startsparse import checkpoint, threads
 from startsparse.errors import OptionError
 from STR import jobs, run_imp
 from STR import main as script
@@ -165,6 +165,41 @@ def test_every_device_has_a_run(tmp_path, monkeypatch, options, expected):
     assert run_imp.main(argv(tmp_path, *TWO, "--seeds", "1", "2", "3", *options)) == 0
     assert given == expected
     assert max(most) == (2 if options else 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "expected"),
+    [
+        (["--jobs", "3"], {}, "2"),
+        (["--jobs", "9"], {}, "1"),
+        (["--jobs", "1"], {}, None),
+        (["--jobs", "3"], {"OMP_NUM_THREADS": "5"}, "5"),
+        (["--jobs", "3"], {"MKL_NUM_THREADS": "5"}, None),
+    ],
+)
+def test_runs_at_the_same_time_share_the_cores(tmp_path, monkeypatch, options, given, expected):
+    for name in threads.NUMBER:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    found = []
+
+    class Process:
+        """Has ended before the first look."""
+
+        def __init__(self, _command, env, **_):
+            found.append(env.get("OMP_NUM_THREADS"))
+            self.returncode = 0
+            assert env["PATH"] == os.environ["PATH"]
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(threads, "cores", lambda: 7)
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    assert run_imp.main(argv(tmp_path, *TWO, "--seeds", "1", "2", *options)) == 0
+    assert found == [expected] * 2
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys):
