@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 import torch
@@ -128,6 +129,13 @@ class Options:
     def default_name(self) -> str:
         """Name of a run that was given none."""
         return f"{self.arch}-{self.er_sparse_method}-{self.er_sparse_init:g}"
+
+    def sources(self) -> dict[str, dict[str, Path]]:
+        """Files of other runs that this one takes over: option -> {name of the copy: file}."""
+        if not self.er_sparsity_file:
+            return {}
+        file = ratios.file_of(Path(self.er_sparsity_file))
+        return {"er_sparsity_file": {file.name: file}}
 
     def decay(self, module: nn.Module, parameter: str) -> float:  # noqa: ARG002
         """Weight decay of a parameter of ``module``."""

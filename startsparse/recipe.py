@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from startsparse import data, flops, masks, models, processes, report, runs
+from startsparse import data, flops, masks, models, plots, processes, report, runs
 from startsparse.errors import OptionError
 from startsparse.options import Options
 from startsparse.trainer import Trainer
@@ -15,10 +15,16 @@ log = logging.getLogger("startsparse")
 
 
 def already_done(options: Options, folder: Path | None) -> bool:
-    """Whether the run in ``folder`` has its result, which is then said again."""
+    """Whether the run in ``folder`` has its result, which is then said again.
+
+    Raises:
+        OptionError: it has none, and could not add it to results.csv.
+    """
     done = None if folder is None or options.evaluate else runs.summary(folder)
     if done:
         log.info("%s", report.text(done, folder))
+    elif not options.evaluate:
+        runs.check_results(options)
     return bool(done)
 
 
@@ -115,7 +121,7 @@ def finish(
     run.write_table("density.csv", trainer.compute.columns(table))
     own = {name: {"density": density} for name, density in flops.densities(model).items()}
     run.write_json("layers.json", layers or own)
-    report.plot_run(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
+    plots.plot_run(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
     summary = report.summary(asked, table, result | trainer.costs(), trainer.seconds)
     run.finish(summary)
     log.info("%s", report.text(summary, run.folder))
