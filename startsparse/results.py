@@ -104,18 +104,17 @@ def without(table: pd.DataFrame, path: Path, folders: set[Path]) -> pd.DataFrame
 
 
 def check(path: Path) -> None:
-    """Raise `OptionError` unless `add` will be able to add to the table; makes its folder."""
+    """Raise `OptionError` unless `add` will be able to add to the table. Leaves nothing behind."""
+    there = next(parent for parent in path.resolve().parents if parent.exists())
     try:
-        with locked(path), tempfile.TemporaryFile(dir=path.parent):
-            if path.exists() and not os.access(path, os.W_OK):
-                raise OptionError(f"--result-dir: {path} may not be written")
+        with tempfile.TemporaryFile(dir=there):
             read_runs(path)
     except OSError as error:
         raise OptionError(f"--result-dir: cannot write {path}: {error.strerror}") from None
-    except OptionError:
-        raise
     except UserError as error:
         raise OptionError(f"--result-dir: {error}; move it away or name another folder") from None
+    if path.exists() and not os.access(path, os.W_OK):
+        raise OptionError(f"--result-dir: {path} may not be written")
 
 
 @contextmanager
