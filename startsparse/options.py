@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import nn
@@ -214,6 +214,14 @@ def require_gpus(options: Options, name: str) -> None:
     value = getattr(options, name)
     if not re.fullmatch(r"(\d+(,\d+)*)?", value):
         raise OptionError(f"{flag(name)}: '{value}' is no list of GPUs such as 0 or 0,1")
+
+
+def require_distinct(options: Any, name: str) -> None:
+    """Raise `OptionError` where a list names a value twice, which would count twice."""
+    values = getattr(options, name)
+    for value in values:
+        if values.count(value) > 1:
+            raise OptionError(f"{flag(name)}: {value} is named twice")
 
 
 def require_range(
