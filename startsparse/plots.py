@@ -119,7 +119,8 @@ def _density_limits(axis: "Axes", densities: pd.Series, room: float = 1.05) -> N
     """From 0, or logarithmic where some are below 0.1; ``room`` above the highest."""
     lowest, highest = densities[densities > 0].min(), max(densities.max(), 1e-9)
     if lowest < 0.1:
-        axis.set(yscale="log", ylim=(lowest / 2, highest * (highest / lowest) ** (2 * (room - 1))))
+        above = max(highest / lowest, 10) ** (2 * (room - 1))
+        axis.set(yscale="log", ylim=(lowest / 2, highest * above))
         _plain_ticks(axis.yaxis)
     else:
         axis.set(ylim=(0, room * highest))

@@ -96,7 +96,7 @@ def show_start(trainer: Trainer, requested: dict[str, float]) -> None:
 def show_densities(run: runs.Run, table: pd.DataFrame, name: str) -> None:
     """A `masks.density_table` as file ``name`` of the run, and a warning for each dead end."""
     run.write_table(name, table)
-    log.info("%s", table.to_string(index=False, float_format="%.4f"))
+    log.info("%s", masks.density_text(table))
     for line in masks.warnings(table):
         log.warning("warning: %s", line)
 

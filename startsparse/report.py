@@ -167,7 +167,7 @@ def _cell(mean: float, half: float, digits: int, fixed: bool) -> str:
     if np.isnan(mean):
         return ""
     if abs(mean) >= 10**6:
-        return number(mean, digits) + ("" if np.isnan(half) else f" ± {number(half, digits)}")
+        return f"{mean:.{digits}g}" + ("" if np.isnan(half) else f" ± {half:.{digits}g}")
     places = digits if fixed else decimals(mean, digits)
     return f"{mean:.{places}f}" + ("" if np.isnan(half) else f" ± {half:.{places}f}")
 

@@ -266,9 +266,7 @@ def test_results_of_other_options_are_not_overwritten(tmp_path, monkeypatch):
     tabular.main(where)
     first = (tmp_path / "out/results.csv").read_bytes()
     monkeypatch.setattr(tabular, "run", lambda *_: rows([0.7, 0.6]))
-    with pytest.raises(
-        OptionError, match=r"^--result-dir: .*results\.csv is of a run with --lr "
-    ):
+    with pytest.raises(OptionError, match=r"^--result-dir: .*results\.csv is of a run with --lr "):
         tabular.main([*where, "--lr", "0.1"])
     assert (tmp_path / "out/results.csv").read_bytes() == first
     tabular.main([*where, "--data", str(tmp_path)])  # where the data lies changes nothing
