@@ -20,7 +20,8 @@ def number(value: float, digits: int = 4) -> str:
 
 def decimals(value: float, digits: int = 4) -> int:
     """How many digits after the point `number` gives a value."""
-    return digits if not value else max(digits, digits - 1 - math.floor(math.log10(abs(value))))
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # 0.0099999 counts as 0.01
+    return max(digits, digits - 1 - exponent)
 
 
 class _Console(logging.Handler):

@@ -15,6 +15,7 @@ from startsparse.results import OTHER_NAMES
 
 if TYPE_CHECKING:  # matplotlib is slow to import, and needed when a run has finished
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".pdf", ".svg")
@@ -55,6 +56,19 @@ def shown(value: object) -> str:
             return ""
         return f"{value:.0f}" if abs(value) < 10**15 and value == round(value) else f"{value:.4g}"
     return str(value)
+
+
+def words(name: str) -> str:
+    """`label` without units."""
+    return label(name).partition(" (")[0]
+
+
+def bars(means: pd.DataFrame, of: str) -> np.ndarray:
+    """Lengths [2, rows] of error bars, down and up; no accuracy is below 0 or above 100 %."""
+    mean, half = (means[name].to_numpy(float) for name in (of, f"{of}_ci95"))
+    if "accuracy" not in of:
+        return np.stack([half, half])
+    return 100 * np.stack([np.minimum(half, mean), np.minimum(half, 1 - mean)]).clip(0)
 
 
 def check_suffix(option: str, path: Path) -> None:
@@ -121,17 +135,17 @@ def _density_limits(axis: "Axes", densities: pd.Series, room: float = 1.05) -> N
     if lowest < 0.1:
         above = max(highest / lowest, 10) ** (2 * (room - 1))
         axis.set(yscale="log", ylim=(lowest / 2, highest * above))
-        _plain_ticks(axis.yaxis)
+        _plain_ticks(axis.yaxis, highest=1)
     else:
         axis.set(ylim=(0, room * highest))
 
 
-def _plain_ticks(axis: object) -> None:
-    """0.01, not 10 to the -2."""
+def _plain_ticks(axis: "Axis", highest: float = np.inf) -> None:
+    """0.01, not 10 to the -2; none above ``highest``."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=15))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" if v <= highest else ""))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -186,7 +200,7 @@ def plot(means: pd.DataFrame, by: Sequence[str], of: str, path: Path) -> None:
             lines[f"{shown(c)} {shown(s)}".strip()] = axis.errorbar(
                 at,
                 scale * rows[of],
-                scale * rows[f"{of}_ci95"],
+                bars(rows, of),
                 color=f"C{colours.index(c)}",
                 marker="osD^v"[styles.index(s) % 5],
                 ms=4,
@@ -194,13 +208,13 @@ def plot(means: pd.DataFrame, by: Sequence[str], of: str, path: Path) -> None:
                 lw=1.2,
                 capsize=2,
             )
-        what = f"{panel.replace('_', ' ')}: " if panel != "_" else ""
+        what = f"{words(panel)}: " if panel != "_" else ""
         axis.set(title=f"{what}{shown(title)}", xlabel=label(x))
         axis.grid(alpha=0.3)
         _x_ticks(axis, ticks, places, logarithmic, falls)
     axes[0].set_ylabel(label(of))
     _y_limits(axes[0], means, of, scale)
-    title = ", ".join(name.replace("_", " ") for name in (colour, style) if name != "_")
+    title = ",\n".join(words(name) for name in (colour, style) if name != "_")
     if title:
         figure.legend(lines.values(), lines, loc="outside right upper", title=title, fontsize=8)
     save(figure, path)
@@ -251,14 +265,14 @@ def plot_curves(means: pd.DataFrame, by: Sequence[str], path: Path) -> None:
         name = "".join(f"{shown(value)}, " for value in setting)
         for what, style in (("train", "--"), ("valid", "-")):
             mean, half = (100 * rows[f"{what}_accuracy{end}"] for end in ("", "_ci95"))
-            words = f"{name}{'training' if what == 'train' else 'validation'}"
-            axis.plot(rows["epoch"], mean, style, color=f"C{i}", lw=1.3, label=words)
+            line = f"{name}{'training' if what == 'train' else 'validation'}"
+            axis.plot(rows["epoch"], mean, style, color=f"C{i}", lw=1.3, label=line)
             half = half.where(rows["runs"] > 2)
             low, high = (mean - half).clip(0), (mean + half).clip(upper=100)
             axis.fill_between(rows["epoch"], low, high, color=f"C{i}", alpha=0.15, lw=0)
     axis.set(xscale="log", xlabel="epoch", ylabel="accuracy (%)", ylim=(-2, 102))
     _plain_ticks(axis.xaxis)
     axis.grid(alpha=0.3)
-    title = ", ".join(name.replace("_", " ") for name in by)
+    title = ",\n".join(map(words, by))
     figure.legend(loc="outside right upper", title=title, fontsize=8)
     save(figure, path)

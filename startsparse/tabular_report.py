@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from startsparse.plots import KEPT
+from startsparse.plots import KEPT, bars
 from startsparse.report import summarise
 
 SETTING = ["start", "reset", "flow"]  # what makes a network, besides table and seed
@@ -118,7 +118,7 @@ def accuracy_plot(rows: pd.DataFrame) -> Figure:
                 axis.errorbar(
                     curve["density"],
                     100 * curve["test_accuracy"],
-                    100 * curve["test_accuracy_ci95"],
+                    bars(curve, "test_accuracy"),
                     color=f"C{starts.index(start)}",
                     marker="osD^v"[starts.index(start) % 5],
                     ms=3.5,

@@ -262,7 +262,7 @@ def test_one_seed_has_no_bar_and_that_of_two_does_not_stretch_the_axis(figures, 
     (axis,) = figures[0].axes
     bars = axis.containers[0].lines[2][0].get_segments()
     heights = [np.ptp(np.array(bar)[:, 1]) if len(bar) else np.nan for bar in bars]
-    assert np.isnan(heights[0]) and heights[1:] == pytest.approx([180, 4])
+    assert np.isnan(heights[0]) and heights[1:] == pytest.approx([90 + 4, 4])
     assert 90 < axis.get_ylim()[0] < 95 and axis.get_ylim()[1] == 101
 
 
