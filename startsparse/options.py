@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from typing import Annotated, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import nn
@@ -144,6 +145,13 @@ class Options:
         """Name of a run that was given none."""
         return f"{self.arch}-{self.er_sparse_method}-{self.er_sparse_init:g}"
 
+    def sources(self) -> dict[str, dict[str, Path]]:
+        """Files of other runs that this one takes over: option -> {name of the copy: file}."""
+        if not self.er_sparsity_file:
+            return {}
+        file = ratios.file_of(Path(self.er_sparsity_file))
+        return {"er_sparsity_file": {file.name: file}}
+
     def decay(self, module: nn.Module, parameter: str) -> float:  # noqa: ARG002
         """Weight decay of a parameter of ``module``."""
         bare = self.no_bn_decay and isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -221,6 +229,14 @@ def require_gpus(options: Options, name: str) -> None:
     value = getattr(options, name)
     if not re.fullmatch(r"(\d+(,\d+)*)?", value):
         raise OptionError(f"{flag(name)}: '{value}' is no list of GPUs such as 0 or 0,1")
+
+
+def require_distinct(options: Any, name: str) -> None:
+    """Raise `OptionError` where a list names a value twice, which would count twice."""
+    values = getattr(options, name)
+    for value in values:
+        if values.count(value) > 1:
+            raise OptionError(f"{flag(name)}: {value} is named twice")
 
 
 def require_range(

@@ -168,3 +168,19 @@ def test_auto_takes_the_newest_run_that_began(run, tmp_path):
         script.parse(script.STROptions, script.CONFIGS,
                      [*MLP, "--resume", "auto", "--log-dir", f"{tmp_path}/a/runs"])
     ) == second  # fmt: skip
+
+
+def test_auto_reads_the_seed_from_options_yaml(run):
+    """seed-1-2 is the second run of seed 1; seed-12 is another seed's."""
+    begun = {}
+    for seed in ("1", "12", "2", "1", "1", "12"):
+        begun[seed] = run(*MLP, "--seed", seed)
+    assert {folder.name for folder in begun.values()} == {"seed-1-3", "seed-12-2", "seed-2"}
+    shown = begun["2"].rename(begun["2"].with_name("seed-1-9"))  # a name says nothing
+    begun["2"] = shown
+    for seed, folder in begun.items():
+        options = script.parse(
+            script.STROptions, script.CONFIGS,
+            [*MLP, "--seed", seed, "--resume", "auto", "--log-dir", str(folder.parents[2])],
+        )  # fmt: skip
+        assert script.runs.find_run(options) == folder
