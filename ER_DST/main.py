@@ -8,6 +8,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import startsparse.threads  # noqa: F401 - before torch
+
 import torch
 from torch import nn
 

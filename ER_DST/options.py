@@ -42,7 +42,7 @@ class DSTOptions(Options):
         "network": (*Options.groups["network"], "ortho_repair"),
         "initial mask": ("sparse", *Options.groups["random mask"], "imp_epochs"),
         "moving mask": (
-            *("method", "final_density", "update_frequency", "init_prune_epoch"),
+            *("method", "final_density", "update_frequency", "stop_updates", "init_prune_epoch"),
             *("final_prune_epoch", "prune", "growth", "prune_rate", "is_prune"),
             *("grow_within_init", "flow_preservation"),
         ),
@@ -109,18 +109,22 @@ class DSTOptions(Options):
     prune: Annotated[choice(PRUNE), counts(SPARSE, MOVES)] = "magnitude"
     """What decides which weights go"""
     growth: Annotated[choice(GROWTH), counts(SPARSE, MOVES, GROWS)] = "gradient"
-    """What decides which weights come: chance, the largest gradients, or the largest gradients
-    averaged as momentum does"""
+    """What decides which weights come: chance, the largest gradients, or the largest sums of past
+    gradients with the factor --momentum, whatever the optimizer"""
     prune_rate: Annotated[float, counts(SPARSE, MOVES, GROWS)] = 0.5
-    """Share of a layer's weights that is dropped and grown; falls to 0.005 as a cosine"""
+    """Share of a layer's weights that is dropped and grown; falls to 0.005 as a cosine, until the
+    end of the training or --stop-updates"""
     update_frequency: Annotated[int, counts(SPARSE, MOVES)] = 100
-    """Steps between changes of the mask"""
+    """Steps between changes of the mask; the end of the pruning is one too"""
+    stop_updates: Annotated[float, counts(SPARSE, MOVES, GROWS)] = 1.0
+    """Share of the training, in (0, 1], after which nothing is dropped and grown any more, and at
+    which --prune-rate has fallen to 0.005 (RigL: 0.75); pruning goes on to its own end"""
     init_prune_epoch: Annotated[int, counts(SPARSE, MOVES, PRUNES)] = 0
-    """Epoch in which pruning starts"""
+    """Epochs after which pruning starts"""
     final_prune_epoch: Annotated[
         int | None, default_is("110/160 of --epochs"), counts(SPARSE, MOVES, PRUNES)
     ] = None
-    """Epoch at whose beginning --final-density is reached"""
+    """Epochs after which --final-density is reached"""
     is_prune: Annotated[Truth, counts(SPARSE)] = True
     """False: the mask stays as it was drawn"""
     grow_within_init: Annotated[bool, counts(SPARSE, MOVES, GROWS)] = False
@@ -129,7 +133,7 @@ class DSTOptions(Options):
     """True: give every unit without an incoming or outgoing edge a random one, at the same density,
     in the initial mask; always: also after every update, which may leave units without again"""
     ortho_repair: Annotated[Truth, counts(SPARSE)] = False
-    """Bring the initial weights of each layer as near to orthogonal as its mask allows"""
+    """Bring the initial weights of each layer that has a mask as near to orthogonal as it allows"""
     imp_epochs: Annotated[int, counts(SPARSE, IMP, SEARCHES)] = 2
     """Epochs before each pruning by a fifth, from dense, that find the ratios of ER_imp here"""
 
@@ -152,6 +156,11 @@ class DSTOptions(Options):
     def uses_momentum(self) -> bool:
         """Whether something is averaged with --momentum: growth as well."""
         return super().uses_momentum or (self.grows and self.growth == "momentum")
+
+    @property
+    def draws_singly(self) -> bool:
+        """As for all scripts; the mask that SNIP finds is not drawn."""
+        return super().draws_singly and self.er_sparse_method != "snip"
 
     @property
     def searches(self) -> bool:
@@ -205,6 +214,7 @@ class DSTOptions(Options):
         super().check()
         require_range(self, "final_density", low=0, high=1, open_low=True)
         require_range(self, "prune_rate", low=0, high=1)
+        require_range(self, "stop_updates", low=0, high=1, open_low=True)
         for name in ("update_frequency", "imp_epochs"):
             require_range(self, name, low=1)
         require_range(self, "init_prune_epoch", low=0)

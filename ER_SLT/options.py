@@ -19,6 +19,9 @@ SCALED = Condition(lambda o: o.sparsity < 1, "with --sparsity 1")
 LEVELS = Condition(lambda o: o.levels > 1, "with --levels 1")
 ANNEALS = Condition(lambda o: o.anneal, "with --anneal False")
 GLOBAL = Condition(lambda o: o.per_layer or o.global_ranking, "when taken back without --global")
+NORMLESS = Condition(
+    lambda o: o.arch in ("gcn", "algorithmic"), "with --arch {o.arch}: its BatchNorm takes it back"
+)
 NO_NORM = Condition(lambda _: False, "in ER_SLT: BatchNorm has no parameters here")
 
 
@@ -29,7 +32,7 @@ class SLTOptions(Options):
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "run": (*Options.groups["run"], "save_model", "shuffle"),
         "data": Options.groups["data"],
-        "network": (*Options.groups["network"], "bfac", "scale_fan"),
+        "network": (*Options.groups["network"], "bfac", "scale_fan", "weight_scale"),
         "random mask": Options.groups["random mask"],
         "ticket": (
             *("sparsity", "anneal", "sparsity_start", "levels", "score_init", "per_layer"),
@@ -63,14 +66,26 @@ class SLTOptions(Options):
     """Divide the weights of each layer by the square root of the density that it computes with in
     the ticket: --sparsity, or that of its random mask where that is lower"""
 
+    weight_scale: Annotated[float, counts(NORMLESS)] = 1.0
+    """Factor of all frozen weights, for networks without BatchNorm (gcn, algorithmic): it sets the
+    size of the logits. With inputs as small as the features of a graph the loss stays at chance
+    if it is 1"""
+
     no_bn_decay: Annotated[bool, counts(NO_NORM)] = False
     """Of no effect: BatchNorm has no parameters"""
     er_sparse_method: Annotated[choice(ratios.METHODS, ratios.ALIASES), counts(on.MASK)] = "uniform"
     """Layer-wise ratio of the random mask; network: the ratio of --er-sparsity-file"""
     er_sparse_init: Annotated[float, called("er-init-density", "--er-sparse-init")] = 0.5
     """Density of the random mask, in (0, 1]: kept weights of all weights"""
+    first_layer_dense: Annotated[bool, counts(on.DENSE)] = False
+    """No random mask in the first layer, whose weights count towards the density; the ticket has
+    --sparsity there too"""
+    last_layer_dense: Annotated[bool, counts(on.DENSE)] = False
+    """No random mask in the last layer, whose weights count towards the density; the ticket has
+    --sparsity there too"""
     sparsity: float = 0.2
-    """Density of the ticket, in (0, 1]: weights and biases used, of all"""
+    """Density of the ticket, in (0, 1]: weights and biases used, of all; of a layer whose random
+    mask has fewer, all of those"""
     anneal: Annotated[Truth, counts(LEVELS)] = True
     """Go from --sparsity-start to --sparsity by the same factor each level; False: every level
     has --sparsity"""
@@ -132,7 +147,8 @@ class SLTOptions(Options):
         super().check()
         require_range(self, "sparsity", low=0, high=1, open_low=True)
         require_range(self, "levels", low=1)
-        require_range(self, "bfac", low=0, open_low=True)
+        for name in ("bfac", "weight_scale"):
+            require_range(self, name, low=0, open_low=True)
         if self.sparsity > self.er_sparse_init:
             raise OptionError(
                 f"--sparsity: {self.sparsity:g} should be at most the --er-sparse-init of "

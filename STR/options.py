@@ -143,27 +143,44 @@ class STROptions(Options):
         return super().falls or before
 
     @property
+    def s_decay(self) -> float:
+        """Weight decay of s."""
+        return self.weight_decay if self.st_decay is None else self.st_decay
+
+    @property
     def requested(self) -> float:
         """The density asked for; soft thresholds go below it as far as they like."""
         return (1.0, *[self.er_sparse_init] * self.masked, *self.threshold_list)[-1]
 
     def default_name(self) -> str:
-        """Network, kind of layer, ratio and density."""
+        """Network, kind of layer, and ratio and density or the name of the run it begins with."""
         parts = [self.resnet_type or self.arch, self.conv_type]
-        if self.masked:
+        if self.start_from:
+            parts += ["from", Path(self.start_from).resolve().parent.name]
+        elif self.masked:
             parts += [self.er_sparse_method, f"{self.er_sparse_init:g}"]
         return "-".join(parts)
 
+    def sources(self) -> dict[str, dict[str, Path]]:
+        """Of --start-from what its beginning needs, of --target-expt-name the masks it takes."""
+        found = super().sources()
+        if self.start_from:
+            run = Path(self.start_from)
+            names = ("summary.json", "options.yaml", runs.tested_weights(run).name, "initial.pt")
+            found["start_from"] = {name: run / name for name in names if (run / name).exists()}
+        if self.target_expt_name:
+            names = [f"levels/level-{level}.pt" for level, _ in enumerate(self.threshold_list, 1)]
+            found["target_expt_name"] = {n: Path(self.target_expt_name) / n for n in names}
+        return found
+
     def decay(self, module: nn.Module, parameter: str) -> float:
         """Weight decay of a parameter; thresholds have --st-decay."""
-        if parameter == "threshold_logit" and self.st_decay is not None:
-            return self.st_decay
-        return super().decay(module, parameter)
+        return self.s_decay if parameter == "threshold_logit" else super().decay(module, parameter)
 
     def derive(self) -> None:
         """The density of the run --start-from; --reset-weights is --rewind weights."""
         if self.start_from:
-            result = runs.summary(Path(self.start_from))
+            result = runs.summary(runs.source(self, "start_from"))
             if result is None:
                 raise OptionError(f"--start-from: {self.start_from} is no folder of a finished run")
             if self.masked:

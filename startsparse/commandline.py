@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from startsparse import effects, help_text
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import TRUTH, default, flag, names, normal, opposites, shown, truth
 from startsparse.yaml_values import read_values, write_values
+
+log = logging.getLogger("startsparse")
 
 T = TypeVar("T")  # a dataclass with the fields and methods that startsparse.options.Options has
 
@@ -57,47 +60,53 @@ _rule(float, _number(float, "a number"))
 _rule(bool, dataclasses.replace(TRUTH, nargs=(0, 1), metavar="[{True,False}]"))
 
 
-def parse(kind: type[T], configs: Path, argv: Sequence[str] | None = None) -> T:
+def parse(
+    kind: type[T], configs: Path, argv: Sequence[str] | None = None, base: T | None = None
+) -> T:
     """Options from the command line and the YAML file it names.
 
     Args:
         kind: dataclass of the script.
         configs: folder of the files ``<set>.yaml`` that are read by default, where they exist.
         argv: command line without the program (default: the process's own).
+        base: what the command line is said over, instead of a YAML file.
 
     Raises:
         OptionError: with one line that names the option or the file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    asks_help = any(word in help_text.FLAGS for word in argv)
-    argv = [word for word in argv if word not in help_text.FLAGS]
-    argv = kind.understood([_own_name(kind, word) for word in argv])
-    given = from_flags(kind, argv, kind())
-    resumed = given.resume not in ("", "auto")
-    path = Path(given.config) if given.config else configs / f"{given.set}.yaml"
+    given = glance(kind, argv)
+    resumed = base is None and given.resume not in ("", "auto")
+    if given.config and (resumed or base is not None):
+        raise OptionError("--config: has no effect, the options are those that are kept in the run")
     if resumed:  # a run is continued with the options it was started with
-        if given.config:
-            raise OptionError(
-                "--config: has no effect with --resume RUN, which has its own options"
-            )
-        path = run_folder(given.resume) / "options.yaml"
-    base = kind()
-    if given.config or resumed or path.exists():
-        base = read_yaml(kind, path)
-        if not resumed:
-            with own_names(kind):
-                effects.refuse_file(base, path)
-        base.config = str(path)
-    if asks_help:
+        stored = run_folder(given.resume) / "options.yaml"
+        base = dataclasses.replace(read_yaml(kind, stored), config=str(stored))
+    path = Path(given.config) if given.config else configs / f"{given.set}.yaml"
+    if base is None and (given.config or path.exists()):
+        base = dataclasses.replace(read_yaml(kind, path), config=str(path))
+        with own_names(kind):
+            effects.refuse_file(base, path)
+    base = base or kind()
+    if any(word in help_text.FLAGS for word in argv):
         help_text.show(kind, base, _plain)
-    options = from_flags(kind, argv, base)
-    options.config = base.config
+    said = [_own_name(kind, word) for word in argv]
+    words = kind.understood(said)
+    if words != said:
+        log.info("--data: there is no such folder; read as the set, %s", given.set)
+    options = dataclasses.replace(from_flags(kind, words, base), config=base.config)
     with own_names(kind):
         options.check_places()
-        effects.refuse_named(options, named(kind, argv))
+        effects.refuse_named(options, named(kind, words))
         effects.settle(options)
         options.check()
     return options
+
+
+def glance(kind: type[T], argv: Sequence[str]) -> T:
+    """What the command line alone says, whatever is in files; --help is overlooked."""
+    words = [_own_name(kind, word) for word in argv if word not in help_text.FLAGS]
+    return from_flags(kind, kind.understood(words), kind())
 
 
 @contextlib.contextmanager

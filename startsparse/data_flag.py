@@ -1,13 +1,10 @@
 """--data, which is the folder of the sets in two scripts and the set itself in the third."""
 
-import logging
 from pathlib import Path
 
 from startsparse.data import SETS
 from startsparse.errors import OptionError
 from startsparse.fields import flag, normal, shown
-
-log = logging.getLogger("startsparse")
 
 
 def understood(kind: type, argv: list[str]) -> list[str]:
@@ -33,9 +30,6 @@ def understood(kind: type, argv: list[str]) -> list[str]:
                         f"--data: is the folder of the sets, and there is no folder {value}; "
                         f"{own['set']} names the set already"
                     )
-                log.info(
-                    "--data %s: read as %s %s; there is no such folder", value, own["set"], value
-                )
                 words = [own["set"], value]
         meant += words
     return meant

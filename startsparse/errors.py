@@ -5,6 +5,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from startsparse import threads
+
 
 class UserError(Exception):
     """Something the user can put right. The message names the option or file and what to do."""
@@ -24,7 +26,11 @@ def say(line: str) -> None:
 
 
 def run_script(main: Callable[[], int | None], say: Callable[[str], None] = say) -> None:
-    """Run ``main`` and leave the process; a `UserError` becomes one line and its exit code."""
+    """Run ``main`` and leave the process; a `UserError` becomes one line and its exit code.
+
+    On CPUs it has the threads that `threads.fit` leaves it.
+    """
+    threads.fit()
     try:
         try:
             code = main() or 0

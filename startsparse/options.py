@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from typing import Annotated, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import nn
@@ -142,7 +143,8 @@ class Options:
     """exact: the density asked for; clip: the clipped, lower one of the paper's research code, in
     which levels above it prune nothing"""
     er_sampling: Annotated[choice(masks.SAMPLINGS), counts(on.MASK)] = "bernoulli"
-    """bernoulli: each weight is drawn by itself; exact: a fixed number of weights per layer"""
+    """bernoulli: each weight is drawn by itself, so that the density is met on average; exact: a
+    fixed number of weights per layer"""
     first_layer_dense: Annotated[bool, counts(on.DENSE)] = False
     """Keep the first layer dense; its weights count towards the density"""
     last_layer_dense: Annotated[bool, counts(on.DENSE)] = False
@@ -181,7 +183,8 @@ class Options:
     clip_norm: float = 0.0
     """Clip the norm of the gradients inside the masks (0: do not)"""
     select: choice(("best", "last")) = "best"
-    """Weights that are tested: those of the best validation epoch, or of the last epoch"""
+    """Weights that are tested: those of the best validation epoch (with soft thresholds, of the
+    best one within 10 % of the final density), or of the last epoch"""
 
     multigpu: Annotated[str, default_is("the first, if there is one")] = ""
     """GPUs, as in 0,1; several train by DataParallel. On CPUs, torchrun starts several processes"""
@@ -243,9 +246,21 @@ class Options:
         """Flags as they are meant, see `data_flag`."""
         return data_flag.understood(cls, argv)
 
+    @property
+    def draws_singly(self) -> bool:
+        """Whether each weight of the first masks is drawn by itself, so that chance counts them."""
+        return self.er_sampling == "bernoulli"
+
     def default_name(self) -> str:
         """Name of a run that was given none."""
         return f"{self.arch}-{self.er_sparse_method}-{self.er_sparse_init:g}"
+
+    def sources(self) -> dict[str, dict[str, Path]]:
+        """Files of other runs that this one takes over: option -> {name of the copy: file}."""
+        if not self.er_sparsity_file:
+            return {}
+        file = ratios.file_of(Path(self.er_sparsity_file))
+        return {"er_sparsity_file": {file.name: file}}
 
     def decay(self, module: nn.Module, parameter: str) -> float:  # noqa: ARG002
         """Weight decay of a parameter of ``module``."""
@@ -329,6 +344,14 @@ def require_gpus(options: Options, name: str) -> None:
     value = getattr(options, name)
     if not re.fullmatch(r"(\d+(,\d+)*)?", value):
         raise OptionError(f"{flag(name)}: '{value}' is no list of GPUs such as 0 or 0,1")
+
+
+def require_distinct(options: Any, name: str) -> None:
+    """Raise `OptionError` where a list names a value twice, which would count twice."""
+    values = getattr(options, name)
+    for value in values:
+        if values.count(value) > 1:
+            raise OptionError(f"{flag(name)}: {value} is named twice")
 
 
 def require_range(

@@ -54,6 +54,7 @@ EFFECTS = {
         {"growth": "momentum", "optimizer": "adam"},
     ),
     "prune-rate": ({"prune_rate": 0.1}, {}),
+    "stop-updates": ({"stop_updates": 0.5}, {}),
     "update-frequency": ({"update_frequency": 3}, {}),
     "init-density": ({"er_sparse_init": 0.6}, {}),
     "final-density": ({"final_density": 0.1}, {}),
@@ -142,13 +143,11 @@ BAD = {
     "--init-density: 'half' is not a number": ["--init-density", "half"],
     "--final-density: 0.0 should be above 0 and at most 1": ["--sparse", "--final-density", "0"],
     "--prune-rate: 1.5 should be at least 0 and at most 1": ["--sparse", "--prune-rate", "1.5"],
+    "--stop-updates: 0.0 should be above 0 and at most 1": ["--sparse", "--stop-updates", "0"],
+    "--stop-updates: 1.5 should be above 0 and at most 1": ["--sparse", "--stop-updates", "1.5"],
     "--update-frequency: 0 should be at least 1": ["--sparse", "--update-frequency", "0"],
     "--imp-epochs: 0 should be at least 1": [
-        "--sparse",
-        "--sparse-init",
-        "ER_imp",
-        "--imp-epochs",
-        "0",
+        *("--sparse", "--sparse-init", "ER_imp", "--imp-epochs", "0")
     ],
     "--l2: -1.0 should be at least 0": ["--l2", "-1"],
     "--l2: 'abc' is not a number": ["--l2", "abc"],
@@ -501,3 +500,23 @@ def test_updates_rarer_than_the_training_is_long_are_said(tmp_path, capsys, valu
     said = [line for line in capsys.readouterr().out.splitlines() if "update-frequency" in line]
     expected = "warning: --update-frequency: 8 steps, but the whole training has 8; the mask moves "
     assert said == ([expected + often] if often else [])
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"method": "DST", "update_frequency": 4}, True),
+        ({"method": "DST", "update_frequency": 3}, False),
+        ({"method": "GraNet", "update_frequency": 4}, True),
+        ({"method": "GraNet", "update_frequency": 4, "final_prune_epoch": 1}, True),
+        ({"method": "GraNet", "update_frequency": 4, "epochs": 4, "final_prune_epoch": 1}, False),
+        ({"method": "GMP", "update_frequency": 4}, False),
+    ],
+)
+def test_a_stop_before_the_first_update_is_said(tmp_path, capsys, values, said):
+    train(tmp_path, options(**{"stop_updates": 0.5, "final_density": 0.2} | values))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "stop-updates" in line]
+    assert lines == said * [
+        "warning: --stop-updates: drop and grow ends after 4 steps, before the first update, "
+        "after 4: nothing is grown"
+    ]

@@ -68,6 +68,7 @@ def test_defaults_are_those_of_the_published_recipe():
     assert not options.nesterov
     assert (options.augment, options.padding) == (False, "zeros")
     assert (options.bfac, options.scale_fan, options.shuffle) == (0.05, False, False)
+    assert options.weight_scale == 1
 
 
 def test_images_are_cropped_where_that_is_asked_for():
@@ -200,6 +201,7 @@ def test_annealing_schedule(argv, expected):
         (["--epochs", "0"], "--epochs: 0 should be at least 1"),
         (["--bfac", "0", "--initBias", "kn-nonzero-bias"], "--bfac: 0.0 should be above 0"),
         (["--bfac", "0.1"], "--bfac: has no effect with --initBias kn-zero-bias"),
+        (["--dataset", "cora", "--weight-scale", "0"], "--weight-scale: 0.0 should be above 0"),
         (["--er-init-density", "1.5"], "--er-init-density: 1.5 should be above 0 and at most 1"),
         (["--wd", "-1"], "--wd: -1.0 should be at least 0"),
         (["--per-layer", "--global"], "--global: not with --per-layer, which --no-per-layer takes"),

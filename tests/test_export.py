@@ -14,7 +14,7 @@ from slt_runs import few_digits
 
 from ER_DST import main as dst
 from ER_SLT import main as slt
-from startsparse import checkpoint, data, export, formats, masks, models, report
+from startsparse import checkpoint, data, export, formats, masks, models, plots
 from startsparse.errors import OptionError, UserError
 from startsparse.trainer import Trainer
 from STR import main as st
@@ -53,7 +53,7 @@ class Finished:
                 return result
 
             patch.setattr(Trainer, "test", watch)
-            patch.setattr(report, "plot_run", lambda *_: None)
+            patch.setattr(plots, "plot_run", lambda *_: None)
             patch.setitem(data.SETS, "digits", few_digits)
             soft = SOFT if name == "soft" else []
             folders = ["--log-dir", f"{where}/runs", "--result-dir", str(where)]

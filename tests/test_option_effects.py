@@ -104,6 +104,7 @@ ROWS = {
         "--prune": ("", "--is-prune False", "with --is-prune False"),
         "--growth": ("--method DST", "--method GMP", "with --method GMP"),
         "--prune-rate": ("", "--is-prune False", "with --is-prune False"),
+        "--stop-updates": ("", "--method GMP", "with --method GMP"),
         "--update-frequency": ("", "--is-prune False", "with --is-prune False"),
         "--init-prune-epoch": ("", "--method DST", "with --method DST"),
         "--final-prune-epoch": ("--epochs 160", "--method DST", "with --method DST"),
@@ -130,6 +131,10 @@ ROWS = {
         "--last-layer-dense": ("", "--er-init-density 1", "with --er-init-density 1"),
         "--bfac": ("--initBias kn-nonzero-bias", "", "with --initBias kn-zero-bias"),
         "--scale-fan": ("", "--er-init-density 1 --sparsity 1 --anneal False", "with --sparsity 1"),
+        "--weight-scale": (
+            *("--dataset karate --model gcn", ""),
+            "with --model resnet20: its BatchNorm takes it back",
+        ),
         "--anneal": ("--levels 2", "--levels 1", "with --levels 1"),
         "--sparsity-start": ("--anneal True", "--anneal False", "with --anneal False"),
         "--per-layer": ("--global", "", "when taken back without --global"),
@@ -142,7 +147,8 @@ OTHER = {
     "target_expt_name": "some-run", "sparse_compute": "on", "st_decay": "0.1",
     "final_prune_epoch": "2", "valid_split": "0.2", "train_fraction": "0.5",
     "sparsity_start": "0.7",
-    "momentum": "0.5", "er_sparse_init": "0.4", "final_density": "0.01", "prune_rate": "0.3",
+    "momentum": "0.5", "stop_updates": "0.5", "weight_scale": "2.5",
+    "er_sparse_init": "0.4", "final_density": "0.01", "prune_rate": "0.3",
     "flow_preservation": "True", "lr_min": "0.001", "grasp_temperature": "100.0", "bfac": "0.1",
     "modulus": "31",
 }  # fmt: skip

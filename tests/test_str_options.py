@@ -11,9 +11,12 @@ import yaml
 from script_runs import MLP, ROOT, SOFT, TINY, weights
 
 from startsparse import masks
+from startsparse.data import SHAPES
 from startsparse.errors import OptionError
 from startsparse.pruning import PRUNERS
 from STR import main as script
+
+IMAGES = [name for name, shape in SHAPES.items() if shape.kind == "images"]
 
 
 def test_no_validation_split(run):
@@ -248,3 +251,19 @@ def test_every_config_is_complete_and_goes_around(path, tmp_path):
     again.config = options.config
     assert again == options
     assert yaml.safe_load(copy.read_text())["set"] == options.set
+
+
+@pytest.mark.parametrize("name", sorted(IMAGES))
+def test_configs_of_images_warm_up(name):
+    """Without, the dense network learns less at first, and sparse ones seem to be better."""
+    options = script.parse(script.STROptions, script.CONFIGS, ["--set", name])
+    assert options.warmup_length == (5 if options.epochs >= 100 else 1)
+
+
+@pytest.mark.parametrize(("name", "decay"), [("cifar", 1e-4), ("cifar100", 1e-3)])
+def test_weight_decay_of_the_published_recipes(name, decay):
+    path = script.CONFIGS / f"largescale/resnet18-{name}-str-1.yaml"
+    assert (
+        script.parse(script.STROptions, script.CONFIGS, ["--config", str(path)]).weight_decay
+        == decay
+    )
