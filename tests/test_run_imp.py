@@ -169,6 +169,8 @@ def test_sweeps_with_one_result_dir_are_in_one_table_and_not_mixed(tmp_path, in_
     assert run_imp.main([*third, *SHORT, "--lr", "0.02"]) == 0
     levels = pd.read_csv(tmp_path / "levels.csv")
     assert len(levels) == len(before) + 2 * 3
+    for name in ("levels.csv", "results.csv"):  # no paths of this machine
+        assert str(tmp_path) not in (tmp_path / name).read_text()
     pd.testing.assert_frame_equal(levels[: len(before)], before)
     table = pd.read_csv(tmp_path / "table.csv")
     assert dict(zip(table["pruning"], table["runs"])) == {
