@@ -32,6 +32,7 @@ def schedule(options: DSTOptions, steps_per_epoch: int) -> Schedule:
         start=options.init_prune_epoch * steps_per_epoch,
         # Pruning at the very end comes before the last step.
         end=min(round(options.prune_end * steps_per_epoch), steps - 1),
+        stop=round(options.stop_updates * steps),
         initial=options.er_sparse_init,
         final=options.final_density,
         fraction=options.prune_rate,
@@ -44,15 +45,7 @@ def phase(options: DSTOptions, steps_per_epoch: int) -> Phase:
     if not options.moves:
         return Phase("train", options.epochs, options.lr_policy, options.lr_min)
     plan = schedule(options, steps_per_epoch)
-    if plan.every >= plan.steps:
-        what = "once" if options.prunes else "never"
-        log.warning(
-            "warning: --update-frequency: %d steps, but the whole training has %d; the mask moves "
-            "%s",
-            plan.every,
-            plan.steps,
-            what,
-        )
+    _warn_rare(plan, options)
     return Phase(
         "train",
         options.epochs,
@@ -60,9 +53,28 @@ def phase(options: DSTOptions, steps_per_epoch: int) -> Phase:
         options.lr_min,
         each_step=partial(step_masks, plan=plan),
         select_from=plan.end // steps_per_epoch if options.prunes else 0,
-        dense_gradients=options.grows and options.growth == "momentum",
+        dense_until=plan.stop if options.grows and options.growth == "momentum" else 0,
         moves=plan.due,
     )
+
+
+def _warn_rare(plan: Schedule, options: DSTOptions) -> None:
+    first = min(plan.every, plan.end) if plan.prunes else plan.every
+    if plan.every >= plan.steps:
+        log.warning(
+            "warning: --update-frequency: %d steps, but the whole training has %d; the mask moves "
+            "%s",
+            plan.every,
+            plan.steps,
+            "once" if plan.prunes else "never",
+        )
+    elif options.grows and plan.stop <= first:
+        log.warning(
+            "warning: --stop-updates: drop and grow ends after %d steps, before the first update, "
+            "after %d: nothing is grown",
+            plan.stop,
+            first,
+        )
 
 
 def step_masks(trainer: Trainer, step: int, *, plan: Schedule) -> None:
@@ -74,17 +86,17 @@ def step_masks(trainer: Trainer, step: int, *, plan: Schedule) -> None:
     the weights at an update; GraNet, Liu et al. 2021, takes it before the masks move).
     """
     options, model = trainer.options, trainer.model
-    if options.grows and options.growth == "momentum":
+    if options.grows and options.growth == "momentum" and step < plan.stop:
         add_to_momentum(model, options.momentum)
     if not plan.due(step):
         return
     steps = len(trainer.data.train)
     trainer.count_flops(step % steps)
-    if options.grows and options.growth == "gradient":
+    fraction = plan.drop_fraction(step) if options.grows else 0.0
+    if fraction > 0 and options.growth == "gradient":
         density = flops.densities(model)
         trainer.flops["training"] += flops.dense_gradients(trainer.forward_flops, density)
     before = {name: mask.clone() for name, _, mask in masked_weights(model)}
-    fraction = plan.drop_fraction(step) if options.grows else 0.0
     try:
         update(
             model,

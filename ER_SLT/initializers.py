@@ -65,7 +65,12 @@ INITS: dict[str, tuple[Weights, str]] = {
 
 @torch.no_grad()
 def init_weights(
-    model: nn.Module, how: str, seed: int, bfac: float = 0.05, density: float | None = None
+    model: nn.Module,
+    how: str,
+    seed: int,
+    bfac: float = 0.05,
+    density: float | None = None,
+    scale: float = 1.0,
 ) -> None:
     """Draw every weight and bias of ``model`` anew, in place.
 
@@ -99,6 +104,7 @@ def init_weights(
             square root of the density that it then computes with, as by ``scale_fan`` in the code
             published with Ramanujan et al. 2020: this one, or its mask's where that is lower.
             None: they are not.
+        scale: factor of all weights, and by the rules above of biases; > 0.
 
     Raises:
         OptionError: an unknown rule, or ``ortho`` where a layer has an odd number of units.
@@ -110,7 +116,7 @@ def init_weights(
     product, mirrored = bfac, None
     for index, (name, layer) in enumerate(layers.items()):
         shape, first, last = layer.weight.shape, index == 0, index == len(layers) - 1
-        gain = 1.0 if density is None else min(density, _inside(layer)) ** -0.5
+        gain = scale if density is None else scale * min(density, _inside(layer)) ** -0.5
         own = gain * he_deviation(shape)
         product *= own
         try:
@@ -136,6 +142,11 @@ def init_weights(
         if isinstance(module, _BatchNorm):
             module.reset_parameters()
     keep_inside(model)
+
+
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether a factor of the weights is taken back."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def _inside(layer: nn.Module) -> float:

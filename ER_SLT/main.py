@@ -15,11 +15,19 @@ from torch import nn
 
 from ER_SLT.edge_popup import plain_state, popup, set_density
 from ER_SLT.initializers import init_weights
-from ER_SLT.levels import TICKET, densities, phases, record_level, try_shuffles, warn_of_small_masks
+from ER_SLT.levels import (
+    TICKET,
+    densities,
+    phases,
+    record_level,
+    try_shuffles,
+    warn_of_small_logits,
+    warn_of_small_masks,
+)
 from ER_SLT.options import SLTOptions
 from ER_SLT.ticket import load_ticket, put_in_place
 from startsparse import checkpoint, data, er, flops, masks, parallel, recipe, runs, training
-from startsparse.commandline import from_flags, from_values, own_names, parse
+from startsparse.commandline import from_values, glance, own_names, parse
 from startsparse.errors import OptionError, UserError
 from startsparse.processes import run_script
 from startsparse.trainer import Trainer
@@ -28,14 +36,15 @@ CONFIGS = Path(__file__).parent / "configs"
 log = logging.getLogger("startsparse")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, kind: type[SLTOptions] = SLTOptions) -> None:
     """One run, from options to report; or the accuracy of a ticket."""
-    options = parse(SLTOptions, CONFIGS, argv)
-    with own_names(SLTOptions):
-        if options.evaluate:
-            evaluate(Path(options.evaluate), list(sys.argv[1:] if argv is None else argv))
-        else:
-            train(options)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if path := glance(kind, argv).evaluate:
+        evaluate(Path(path), argv)
+        return
+    options = parse(kind, CONFIGS, argv)
+    with own_names(kind):
+        train(options)
 
 
 def train(options: SLTOptions) -> None:
@@ -44,9 +53,10 @@ def train(options: SLTOptions) -> None:
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
-        plan(options, recipe.expected_shape(options))
+        planned, _ = plan(options, recipe.expected_shape(options))
 
     devices = parallel.choose_devices(options.multigpu)
+    recipe.show_run(options, folder, planned, devices)
     images = recipe.load_data(options, devices[0])
     model, requested = plan(options, images.shape)
     er.attach_er_masks(model, requested, options)
@@ -56,9 +66,11 @@ def train(options: SLTOptions) -> None:
     model.to(devices[0], memory_format=torch.channels_last)
 
     with runs.open_run(options, folder) as run:
+        warn_of_small_logits(model, images.train, options)
         trainer = Trainer(model, images, options, run, devices, lambda: flops.densities(model))
         trainer.load()
         recipe.show_densities(run, random_mask, "random_mask.csv")
+        recipe.say_deviation(model, requested, options)
         warn_of_small_masks(model, options)
         trainer.run_phases(phases(options))
 
@@ -87,7 +99,7 @@ def plan(options: SLTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, f
 def pop_up(model: nn.Module, options: SLTOptions) -> None:
     """Draw the weights of a network that has its masks, and freeze them; scores learn instead."""
     scaled = options.sparsity if options.scale_fan else None
-    init_weights(model, options.init, options.seed, options.bfac, scaled)
+    init_weights(model, options.init, options.seed, options.bfac, scaled, options.weight_scale)
     popup(model, options.seed, options.score_init, options.ranking)
 
 
@@ -107,8 +119,9 @@ def evaluate(path: Path, argv: list[str]) -> None:
     except KeyError as missing:
         raise OptionError(f"--evaluate: {path}: the ticket does not tell its {missing}") from None
     saved = from_values(SLTOptions, stored, path)
-    options = from_flags(SLTOptions, argv, saved)
-    runs.check_same(options, saved, f"the ticket {path} was found")
+    options = parse(SLTOptions, CONFIGS, argv, saved)
+    with own_names(SLTOptions):
+        runs.check_same(options, saved, f"the ticket {path} was found")
 
     device = parallel.choose_devices(options.multigpu)[0]
     images = recipe.load_data(options, device)

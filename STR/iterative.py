@@ -7,7 +7,6 @@ from pathlib import Path
 from torch import nn
 
 from startsparse import checkpoint, runs
-from startsparse.commandline import read_values
 from startsparse.data import first_batch
 from startsparse.errors import OptionError, UserError
 from startsparse.flops import densities
@@ -30,7 +29,9 @@ def phases(options: STROptions) -> list[Phase]:
     policy = {"lr_policy": options.prune_scheduler, "lr_min": options.lr_min}
     policy |= {"keeps_momentum": keeps_momentum}
     rise = options.warmup_epochs
-    warm_up = Phase("warm-up", rise, "constant", warmup=rise, then=keep_rewind_point)
+    warm_up = Phase(
+        "warm-up", rise, "constant", warmup=rise, drifts=options.soft, then=keep_rewind_point
+    )
     levels = [
         Phase(
             f"level {level}",
@@ -45,6 +46,7 @@ def phases(options: STROptions) -> list[Phase]:
         options.epochs,
         options.lr_policy,
         options.lr_min,
+        drifts=options.soft,
         keeps_momentum=keeps_momentum,
     )
     return [warm_up, *levels, final] if rise else [*levels, final]
@@ -57,7 +59,7 @@ def begin(trainer: Trainer) -> None:
     """
     if trainer.options.threshold_list and not trainer.history and not trainer.place.step:
         state = {"model": trainer.model.state_dict()}
-        before = Path(trainer.options.start_from) / "initial.pt"
+        before = trainer.run.source("start_from") / "initial.pt"
         if trainer.options.start_from and before.exists():
             state = checkpoint.load(before)
         checkpoint.save(trainer.run.folder / "initial.pt", state)
@@ -102,7 +104,8 @@ def mask_size(model: nn.Module) -> int:
 
 def check_reference(model: nn.Module, options: STROptions, level: int, count: int) -> None:
     """Raise `OptionError` where the masks of --target-expt-name do not fit this run."""
-    masks, given = reference_masks(options, level), list(masked_weights(model))
+    source = runs.source(options, "target_expt_name")
+    masks, given = reference_masks(source, level), list(masked_weights(model))
     for name, _, mask in given:
         other = masks.get(f"{name}.weight_mask")
         if other is None or other.shape != mask.shape or bool((other & ~mask.cpu()).any()):
@@ -118,11 +121,14 @@ def check_reference(model: nn.Module, options: STROptions, level: int, count: in
         )
 
 
-def reference_masks(options: STROptions, level: int) -> State:
-    """The masks of the run --target-expt-name after its pruning number ``level``."""
-    path = Path(options.target_expt_name) / f"levels/level-{level}.pt"
+def reference_masks(source: Path, level: int) -> State:
+    """The masks of the run --target-expt-name after its pruning number ``level``.
+
+    Args:
+        source: its folder, or the copy of that in the run that takes them.
+    """
     try:
-        return checkpoint.load(path)["model"]
+        return checkpoint.load(source / f"levels/level-{level}.pt")["model"]
     except UserError as error:
         raise OptionError(f"--target-expt-name: {error}") from None
 
@@ -133,10 +139,8 @@ def start_from(model: nn.Module, options: STROptions) -> dict[str, float]:
     Returns:
         Layer -> density there.
     """
-    folder = Path(options.start_from)
     try:
-        select = read_values(folder / "options.yaml").get("select", "best")
-        path = runs.selected_weights(folder, select)
+        path = runs.tested_weights(runs.source(options, "start_from"))
         checkpoint.load_model(model, checkpoint.load(path), path)
     except UserError as error:
         raise OptionError(f"--start-from: {error}") from None
@@ -157,7 +161,8 @@ def prune_to(trainer: Trainer, *, level: int, density: float) -> None:
         )
         return
     if options.pruner == "mask-ref":
-        take_masks(model, reference_masks(options, level))
+        source = trainer.run.source("target_expt_name")
+        take_masks(model, reference_masks(source, level))
         return
     try:
         prune(

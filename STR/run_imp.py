@@ -15,17 +15,19 @@ from typing import Annotated
 
 import pandas as pd
 
-from startsparse import processes, report
+from startsparse import effects, plots, processes, report, results, runs
 from startsparse.atomic import write_text
-from startsparse.commandline import choice, default_is, from_flags, normal, parse
+from startsparse.commandline import from_flags, named, parse
 from startsparse.data import SETS
-from startsparse.errors import OptionError
+from startsparse.errors import OptionError, UserError
+from startsparse.fields import Condition, choice, counts, default_is, normal
 from startsparse.options import require_gpus, require_range
 from startsparse.schedules import geometric
 from STR.jobs import Job, run_all
 from STR.main import CONFIGS
 from STR.options import STROptions
 
+POWERS = Condition(lambda o: not o.densities, "with --densities")
 KEYS = ["er_sparse_method", "er_sparse_init", "pruner", "rewind"]  # what makes a setting
 
 
@@ -51,9 +53,9 @@ class SweepOptions:
     in runs/imp/digits/{method}-{init}-mag-weights/seed-{seed}"""
     rewind: tuple[str, ...] = ("weights",)
     """What goes back after each pruning; --rewind of main.py"""
-    keep: float = 0.8
+    keep: Annotated[float, counts(POWERS)] = 0.8
     """Share of the weights that a level keeps; the last level goes on to --target"""
-    target: float = 0.01
+    target: Annotated[float, counts(POWERS)] = 0.01
     """Density of the last level, of round(log(target / density of the random mask) / log(keep))"""
     densities: Annotated[tuple[float, ...], default_is("from --keep and --target")] = ()
     """Densities of the levels, instead of --keep and --target; those not below the density of
@@ -61,7 +63,8 @@ class SweepOptions:
     log_dir: str = "runs/imp"
     """Folder of the run folders, and of what each run said"""
     result_dir: str = "results/imp"
-    """Folder of results.csv, levels.csv, table.csv, table.md and plot.png"""
+    """Folder of results.csv, levels.csv, table.csv, table.md and plot.png; those of several sweeps
+    are of all runs together"""
     jobs: Annotated[int | None, default_is("one for each of --devices")] = None
     """Runs at the same time; they share the cores, unless OMP_NUM_THREADS is set"""
     devices: Annotated[str, default_is("the first GPU, if there is one")] = ""
@@ -138,32 +141,79 @@ def _filled(word: str, values: dict[str, object]) -> str:
     return re.sub(r"\{(\w+)\}", value, word)
 
 
-def collect(jobs: list[Job]) -> pd.DataFrame:
-    """One row per level of every finished run: its setting, seed and levels.csv."""
-    tables = []
+def collect(jobs: list[Job], path: Path) -> None:
+    """Put the levels of every finished run into the table ``path``: levels.csv and its options.
+
+    Those of other sweeps are there already, and stay.
+    """
+    rows = []
     for job in jobs:
         if job.finished:
-            table = pd.read_csv(job.folder / "levels.csv")
-            for key in (*KEYS, "seed"):
-                table[key] = getattr(job.options, key)
-            tables.append(table)
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+            levels = pd.read_csv(job.folder / "levels.csv").to_dict("records")
+            rows += [{"run": job.folder, **level, **computed(job.options)} for level in levels]
+    results.add(path, rows)
 
 
-def write_report(table: pd.DataFrame, folder: Path) -> str:
-    """levels.csv, table.csv, table.md and plot.png; returns the table as Markdown."""
-    write_text(folder / "levels.csv", table.to_csv(index=False))
+def computed(options: STROptions) -> dict[str, object]:
+    """The options that say what a run computes, and its name."""
+    fields = dataclasses.asdict(options)
+    return {name: value for name, value in fields.items() if name not in runs.FREE}
+
+
+def require_distinct(jobs: list[Job]) -> None:
+    """Raise `OptionError` where two runs of a sweep are the same, as of a seed named twice."""
+    seen: dict[str, Job] = {}
+    for job in jobs:
+        first = seen.setdefault(repr({**computed(job.options), "name": ""}), job)
+        if first is not job:
+            raise OptionError(f"the sweep has one run twice: {first.title}, and {job.title}")
+
+
+def check_tables(jobs: list[Job], path: Path) -> None:
+    """Raise `OptionError` if levels.csv cannot take these runs, or has one from elsewhere."""
+    results.check(path)
+    planned = pd.DataFrame(computed(job.options) for job in jobs).map(results.cell)
+    own = {job.folder.resolve() for job in jobs if job.folder}
+    known = results.without(results.read_runs(path), path, own).drop_duplicates("run")
+    both = results.numbers(pd.concat([known, planned.assign(run="this sweep")]).fillna(""))
+    try:
+        report.settings(both, KEYS, options_of(both))
+    except UserError as error:
+        raise OptionError(f"--result-dir: {path}: {error}") from None
+
+
+def options_of(table: pd.DataFrame) -> list[str]:
+    """The columns of levels.csv that are options of what a run computes, but the seed."""
+    names = [field.name for field in dataclasses.fields(STROptions)]
+    other = runs.FREE | report.SEEDS_AND_NAMES
+    return [name for name in names if name in table and name not in other]
+
+
+def write_report(path: Path) -> str:
+    """Beside levels.csv, table.csv, table.md and plot.png; returns the table as Markdown.
+
+    Options besides `KEYS` that vary make settings of their own.
+    """
+    table = results.numbers(results.read_runs(path))
+    _, more = report.settings(table, [*KEYS, "requested"], options_of(table))
+    table = report.without_seeds(table, more)
     dense = table["er_sparse_init"] == 1  # whatever the ratio
+    one = table.loc[dense, "er_sparse_method"].nunique() == 1
+    start = table["er_sparse_method"]
+    start = start.where(~dense, "dense" if one else "dense, " + start)
+    pruning = table["pruner"] + ", rewind " + table["rewind"]
+    for name in more:
+        pruning += f", {name} " + table[name].map(plots.shown)
     table = table.assign(
         density=table["requested"],
-        start=table["er_sparse_method"].where(~dense, "dense"),
-        start_density=table["er_sparse_init"].map("{:g}".format),
-        pruning=table["pruner"] + ", rewind " + table["rewind"],
+        start=start,
+        start_density=table["er_sparse_init"].map(plots.shown),
+        pruning=pruning,
     )
     keys = ["density", "start", "pruning", "start_density"]
     means = report.summarise(table, keys, ["test_accuracy"])
-    write_text(folder / "table.csv", means.to_csv(index=False))
-    report.plot(means, keys, "test_accuracy", folder / "plot.png")
+    write_text(path.with_name("table.csv"), means.to_csv(index=False))
+    plots.plot(means, keys, "test_accuracy", path.with_name("plot.png"))
     cells = means.assign(
         cell=[
             f"{100 * mean:.2f}" + ("" if pd.isna(half) else f" ± {100 * half:.2f}")
@@ -173,11 +223,11 @@ def write_report(table: pd.DataFrame, folder: Path) -> str:
     rows = ["pruning", "start", "start_density"]
     wide = cells.pivot(index=rows, columns="density", values="cell").fillna("")
     wide = wide.loc[list(dict.fromkeys(zip(*(cells[r] for r in rows)))), wide.columns[::-1]]
-    lines = [["pruning", "start", "at density", *(f"{d:g}" for d in wide.columns)]]
+    lines = [["pruning", "start", "at density", *map(plots.shown, wide.columns)]]
     lines += [["---"] * len(lines[0])]
     lines += [[*name, *row] for name, row in zip(wide.index, wide.to_numpy())]
     markdown = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-    write_text(folder / "table.md", markdown)
+    write_text(path.with_name("table.md"), markdown)
     return markdown
 
 
@@ -186,17 +236,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
     options = from_flags(SweepOptions, argv[:split], SweepOptions())
+    effects.refuse_named(options, named(SweepOptions, argv[:split]))
     options.check()
     jobs = plan(options, argv[split + 1 :])
+    require_distinct(jobs)
     if options.dry_run:
         for job in jobs:
             print(shlex.join(["python", "main.py", *job.argv]))
         print(f"{len(jobs)} runs, {sum(job.epochs for job in jobs)} epochs")
         return 0
+    levels = Path(options.result_dir) / "levels.csv"
+    check_tables(jobs, levels)
     failed = run_all(jobs, options.jobs, options.devices.split(","))
-    table = collect(jobs)
-    if len(table):
-        print(write_report(table, Path(options.result_dir)))
+    if any(job.finished for job in jobs):
+        collect(jobs, levels)
+        print(write_report(levels))
     for job in failed:
         print(f"error: {job.title} failed; see {job.log}", file=sys.stderr)
     return 1 if failed else 0

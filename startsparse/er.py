@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from startsparse import checkpoint
+from startsparse import checkpoint, ratios, runs
 from startsparse.errors import OptionError
 from startsparse.masks import attach_masks, draw_masks, sparse_layers
 from startsparse.options import Options
@@ -31,7 +31,7 @@ def requested_densities(
     shapes = {name: tuple(layer.weight.shape) for name, layer in sparse_layers(model).items()}
     names = list(shapes)
     if profile is None and options.er_sparsity_file:
-        profile = read_densities(Path(options.er_sparsity_file))
+        profile = read_densities(runs.source(options, "er_sparsity_file"))
     try:
         densities = layer_densities(
             options.er_sparse_method if profile is None else "network",
@@ -59,15 +59,13 @@ def read_densities(path: Path) -> dict[str, float]:
     """Density of each layer of a saved network.
 
     Args:
-        path: a run folder, a checkpoint, or JSON, layer -> density or {"density": ...}. Of a folder
-            it is ratios.json, the ratio that the run has found, or else layers.json, the network.
+        path: a run folder (`ratios.file_of`), a checkpoint, or JSON, layer -> density or
+            {"density": ...}.
 
     Raises:
         OptionError: the file is missing or holds something else.
     """
-    if path.is_dir():
-        found = path / "ratios.json"
-        path = found if found.exists() else path / "layers.json"
+    path = ratios.file_of(path)
     if not path.exists():
         raise OptionError(f"--er-sparsity-file: {path} does not exist")
     if path.suffix == ".json":

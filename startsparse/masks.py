@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from startsparse.console import number
 from startsparse.seeding import generator
 
 SAMPLINGS = ("bernoulli", "exact")
@@ -149,6 +150,45 @@ def density_table(model: nn.Module, requested: Mapping[str, float] | None = None
     return table
 
 
+def density_text(table: pd.DataFrame, width: int = 80) -> str:
+    """A `density_table` for people, at most ``width`` columns wide.
+
+    ``asked`` is the density requested; ``dead_out/in`` counts units without an incoming, and
+    without an outgoing edge. Of layers that were tried in sparse form, ``sparse`` says how many
+    times faster that was; in brackets where they stay masked. Shapes, then long names, give way.
+    """
+    shown = table[["layer", "shape", "weights"]].copy()
+    shown["asked"] = table["requested"].map(number)
+    shown["kept"] = table["kept"]
+    shown["density"] = table["density"].map(number)
+    dead = zip(table["dead_outputs"], table["dead_inputs"])
+    shown["dead_out/in"] = [f"{outputs}/{inputs}" for outputs, inputs in dead]
+    if "computes" in table:
+        times = table.get("times_faster", pd.Series(math.nan, table.index))
+        shown["sparse"] = [_tried(*pair) for pair in zip(table["computes"] == "sparse", times)]
+    if _width(shown) > width:
+        shown = shown.drop(columns="shape")
+    room = max(9, shown["layer"].map(len).max() - max(0, _width(shown) - width))
+    shown["layer"] = [_middle_out(name, room) for name in shown["layer"]]
+    return shown.to_string(index=False)
+
+
+def _tried(computes: bool, times: float) -> str:
+    if math.isnan(times):
+        return "yes" if computes else ""
+    return f"{times:.1f}x" if computes else f"({times:.1f}x)"
+
+
+def _width(table: pd.DataFrame) -> int:
+    return max(map(len, table.to_string(index=False).splitlines()))
+
+
+def _middle_out(name: str, room: int) -> str:
+    """At most ``room`` characters, of which most are of the end, which tells layers apart."""
+    cut = room // 3
+    return name if len(name) <= room else f"{name[:cut]}..{name[len(name) - (room - cut - 2) :]}"
+
+
 def warnings(table: pd.DataFrame) -> list[str]:
     """One line per thing in a `density_table` that cuts or narrows the network."""
     layers = table[table["layer"] != "total"]
@@ -166,3 +206,28 @@ def warnings(table: pd.DataFrame) -> list[str]:
             where = ", ".join(f"{row.layer} {getattr(row, what)}" for row in dead.itertuples())
             lines.append(f"units without an {side} edge: {where}")
     return lines
+
+
+def deviation(model: nn.Module, requested: Mapping[str, float]) -> str:
+    """How far random masks are from the density asked for, in words; "" if within 1 % of it.
+
+    Both are of all weights, whether a layer has a mask or not. The layer that is named is the one
+    that is farthest off, as a share of what was asked of it.
+
+    Args:
+        requested: the density asked of each layer.
+    """
+    sizes = {name: layer.weight.numel() for name, layer in sparse_layers(model).items()}
+    drawn = {name: int(mask.sum()) for name, _, mask in masked_weights(model)}
+    asked = {name: requested[name] * size for name, size in sizes.items()}
+    off = {name: drawn[name] / asked[name] - 1 for name in drawn if asked[name]}
+    wanted = sum(asked.values())
+    missed = sum(drawn.get(name, size) for name, size in sizes.items()) / max(wanted, 1e-9) - 1
+    if not off or abs(missed) <= 0.01 + 1e-9:
+        return ""
+    worst, total = max(off, key=lambda name: abs(off[name])), wanted / sum(sizes.values())
+    more = "more" if missed > 0 else "fewer"
+    return (
+        f"the mask has {100 * abs(missed):.1f} % {more} weights than density {total:.4g} asks for; "
+        f"{worst} {100 * off[worst]:+.1f} %"
+    )

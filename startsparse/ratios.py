@@ -8,6 +8,7 @@ again, so the sum is met exactly; ``budget="clip"`` gives the clipped densities 
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -122,3 +123,15 @@ def _geometric(sizes: np.ndarray, kept: float) -> np.ndarray:
     while (middle := (low + high) / 2) not in (low, high):
         low, high = (middle, high) if sizes @ middle**depth < kept else (low, middle)
     return high**depth
+
+
+def file_of(path: Path) -> Path:
+    """The file of layer densities that a path means.
+
+    Of a run folder that is ratios.json, the ratio that the run has found, or else layers.json, its
+    network; other paths are the file itself.
+    """
+    if not path.is_dir():
+        return path
+    found = path / "ratios.json"
+    return found if found.exists() else path / "layers.json"

@@ -6,8 +6,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from startsparse import data, flops, masks, models, processes, report, runs
+from startsparse import data, flops, masks, models, plots, processes, report, runs
+from startsparse.effects import differing
 from startsparse.errors import OptionError
+from startsparse.fields import flag, shown, text
 from startsparse.options import Options
 from startsparse.trainer import Trainer
 
@@ -15,11 +17,44 @@ log = logging.getLogger("startsparse")
 
 
 def already_done(options: Options, folder: Path | None) -> bool:
-    """Whether the run in ``folder`` has its result, which is then said again."""
+    """Whether the run in ``folder`` has its result, which is then said again.
+
+    Raises:
+        OptionError: it has none, and could not add it to results.csv.
+    """
     done = None if folder is None or options.evaluate else runs.summary(folder)
     if done:
         log.info("%s", report.text(done, folder))
+    elif not options.evaluate:
+        runs.check_results(options)
     return bool(done)
+
+
+def show_run(
+    options: Options, folder: Path | None, model: torch.nn.Module, devices: list[torch.device]
+) -> None:
+    """The first lines of a run: what it is, before anything that takes long.
+
+    Args:
+        folder: of a run that is continued; None: a new one.
+        model: the network as planned.
+    """
+    own = shown(type(options))
+    said = {name: value for name, value in differing(options).items() if name != "config"}
+    words = [
+        flag(own[name]) + ("" if value is True else f" {text(value)}")
+        for name, value in said.items()
+    ]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    device = ", ".join(map(str, devices))
+    if devices[0].type == "cpu":
+        threads = torch.get_num_threads()
+        device += f", {threads} thread" + "s" * (threads > 1)
+    log.info("config   %s", options.config or "none")
+    log.info("run      %s", folder or runs.next_folder(options))
+    log.info("network  %s, %s parameters", options.network_name, f"{count:,}")
+    log.info("device   %s", device)
+    log.info("options  %s", " ".join(words) or "all at their defaults")
 
 
 def expected_shape(options: Options) -> data.Shape:
@@ -87,12 +122,22 @@ def show_start(trainer: Trainer, requested: dict[str, float]) -> None:
     trainer.decide()
     table = trainer.compute.columns(masks.density_table(trainer.model, requested))
     show_densities(trainer.run, table, "density.csv")
+    if requested and not trainer.history and not trainer.place.step:  # later masks are not drawn
+        say_deviation(trainer.model, requested, trainer.options)
+
+
+def say_deviation(model: torch.nn.Module, requested: dict[str, float], options: Options) -> None:
+    """A warning where the first masks do not have the density asked for."""
+    missed = masks.deviation(model, requested)
+    if missed:
+        remedy = "; --er-sampling exact draws as many as asked for" * options.draws_singly
+        log.warning("warning: %s%s", missed, remedy)
 
 
 def show_densities(run: runs.Run, table: pd.DataFrame, name: str) -> None:
     """A `masks.density_table` as file ``name`` of the run, and a warning for each dead end."""
     run.write_table(name, table)
-    log.info("%s", table.to_string(index=False, float_format="%.4f"))
+    log.info("%s", masks.density_text(table))
     for line in masks.warnings(table):
         log.warning("warning: %s", line)
 
@@ -117,7 +162,7 @@ def finish(
     run.write_table("density.csv", trainer.compute.columns(table))
     own = {name: {"density": density} for name, density in flops.densities(model).items()}
     run.write_json("layers.json", layers or own)
-    report.plot_run(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
+    plots.plot_run(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
     summary = report.summary(asked, table, result | trainer.costs(), trainer.seconds)
     run.finish(summary)
     log.info("%s", report.text(summary, run.folder))

@@ -4,7 +4,8 @@
     options.yaml      every option; --config options.yaml repeats the run
     environment.json  versions, git state, machine, command line
     log.txt           what was said
-    checkpoint.pt     the run as it stands; best.pt: weights of the best validation epoch
+    checkpoint.pt     the run as it stands; best.pt: weights of the best validation epoch;
+                      best-EPOCH.pt: of what may take its place (soft thresholds), until the end
     epochs.csv        one row per epoch; tensorboard/ shows the same
     topology.csv      one row per change of the masks in dynamic sparse training
     levels.csv        one row per density of an iteratively pruned run; levels/: masks, weights
@@ -15,19 +16,22 @@
     curves.png        curves, and the density per layer
     dense_weights.pt  soft thresholds, edge-popup: the weights as a plain network has them
     export/           what startsparse.export writes
+    sources/          what --start-from, --er-sparsity-file and --target-expt-name gave, by option
     summary.json      the result; a run that has it is finished
 """
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import logging
 import math
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,17 +41,20 @@ import pandas as pd
 import torch
 
 import startsparse
-from startsparse import processes
-from startsparse.atomic import replacing, write_text
-from startsparse.commandline import flag, read_yaml, run_folder, write_yaml
-from startsparse.console import log
+from startsparse import effects, processes, results
+from startsparse.atomic import write_text
+from startsparse.commandline import read_values, read_yaml, run_folder, write_yaml
+from startsparse.console import log, number
 from startsparse.errors import OptionError, UserError
+from startsparse.fields import flag
 from startsparse.options import Options
 from startsparse.processes import by_first
 
 # Options that a resumed run may be given anew: they do not change what is computed.
 FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
 FREE |= {"workers", "multigpu", "compile", "sparse_compute"}
+
+SOURCES = "sources"  # folder in the run folder
 
 
 class Run:
@@ -80,13 +87,13 @@ class Run:
     def record(self, row: dict, watched: dict[str, float]) -> None:
         """Say what an epoch brought, and show it, and ``watched``, in TensorBoard."""
         log.info(
-            "epoch %3d  %s  loss %.4f  train %.2f %%  valid %.2f %%  density %.4f  %.0f s",
+            "epoch %3d  %s  loss %.4f  train %.2f %%  valid %.2f %%  density %s  %.0f s",
             row["epoch"],
             row["phase"],
             row["train_loss"],
             100 * row["train_accuracy"],
             100 * row["valid_accuracy"],
-            row["density"],
+            number(row["density"]),
             row["seconds"],
         )
         self.show("", {**row, **watched}, row["epoch"])
@@ -117,13 +124,28 @@ class Run:
         write_text(self.folder / name, json.dumps(content, indent=1) + "\n")
 
     @by_first
+    def keep_sources(self) -> None:
+        """Copy what other runs and files give this one: it then needs them no more."""
+        for name, files in self.options.sources().items():
+            for inside, path in files.items():
+                copy = self.folder / SOURCES / name / inside
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    shutil.copyfile(path, copy)
+                except OSError as error:
+                    reason = f"cannot copy {path} to {copy}: {error.strerror}"
+                    raise UserError(f"{flag(name)}: {reason}") from None
+
+    def source(self, name: str) -> Path:
+        """Where this run reads what option ``name`` gave it."""
+        return _copy_or_original(self.folder, self.options, name)
+
+    @by_first
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json and add the run to <result-dir>/results.csv."""
-        options = {name: _cell(v) for name, v in dataclasses.asdict(self.options).items()}
-        append_row(
-            Path(self.options.result_dir) / "results.csv",
-            {"run": str(self.folder), **summary, **options},
-        )
+        fields = dataclasses.asdict(self.options)
+        computed = {name: value for name, value in fields.items() if name not in FREE}
+        results.add(results_csv(self.options), [{"run": self.folder, **summary, **computed}])
         self.write_json("summary.json", summary)
 
 
@@ -138,6 +160,28 @@ def selected_weights(folder: Path, select: str) -> Path:
     return folder / ("best.pt" if select == "best" else "checkpoint.pt")
 
 
+def tested_weights(folder: Path) -> Path:
+    """The same by what the run's options.yaml says."""
+    return selected_weights(folder, read_values(folder / "options.yaml").get("select", "best"))
+
+
+def results_csv(options: Options) -> Path:
+    """The table that gets a row when a run finishes."""
+    return Path(options.result_dir) / "results.csv"
+
+
+@by_first
+def check_results(options: Options) -> None:
+    """Raise `OptionError` unless the row can be added: better before training than after it."""
+    results.check(results_csv(options))
+
+
+def source(options: Options, name: str) -> Path:
+    """What option ``name`` points to; of a run that is resumed, its own copy of that."""
+    folder = _resumed(options) if options.resume else None
+    return _copy_or_original(folder, options, name)
+
+
 @by_first
 def find_run(options: Options) -> Path | None:
     """The folder of the run that --resume names; None if a new one is to be made.
@@ -147,11 +191,12 @@ def find_run(options: Options) -> Path | None:
     """
     if not options.resume:
         return None
-    folder = _newest(_base(options)) if options.resume == "auto" else run_folder(options.resume)
+    folder = _resumed(options)
     if folder is None and options.evaluate:
         raise OptionError(f"--evaluate: there is no run in {_base(options)} yet")
     if folder is not None:
         saved = read_yaml(type(options), folder / "options.yaml")
+        effects.settle(saved)
         check_same(options, saved, f"the run in {folder} was started")
     return folder
 
@@ -172,6 +217,7 @@ def open_run(options: Options, folder: Path | None = None) -> Run:
         return Run(folder, options)
     run = Run(_create(_base(options)), options)
     run.write_json("environment.json", environment())
+    run.keep_sources()
     write_text(run.folder / "options.yaml", write_yaml(options))
     return run
 
@@ -195,27 +241,17 @@ def environment() -> dict[str, Any]:
     }
 
 
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a CSV file that several processes may write; new columns are welcome.
-
-    A row with the same ``run`` is replaced: a run has one result.
-    """
-    with locked(path):
-        table = pd.read_csv(path) if path.exists() else pd.DataFrame({"run": []})
-        table = table[table["run"] != row["run"]]
-        new = pd.DataFrame([row])
-        table = pd.concat([table, new]) if len(table) else new
-        with replacing(path) as temporary:
-            table.to_csv(temporary, index=False)
+def _resumed(options: Options) -> Path | None:
+    return _newest(options) if options.resume == "auto" else run_folder(options.resume)
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file beside ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _copy_or_original(folder: Path | None, options: Options, name: str) -> Path:
+    original = Path(getattr(options, name))
+    copy = folder and folder / SOURCES / name
+    if not copy or not copy.exists():
+        return original
+    file = copy / original.name  # the option named a file
+    return file if file.is_file() else copy
 
 
 def _base(options: Options) -> Path:
@@ -224,32 +260,39 @@ def _base(options: Options) -> Path:
     return Path(options.log_dir) / config / name / f"seed-{options.seed}"
 
 
-def _newest(base: Path) -> Path | None:
-    """The last of seed-1, seed-1-2, seed-1-3 ... that has options; None if there is none."""
-    found = {}
-    for folder in base.parent.glob(f"{base.name}*"):
-        number = folder.name.removeprefix(base.name).removeprefix("-") or "1"
-        if number.isdigit() and (folder / "options.yaml").exists():
-            found[int(number)] = folder
-    return found[max(found)] if found else None
+def _newest(options: Options) -> Path | None:
+    """The last of seed-1, seed-1-2, seed-1-3 ... that has these options' seed; None without any.
+
+    The seed is that of options.yaml: seed-1-2 and seed-12 are told apart there.
+    """
+    base, found = _base(options), []
+    for path in base.parent.glob("seed-*/options.yaml"):
+        if str(read_values(path).get("seed")) == str(options.seed):
+            number = path.parent.name.removeprefix(base.name).removeprefix("-")
+            found.append((int(number) if number.isdigit() else 1, path.parent))
+    return max(found)[1] if found else None
+
+
+def next_folder(options: Options) -> Path:
+    """The folder that a new run gets, unless another process is faster."""
+    return next(folder for folder in _folders(_base(options)) if not folder.exists())
+
+
+def _folders(base: Path) -> Iterator[Path]:
+    """``base``, and the same with -2, -3 ...: no run ever overwrites another."""
+    yield base
+    for count in itertools.count(2):
+        yield base.with_name(f"{base.name}-{count}")
 
 
 @by_first
 def _create(base: Path) -> Path:
-    """``base``, or with -2, -3 ... where that exists: no run ever overwrites another."""
     base.parent.mkdir(parents=True, exist_ok=True)
-    folder, number = base, 1
-    while True:
-        try:
+    for folder in _folders(base):
+        with suppress(FileExistsError):
             folder.mkdir()
             return folder
-        except FileExistsError:
-            number += 1
-            folder = base.with_name(f"{base.name}-{number}")
-
-
-def _cell(value: Any) -> Any:
-    return " ".join(map(str, value)) if isinstance(value, tuple | list) else value
+    raise AssertionError
 
 
 def _git(folder: Path, *command: str) -> str:

@@ -1,9 +1,10 @@
 """Sparse to sparse on tables: random masks, trained, pruned by magnitude and trained again.
 
-``python -m startsparse.tabular`` writes results.csv, table.md and plot.png; tabular.ipynb shows the
-same step by step. The setting is that of Gadhikar et al. (2023, arXiv:2210.02412): an MLP of four
-layers and width 256, BatchNorm after ReLU, Adam 0.01, batch 64, 10 epochs at each density and 20 at
-the last. All networks that exist at a density train there together (`startsparse.batched`).
+``python -m startsparse.tabular`` writes results.csv, table.md, plot.png and options.yaml;
+tabular.ipynb shows the same step by step. The setting is that of Gadhikar et al. (2023,
+arXiv:2210.02412): an MLP of four layers and width 256, BatchNorm after ReLU, Adam 0.01, batch 64,
+10 epochs at each density and 20 at the last. All networks that exist at a density train there
+together (`startsparse.batched`).
 """
 
 import copy
@@ -11,97 +12,23 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from startsparse import batched, batched_compute, flow, parallel, pruning, ratios, training
+from startsparse import batched, batched_compute, flow, parallel, plots, pruning, training
 from startsparse.atomic import write_text
-from startsparse.commandline import Truth, choice, default_is, from_flags
+from startsparse.commandline import from_flags
 from startsparse.data import data_root, tables
 from startsparse.data.rows import Rows
 from startsparse.data.tables import Table
-from startsparse.engine.compute import MODES
-from startsparse.errors import OptionError, run_script
+from startsparse.errors import run_script
 from startsparse.masks import attach_masks, density_table, draw_masks, keep_inside, sparse_layers
-from startsparse.models import INITS, build, init_weights
-from startsparse.options import require_range
+from startsparse.models import build, init_weights
 from startsparse.ratios import layer_densities
-
-
-@dataclasses.dataclass
-class TabularOptions:
-    """Networks that start sparse, pruned on from there, on tables."""
-
-    tables: tuple[str, ...] = ("breast-cancer",)
-    """breast-cancer, digits, ACSEmployment, ACSIncome, or the paths of .csv files"""
-    data: Annotated[str, default_is("$STARTSPARSE_DATA, else ./data")] = ""
-    """Folder of the census files"""
-    state: str = "AL"
-    """State of the census, two letters"""
-    year: int = 2018
-    """Year of the census"""
-    label: Annotated[str, default_is("none")] = ""
-    """Column of the classes in a .csv file"""
-
-    starts: tuple[float, ...] = (1.0, 0.5)
-    """Densities of the random masks to start from; 1 is the dense start"""
-    er_sparse_method: choice(m for m in ratios.METHODS if m != "network") = "uniform"
-    """Layer-wise ratio of the random masks"""
-    densities: tuple[float, ...] = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
-    """Densities to prune to by magnitude; those not below the start are left out"""
-    reset: tuple[Truth, ...] = (False, True)
-    """After each pruning: False goes on, True puts all weights back to their initial values"""
-    flow_preservation: tuple[Truth, ...] = (False,)
-    """True: every unit without an incoming or outgoing edge gets one, after each pruning"""
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    """Seeds; each has its own split, weights, masks and order of the data"""
-
-    width: int = 256
-    """Units of the hidden layers"""
-    init: choice(INITS) = "kaiming_normal"
-    """Initialisation of the weights"""
-    optimizer: choice(("adam", "sgd")) = "adam"
-    """Optimizer; it starts anew at each density"""
-    lr: float = 0.01
-    """Learning rate"""
-    weight_decay: float = 0.0
-    """Weight decay"""
-    batch_size: int = 64
-    """Rows per step"""
-    epochs: int = 10
-    """Epochs at each density"""
-    final_epochs: int = 20
-    """Epochs at the last density"""
-    form: choice(batched.FORMS) = "batched"
-    """Train all networks at once, or one after the other: the same within rounding"""
-    sparse_compute: choice(MODES) = "auto"
-    """Train one after the other, and compute and store only what is inside the masks; auto: at the
-    densities where a few steps are faster so. The same within rounding"""
-    result_dir: str = "results/tabular"
-    """Folder of results.csv, table.md and plot.png"""
-
-    def check(self) -> None:
-        """Raise `OptionError` for values that cannot be meant; names the option."""
-        for name in ("tables", "starts", "densities", "reset", "flow_preservation", "seeds"):
-            if not getattr(self, name):
-                raise OptionError(f"--{name.replace('_', '-')}: needs at least one value")
-        for name in ("starts", "densities"):
-            for density in getattr(self, name):
-                if not 0 < density <= 1:
-                    raise OptionError(f"--{name}: {density:g} should be above 0 and at most 1")
-        require_range(self, "lr", low=0, open_low=True)
-        require_range(self, "weight_decay", low=0)
-        for name in ("width", "epochs", "final_epochs"):
-            require_range(self, name, low=1)
-        require_range(self, "batch_size", low=2)  # BatchNorm
-
-    def levels(self) -> list[float]:
-        """Densities at which networks train, falling."""
-        return sorted({*self.starts, *self.densities}, reverse=True)
+from startsparse.tabular_options import TabularOptions, check_folder, lasting
 
 
 @dataclasses.dataclass
@@ -269,6 +196,7 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
     options = from_flags(TabularOptions, list(argv), TabularOptions())
     options.check()
     folder, found = Path(options.result_dir), []
+    check_folder(folder, options)
     root = data_root(options.data)
     loaded = {
         name: tables.load(
@@ -280,11 +208,12 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
         rows = run(make_members(table, options), options)
         rows.insert(0, "table", name)
         found.append(rows)
-    results = pd.concat(found, ignore_index=True)
-    write_text(folder / "results.csv", results.to_csv(index=False))
-    markdown = tabular_report.markdown(results)
+    rows = pd.concat(found, ignore_index=True)
+    write_text(folder / "options.yaml", lasting(options))
+    write_text(folder / "results.csv", rows.to_csv(index=False))
+    markdown = tabular_report.markdown(rows)
     write_text(folder / "table.md", markdown)
-    tabular_report.save(tabular_report.accuracy_plot(results), folder / "plot.png")
+    plots.save(tabular_report.accuracy_plot(rows), folder / "plot.png")
     say(markdown)
 
 

@@ -1,14 +1,13 @@
 """Tables and pictures of `startsparse.tabular`."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from startsparse.atomic import replacing
+from startsparse.plots import KEPT, bars
 from startsparse.report import summarise
 
 SETTING = ["start", "reset", "flow"]  # what makes a network, besides table and seed
@@ -64,7 +63,7 @@ def _cell(row: tuple) -> str:
         text += f" ± {100 * row.test_accuracy_ci95:.1f}"
     remarks = []
     if abs(row.density / row.requested - 1) > 0.05:
-        remarks.append(f"at {row.density:.4f}")
+        remarks.append(f"at {row.density:.3g}")
     if row.cut:
         remarks.append(f"{row.cut} of {row.runs} cut")
     return text + (f" ({', '.join(remarks)})" if remarks else "")
@@ -99,6 +98,8 @@ def collapses(rows: pd.DataFrame) -> list[str]:
 def accuracy_plot(rows: pd.DataFrame) -> Figure:
     """Test accuracy against realised density: means, 95 % intervals, the majority class.
 
+    A single run has no interval; that of few may leave the picture.
+
     A line of panels for each table, in it a panel for each way to prune; colours are starts.
     """
     found = means(rows)
@@ -113,10 +114,11 @@ def accuracy_plot(rows: pd.DataFrame) -> Figure:
             axis.set_title(f"{name}: {title}" if name else title, fontsize=9)
             own = table[(table["flow"] == flow) & (table["reset"] == reset)]
             for start, curve in own.groupby("start", sort=False):
+                curve = curve[curve["density"] > 0]  # the axis is logarithmic
                 axis.errorbar(
                     curve["density"],
                     100 * curve["test_accuracy"],
-                    100 * curve["test_accuracy_ci95"].fillna(0),
+                    bars(curve, "test_accuracy"),
                     color=f"C{starts.index(start)}",
                     marker="osD^v"[starts.index(start) % 5],
                     ms=3.5,
@@ -133,7 +135,7 @@ def accuracy_plot(rows: pd.DataFrame) -> Figure:
         line[0].set(ylim=(100 * low - 6, 101), ylabel="test accuracy (%)")
     _density_axis(axes[0, 0], sorted(set(found["requested"]), reverse=True))
     for axis in axes[-1]:
-        axis.set_xlabel("density (realised)")
+        axis.set_xlabel(KEPT, fontsize=9)
         axis.tick_params(axis="x", labelsize=8)
     shown: dict[str, object] = {}
     for axis in axes.flat:
@@ -176,9 +178,3 @@ def mask_picture(masks: dict[str, Tensor], feature_names: Sequence[str]) -> Figu
         counts.set_title("edges of a feature", fontsize=10)
     axes[-1, 0].set_xlabel("hidden unit")
     return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    """A PNG, whole or not at all."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from startsparse import checkpoint, flops, parallel, processes, schedules
+from startsparse.candidates import Candidates
 from startsparse.data import AnyBatches, Data
 from startsparse.engine.compute import Compute
 from startsparse.errors import UserError
@@ -50,7 +51,8 @@ class Phase:
     then: Callable[["Trainer"], None] = lambda _trainer: None  # done once, after the last epoch
     each_step: Callable[["Trainer", int], None] | None = None  # after the backward pass; phase step
     select_from: int = 0  # epochs before this one, of this phase, are no candidates for the best
-    dense_gradients: bool = False  # every step needs the gradients outside the masks too
+    drifts: bool = False  # density changes by training itself; the best epoch has that of the last
+    dense_until: int = 0  # steps before this one need the gradients outside the masks too
     moves: Callable[[int], bool] = lambda _step: False  # whether each_step may move masks, by step
     keeps_momentum: bool = False  # of the phase before, where weights go on from there
 
@@ -87,7 +89,7 @@ class Trainer:
         place: where the run stands.
         history: one dict per finished epoch, the rows of epochs.csv.
         tables: further tables that a script keeps, name -> rows of <name>.csv.
-        best: place and validation accuracy of the best epoch of this phase.
+        candidates: the best epoch of this phase, what may take its place, and their weights.
         forward_flops: `flops.forward_flops` of one example, or of the whole graph.
         flops: spent in training on one such input per step, and what dense training would have
             spent.
@@ -119,11 +121,11 @@ class Trainer:
         self.place, self.sums = Place(), new_sums(self.device)
         self.history: list[dict] = []
         self.tables: dict[str, list[dict]] = {}
-        self.best: dict = {}
+        self.candidates = Candidates(run.folder)
         example = torch.zeros(data.shape.input, device=self.device)
         self.forward_flops = flops.forward_flops(model, example)
         self.flops, self._counted = {"training": 0.0, "dense": 0.0}, 0
-        self._dense_gradients = False
+        self._dense_until = 0  # as of the phase, in steps of this epoch
         self.seconds = 0.0
         self._clock = time.monotonic()
         self._asked = 0  # the signal by which this process was asked to stop
@@ -146,7 +148,8 @@ class Trainer:
                 "sums": processes.add_up(self.sums.clone()),
                 "history": self.history,
                 "tables": self.tables,
-                "best": self.best,
+                "best": self.candidates.best,
+                "rivals": self.candidates.rivals,
                 "flops": self.flops,
                 "counted": self._counted,
                 "compute": self.compute.state(),
@@ -165,7 +168,9 @@ class Trainer:
         if processes.rank() == 0:
             self.sums = state["sums"]  # of all processes
         self.history, self.tables = state["history"], state["tables"]
-        self.best, self.flops, self.seconds = state["best"], state["flops"], state["seconds"]
+        self.candidates.best, self.candidates.rivals = state["best"], state["rivals"]
+        self.candidates.tidy()
+        self.flops, self.seconds = state["flops"], state["seconds"]
         self._counted = state["counted"]
         self.compute.restore(state["compute"])
         self.write_tables()
@@ -219,7 +224,7 @@ class Trainer:
             epoch, valid_accuracy, test_accuracy and test_loss of the selected weights.
         """
         self.load_selected()
-        chosen = self.best if self.options.select == "best" else self.history[-1]
+        chosen = self.candidates.best if self.options.select == "best" else self.history[-1]
         test = self.evaluate(self.data.test)
         return {
             "epoch": chosen["epoch"],
@@ -255,10 +260,9 @@ class Trainer:
         steps, dense = done - self._counted, dict.fromkeys(self.forward_flops, 1.0)
         self._counted = done
         density = flops.densities(self.model)
-        per_step = flops.training(self.forward_flops, density)
-        if self._dense_gradients:
-            per_step += flops.dense_gradients(self.forward_flops, density)
-        self.flops["training"] += steps * per_step
+        self.flops["training"] += steps * flops.training(self.forward_flops, density)
+        outside = max(0, min(done, self._dense_until) - (done - steps))
+        self.flops["training"] += outside * flops.dense_gradients(self.forward_flops, density)
         self.flops["dense"] += steps * flops.training(self.forward_flops, dense)
 
     def costs(self) -> dict[str, float]:
@@ -284,7 +288,7 @@ class Trainer:
             keep_inside(self.model, self.optimizer)  # masks may have shrunk
         else:
             self.optimizer = make_optimizer(self.model, self.options)
-        self.sums, self.best = new_sums(self.device), {}
+        self.sums, self.candidates.best = new_sums(self.device), {}
         self.save()
 
     def _warmup(self, phase: Phase) -> int:
@@ -292,7 +296,8 @@ class Trainer:
 
     def _epoch(self, phase: Phase) -> None:
         options, place, steps = self.options, self.place, len(self.data.train)
-        first, self._dense_gradients = place.epoch * steps, phase.dense_gradients
+        first = place.epoch * steps
+        self._dense_until = phase.dense_until - first
         rates = [
             schedules.learning_rate(
                 phase.lr_policy,
@@ -347,14 +352,15 @@ class Trainer:
             "seconds": self.seconds + time.monotonic() - self._clock,
         }
         self.history.append(row)
-        # Of equal epochs the later one: networks that are still getting sparser end sparser.
-        candidate = place.epoch >= phase.select_from
-        if candidate and valid["accuracy"] >= self.best.get("valid_accuracy", 0):
-            self.best = {"epoch": row["epoch"], "valid_accuracy": valid["accuracy"]}
-            checkpoint.save(self.run.folder / "best.pt", {"model": self.model.state_dict()})
+        if place.epoch >= phase.select_from:
+            candidate = {name: row[name] for name in ("epoch", "valid_accuracy", "density")}
+            self.candidates.add(self.model, candidate, drifts=phase.drifts)
+        if place.epoch + 1 == phase.epochs:
+            self.candidates.rivals = []
         self.place, self._counted = Place(place.phase, place.epoch + 1, 0), 0
         self.sums = new_sums(self.device)
         self.save()
+        self.candidates.tidy()
         self.write_tables()
         self.run.record(row, self.watch())
         if self._stop:

@@ -8,7 +8,7 @@ from hypothesis import settings
 from script_runs import newest
 
 from ER_DST import main as dst_main
-from startsparse import report
+from startsparse import plots
 from STR import main as str_main
 
 # Two test processes with two threads each would wait for one another on two cores.
@@ -35,7 +35,7 @@ def run_dst(tmp_path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Runs leave no curves.png, which takes longer than the training of a small network."""
-    monkeypatch.setattr(report, "plot_run", lambda *_: None)
+    monkeypatch.setattr(plots, "plot_run", lambda *_: None)
 
 
 def in_process(main, tmp_path):

@@ -22,7 +22,7 @@ from script_runs import newest
 
 from ER_DST import main as dst
 from ER_SLT import main as slt
-from startsparse import processes, report
+from startsparse import plots, processes
 from startsparse.engine import choice, compute
 from startsparse.engine.network import SparseForm
 from startsparse.masks import masked_weights
@@ -206,7 +206,7 @@ def joined(job: Callable[[Path], None]) -> Callable[[Path], None]:
 def main() -> None:
     """Exit codes as JSON."""
     torch.set_num_threads(1)
-    report.plot_run = lambda *_: None
+    plots.plot_run = lambda *_: None
     kind, where = sys.argv[1], Path(sys.argv[2])
     if kind == "bad":
         print(json.dumps({name: pair(job, where / name) for name, job in BAD.items()}))

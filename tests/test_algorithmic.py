@@ -11,7 +11,7 @@ from data_files import fails, gathered, loaded
 from script_runs import same, weights
 from test_str_resume import Crash, crashing
 
-from startsparse import models, report
+from startsparse import models, plots, report
 from startsparse.data import Repeated, Rows, Shape, modular
 from startsparse.errors import OptionError, UserError
 from startsparse.masks import sparse_layers
@@ -218,7 +218,7 @@ def test_curves_are_means_over_the_runs_of_a_setting(tmp_path):
     assert dense["valid_accuracy_ci95"][3] == pytest.approx(12.7062 * 0.25, rel=1e-4)
     assert table["runs"].tolist() == [1, 1, 1, 2, 2, 2]
     assert math.isnan(table["valid_accuracy_ci95"][0])
-    report.plot_curves(table, ["kind"], tmp_path / "curves.png")
+    plots.plot_curves(table, ["kind"], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "run1/epochs.csv").unlink()
     with pytest.raises(UserError, match=r"^--curves: .*run1/epochs\.csv does not exist"):

@@ -1,6 +1,7 @@
 """Training whose masks move: optimizer state, counts, densities, flow, and what is written down."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from ER_DST import main as script
 from ER_DST.options import FLOW
 from ER_DST.topology import GROWTH, METHODS, update
 from ER_DST.updates import phase, preserve_flow, warn_of_thin_start
-from startsparse import checkpoint, flow
+from startsparse import checkpoint, flops, flow
 from startsparse.errors import UserError
 from startsparse.masks import attach_masks, draw_masks, keep_inside, masked_weights, sparse_layers
 from startsparse.trainer import Trainer
@@ -256,6 +257,37 @@ def test_a_dense_layer_stays_dense_and_counts(tmp_path):
     assert (trainer.model.hidden[0].weight != 0).all()
 
 
+@pytest.mark.parametrize("growth", GROWTH)
+@pytest.mark.parametrize("method", ["DST", "GraNet"])
+def test_nothing_is_dropped_and_grown_after_the_stop(tmp_path, method, growth):
+    """24 steps, of which the first 9 drop and grow; pruning goes on to step 16.5."""
+    asked = {"method": method, "growth": growth, "final_density": 0.1, "epochs": 6}
+    asked |= {"update_frequency": 2, "stop_updates": 9 / 24, "prune_rate": 0.4}
+    rows = train(tmp_path, options(**asked)).tables["topology"]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8] + [10, 12, 14, 16] * (method == "GraNet")
+    cosine = [0.005 + 0.5 * 0.395 * (1 + math.cos(math.pi * step / 9)) for step in (2, 4, 6, 8)]
+    assert [row["drop_fraction"] for row in rows] == pytest.approx(cosine + [0] * len(rows[4:]))
+    assert [row["grown"] > 0 for row in rows] == [True] * 4 + [False] * len(rows[4:])
+    if method == "GraNet":
+        assert [row["dropped"] > 0 for row in rows[4:7]] == [True] * 3
+        assert rows[-1]["density"] == round(0.1 * WEIGHTS) / WEIGHTS
+
+
+@pytest.mark.parametrize("growth", GROWTH)
+def test_dense_gradients_are_paid_for_up_to_the_stop_only(tmp_path, growth):
+    """A mask of fixed counts: FLOPs of 24 steps, and of the dense gradients of some of them."""
+    asked = options(method="DST", growth=growth, epochs=6, update_frequency=3, stop_updates=10 / 24)
+    trainer = train(tmp_path, asked)
+    moving = phase(asked, STEPS).moves  # steps that sparse compute leaves to the masked network
+    assert [step for step in range(24) if moving(step)] == [3, 6, 9]
+    density = flops.densities(trainer.model)
+    outside = flops.dense_gradients(trainer.forward_flops, density)
+    assert outside > 0
+    times = {"random": 0, "gradient": 3, "momentum": 10}[growth]
+    spent = 24 * flops.training(trainer.forward_flops, density) + times * outside
+    assert trainer.flops["training"] == pytest.approx(spent)
+
+
 # --- flow -----------------------------------------------------------------------------------------
 
 
@@ -420,7 +452,7 @@ def test_no_epoch_before_the_final_density_is_the_best(tmp_path, monkeypatch, as
         lambda self, _: {"loss": 1.0, "accuracy": accuracies[len(self.history)]},
     )
     trainer = train(tmp_path, options(final_density=0.1, **asked))
-    assert trainer.best["epoch"] == best
+    assert trainer.candidates.best["epoch"] == best
     state = checkpoint.load(tmp_path / "best.pt", CPU)["model"]
     kept = sum(int(mask.sum()) for name, mask in state.items() if name.endswith("weight_mask"))
     assert kept == sum(counts(trainer.model).values())

@@ -172,6 +172,14 @@ def test_a_density_divides_by_the_root_of_that_which_a_layer_computes_with(how):
             assert other.bias.std().item() == pytest.approx(deviation, rel=0.3)
 
 
+@pytest.mark.parametrize("how", [name for name in INITS if name != "signed-const-with-bias"])
+def test_a_scale_is_a_factor_of_the_logits_for_each_layer(how):
+    x = torch.rand(5, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    model, other = drawn(how), drawn(how, scale=3.0)
+    model[1], other[1] = nn.Identity(), nn.Identity()
+    assert torch.allclose(other(x), 27 * model(x), rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("density", [0.05, 0.2])
 def test_the_variance_is_that_of_he_for_the_entries_in_use(density):
     """What scaling is for: fan_in times the density in use times the variance is 2."""

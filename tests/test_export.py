@@ -14,7 +14,7 @@ from slt_runs import few_digits
 
 from ER_DST import main as dst
 from ER_SLT import main as slt
-from startsparse import checkpoint, data, export, formats, masks, models, report
+from startsparse import checkpoint, data, export, formats, masks, models, plots
 from startsparse.errors import OptionError, UserError
 from startsparse.trainer import Trainer
 from STR import main as st
@@ -25,7 +25,7 @@ RUNS = {
     "soft": (st, "--arch mlp --width 12 --conv-type STRConvER --select last --warmup-length 0"),
     "DST": (
         dst,
-        "--model resnet20 --width 4 --sparse --init-density 0.1 --final-density 0.03 "
+        "--model resnet20 --width 4 --sparse-init ERK --init-density 0.1 --final-density 0.03 "
         "--update-frequency 1 --final-prune-epoch 1 --warmup-length 0 --growth momentum",
     ),
     "SLT": (
@@ -53,11 +53,12 @@ class Finished:
                 return result
 
             patch.setattr(Trainer, "test", watch)
-            patch.setattr(report, "plot_run", lambda *_: None)
+            patch.setattr(plots, "plot_run", lambda *_: None)
             patch.setitem(data.SETS, "digits", few_digits)
             soft = SOFT if name == "soft" else []
             folders = ["--log-dir", f"{where}/runs", "--result-dir", str(where)]
-            script.main([*argv.split(), *soft, *SMALL, *folders])
+            small = SMALL[:2] if name == "graph" else SMALL  # a graph is one batch
+            script.main([*argv.split(), *soft, *small, *folders])
         self.folder = newest(where)
         self.model, self.shape = seen[-1]
         batch = 1 if self.shape.nodes else 9

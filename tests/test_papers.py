@@ -120,7 +120,7 @@ def test_grasp():
         hessian = torch.autograd.functional.hessian(loss, theta)
         importance = -theta * (hessian @ gradient)
         expected = alive & best((-importance).where(alive, -torch.inf), count)
-        found = scores.grasp(model, images, labels)
+        found = scores.grasp(model, images, labels, temperature=1.0)
         torch.testing.assert_close(flat(found.values()) * alive, -importance, rtol=1e-9, atol=1e-14)
         scores.keep_top(model, found, count)
         assert torch.equal(mask_of(model).bool(), expected)
@@ -346,4 +346,4 @@ def test_masks_that_move(tmp_path, method, form):
     found = dst_runs.masks(trainer.model)
     assert all(torch.equal(found[name], masks[name]) for name in masks)
     for name, parameter in trainer.model.named_parameters():
-        torch.testing.assert_close(parameter.double(), state[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(parameter.double(), state[name], rtol=1e-3, atol=1e-4)

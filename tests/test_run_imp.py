@@ -131,6 +131,76 @@ def test_a_sweep_reports_and_is_not_run_again(tmp_path, monkeypatch, capsys):
     assert len(pd.read_csv(tmp_path / "levels.csv")) == 2 * 2 * 3
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Runs of a sweep in this process, to save time; returns those that were started."""
+    started = []
+
+    def launch(job, _device):
+        started.append(job.title)
+        script.main(job.argv)
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
+
+    monkeypatch.setattr(jobs, "_launch", launch)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr("startsparse.plots.plot_run", lambda *_: None)
+    return started
+
+
+SHORT = ["--epochs", "1", "--final_prune_epoch", "1"]
+
+
+def test_a_second_start_finds_the_runs_of_each_seed(tmp_path, in_this_process):
+    for seeds in (["1"], ["12", "1"], ["1", "12", "2"]):
+        assert run_imp.main([*argv(tmp_path, *TWO, "--seeds", *seeds), *SHORT]) == 0
+    assert [title.split()[-1] for title in in_this_process] == ["1", "12", "2"]
+    levels = pd.read_csv(tmp_path / "levels.csv")
+    assert sorted(levels["seed"]) == [1] * 3 + [2] * 3 + [12] * 3
+    assert set(pd.read_csv(tmp_path / "table.csv")["runs"]) == {3}
+
+
+def test_sweeps_with_one_result_dir_are_in_one_table_and_not_mixed(tmp_path, in_this_process):
+    first = argv(tmp_path, *TWO, "--seeds", "1", "2")
+    assert run_imp.main([*first, *SHORT]) == 0
+    before = pd.read_csv(tmp_path / "levels.csv")
+    other = argv(tmp_path, *TWO, "--seeds", "1", "--rewind", "none", "--log-dir", f"{tmp_path}/b")
+    assert run_imp.main([*other, *SHORT, "--lr", "0.01"]) == 0
+    third = argv(tmp_path, *TWO, "--seeds", "1", "--log-dir", f"{tmp_path}/c")
+    assert run_imp.main([*third, *SHORT, "--lr", "0.02"]) == 0
+    levels = pd.read_csv(tmp_path / "levels.csv")
+    assert len(levels) == len(before) + 2 * 3
+    for name in ("levels.csv", "results.csv"):  # no paths of this machine
+        assert str(tmp_path) not in (tmp_path / name).read_text()
+    pd.testing.assert_frame_equal(levels[: len(before)], before)
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert dict(zip(table["pruning"], table["runs"])) == {
+        "mag, rewind weights, lr 0.1": 2,
+        "mag, rewind none, lr 0.01": 1,
+        "mag, rewind weights, lr 0.02": 1,
+    }
+    assert (tmp_path / "table.md").read_text().count("\n") == 2 + 3
+    # The same run in another folder would be a seed that repeats: said before it is trained.
+    count = len(in_this_process)
+    again = argv(tmp_path, *TWO, "--seeds", "2", "--log-dir", f"{tmp_path}/d")
+    with pytest.raises(OptionError, match=r"^--result-dir: .*levels\.csv: seed 2 repeats in one"):
+        run_imp.main([*again, *SHORT])
+    assert len(in_this_process) == count
+
+
+@pytest.mark.parametrize("twice", [["--seeds", "1", "1"], ["--er-sparse-methods", "balanced",
+                                                          "ER_same_params"]])  # fmt: skip
+def test_a_run_that_a_sweep_names_twice(tmp_path, twice):
+    with pytest.raises(OptionError, match=r"^the sweep has one run twice: balanced-0\.5-mag-weig"):
+        run_imp.main(argv(tmp_path, *TWO, *twice))
+
+
+def test_a_sweep_checks_its_table_first(tmp_path, in_this_process):
+    (tmp_path / "levels.csv").write_text("level,seed\n0,1\n")
+    with pytest.raises(OptionError, match=r"^--result-dir: .*levels\.csv: has no column 'run'"):
+        run_imp.main(argv(tmp_path, *TWO))
+    assert in_this_process == []
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from startsparse import report, runs
+from startsparse import plots, report, results, runs
 from startsparse.console import log
 from startsparse.errors import UserError
 from startsparse.options import Options
@@ -17,7 +17,7 @@ from startsparse.options import Options
 
 def write(path, start):
     for i in range(start, start + 10):
-        runs.append_row(path, {"run": f"r{i}", "value": i})
+        results.add(path, [{"run": path.parent / f"r{i}", "value": i}])
 
 
 def test_processes_share_results_csv(tmp_path):
@@ -33,10 +33,11 @@ def test_processes_share_results_csv(tmp_path):
 
 def test_a_run_has_one_line_and_new_columns_are_added(tmp_path):
     path = tmp_path / "results.csv"
-    runs.append_row(path, {"run": "a", "x": 1})
-    runs.append_row(path, {"run": "b", "x": 2, "y": 3})
-    runs.append_row(path, {"run": "a", "x": 5})
+    results.add(path, [{"run": tmp_path / "a", "x": 1, "z": 0}])
+    results.add(path, [{"run": tmp_path / "b", "x": 2, "y": 3, "z": 0}])
+    results.add(path, [{"run": tmp_path / "a", "x": 5}])
     table = pd.read_csv(path).set_index("run")
+    assert list(table) == ["x", "y", "z"]
     assert table["x"].to_dict() == {"b": 2, "a": 5}
     assert table.loc["b", "y"] == 3
     assert np.isnan(table.loc["a", "y"])
@@ -69,19 +70,19 @@ def test_a_closed_run_is_anyones(tmp_path):
 
 
 def test_mean_and_confidence_interval_by_hand(tmp_path):
-    results = pd.DataFrame(
+    rows = pd.DataFrame(
         {
             "name": ["a", "a", "a", "b"],
             "test_accuracy": [0.9, 0.92, 0.94, 0.5],
             "seed": [1, 2, 3, 1],
         }
     )
-    table = report.summarise(results, ["name"], ["test_accuracy"]).set_index("name")
+    table = report.summarise(rows, ["name"], ["test_accuracy"]).set_index("name")
     assert table.loc["a", "test_accuracy"] == pytest.approx(0.92)
     # t(0.975, 2 degrees of freedom) = 4.30265; standard deviation 0.02
     assert table.loc["a", "test_accuracy_ci95"] == pytest.approx(4.30265 * 0.02 / 3**0.5, rel=1e-5)
     assert np.isnan(table.loc["b", "test_accuracy_ci95"])
-    results.to_csv(tmp_path / "results.csv")
+    rows.to_csv(tmp_path / "results.csv")
     done = subprocess.run(
         [sys.executable, "-m", "startsparse.report", tmp_path / "results.csv", "--by", "name",
          "--of", "test_accuracy"],
@@ -100,7 +101,7 @@ def test_the_picture_is_a_picture(tmp_path):
                            "train_accuracy": [0.5, 0.9], "valid_accuracy": [0.4, 0.8],
                            "density": [0.2, 0.2]})  # fmt: skip
     layers = pd.DataFrame({"layer": ["a", "total"], "density": [0.2, 0.2], "requested": [0.2, 0.2]})
-    report.plot_run(epochs, layers, tmp_path / "curves.png")
+    plots.plot_run(epochs, layers, tmp_path / "curves.png")
     from PIL import Image
 
     with Image.open(tmp_path / "curves.png") as picture:
@@ -119,7 +120,7 @@ def test_no_point_hides_another_and_no_interval_is_cut(tmp_path, monkeypatch):
     )  # fmt: skip
     figures, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (figures.append(f), save(f, *a, **k)))
-    report.plot(means, ["density", "start"], "test_accuracy", tmp_path / "plot.png")
+    plots.plot(means, ["density", "start"], "test_accuracy", tmp_path / "plot.png")
     (axis,) = figures[0].axes
     places = np.array([bars.lines[0].get_xdata() for bars in axis.containers])
     assert (np.diff(places, axis=0) < 0).all()  # side by side, in order

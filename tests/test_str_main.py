@@ -43,7 +43,8 @@ def test_every_conv_type_trains_and_stays_inside_its_mask(run, conv_type):
                 return model, requested
 
             patch.setattr(script, "network", network)
-            folder = run("--conv-type", conv_type, *TINY, *SOFT)
+            soft = SOFT if conv_type.startswith("STR") else []
+            folder = run("--conv-type", conv_type, *TINY, *soft)
     finally:
         hook.remove()
     assert len(stepped) == 2 * 6
@@ -141,6 +142,17 @@ def test_tensorboard_shows_scalars_densities_and_thresholds(run):
     assert shown == pytest.approx(pd.read_csv(folder / "epochs.csv")["density"].tolist(), rel=1e-6)
 
 
+def test_soft_thresholds_that_pruned_nothing_are_said_to(run, caplog):
+    soft = [*MLP, "--conv-type", "STRConvER"]
+    run(*soft, "--st-decay", "0.002")
+    (line,) = [said for said in caplog.messages if "soft thresholds use" in said]
+    assert line.startswith("warning: --sInit-value: ")
+    assert "(0.002; --st-decay" in line
+    caplog.clear()
+    run(*soft, *SOFT)
+    assert "soft thresholds use" not in caplog.text
+
+
 def test_a_small_cifar_in_the_true_format(run, tmp_path, monkeypatch):
     small = write_cifar10(tmp_path / "data")
     monkeypatch.setitem(script.data.SETS, "cifar10", small.loader)
@@ -197,6 +209,7 @@ def test_str_induced_er_reads_a_runs_layers_back(run, tmp_path):
 
 
 def test_a_missing_data_set_leaves_no_run_behind(run, tmp_path, monkeypatch):
+    (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="--set digits"):
         run("--set", "imagenet", "--data", str(tmp_path / "nothing"))
     assert not (tmp_path / "a").exists()
@@ -231,7 +244,7 @@ def test_the_original_commands_finish_on_digits(tmp_path, monkeypatch, command):
         "random pruning": ("cifar10", 256, 160),
         "soft thresholds": ("cifar10", 256, 100),
     }[command]
-    short = ["--set", "digits", "--epochs", "1", "--final_prune_epoch", "1"]
+    short = ["--set", "digits", "--epochs", "1"]
     folders = ["--log-dir", str(tmp_path / "runs"), "--result-dir", str(tmp_path)]
     script.main([*argv, *short, *folders])
     result = json.loads((newest(tmp_path) / "summary.json").read_text())

@@ -11,9 +11,12 @@ import yaml
 from script_runs import MLP, ROOT, SOFT, TINY, weights
 
 from startsparse import masks
+from startsparse.data import SHAPES
 from startsparse.errors import OptionError
 from startsparse.pruning import PRUNERS
 from STR import main as script
+
+IMAGES = [name for name, shape in SHAPES.items() if shape.kind == "images"]
 
 
 def test_no_validation_split(run):
@@ -150,16 +153,23 @@ BAD = {
     "--lr: 0.0 should be above 0": ["--lr", "0"],
     "--lrr: unknown option; did you mean --lr": ["--lrr", "3"],
     "--st-decay: 'abc' is not a number": ["--st-decay", "abc"],
-    "--st-decay: -1.0 should be at least 0": ["--st-decay", "-1"],
+    "--st-decay: -1.0 should be at least 0": ["--st-decay", "-1", "--conv-type", "STRConv"],
     "--epochs: '1.5' is not a whole number": ["--epochs", "1.5"],
     "--conv-type: 'Conv' is none of DenseConv, ConvMask": ["--conv-type", "Conv"],
     "--er-sparse-init: 1.5 should be above 0 and at most 1": ["--er-sparse-init", "1.5"],
     "--threshold-list: 0.3 should be above 0 and at most 0.2": ["--threshold-list", "0.3"],
     "--threshold-list: prunes masks": ["--threshold-list", "0.1", "--conv-type", "STRConv"],
-    "--grasp-temperature: 0.0 should be above 0": ["--grasp-temperature", "0"],
+    "--grasp-temperature: 0.0 should be above 0": [
+        *("--grasp-temperature", "0", "--pruner", "grasp", "--threshold-list", "0.1")
+    ],
     "--er-sparse-method: network needs an --er-sparsity-file": ["--er-sparse-method", "network"],
-    "--er-sparsity-file: goes with --er": ["--er-sparsity-file", "x.json"],
-    "--reset-weights: means weights, --rewind says bn": ["--reset-weights", "--rewind", "bn"],
+    "--er-sparsity-file: has no effect without --er-sparse-method network": [
+        "--er-sparsity-file",
+        "x.json",
+    ],
+    "--reset-weights: means weights, --rewind says bn": [
+        *("--reset-weights", "--rewind", "bn", "--threshold-list", "0.1")
+    ],
     "--width: --resnet-type small-dense needs it": ["--resnet-type", "small-dense"],
     "--width: the ImageNet ResNets": ["--set", "imagenet", "--width", "8"],
     "--arch: .*ImageNet": ["--set", "imagenet", "--arch", "vgg16"],
@@ -241,3 +251,19 @@ def test_every_config_is_complete_and_goes_around(path, tmp_path):
     again.config = options.config
     assert again == options
     assert yaml.safe_load(copy.read_text())["set"] == options.set
+
+
+@pytest.mark.parametrize("name", sorted(IMAGES))
+def test_configs_of_images_warm_up(name):
+    """Without, the dense network learns less at first, and sparse ones seem to be better."""
+    options = script.parse(script.STROptions, script.CONFIGS, ["--set", name])
+    assert options.warmup_length == (5 if options.epochs >= 100 else 1)
+
+
+@pytest.mark.parametrize(("name", "decay"), [("cifar", 1e-4), ("cifar100", 1e-3)])
+def test_weight_decay_of_the_published_recipes(name, decay):
+    path = script.CONFIGS / f"largescale/resnet18-{name}-str-1.yaml"
+    assert (
+        script.parse(script.STROptions, script.CONFIGS, ["--config", str(path)]).weight_decay
+        == decay
+    )

@@ -1,5 +1,7 @@
 """A run that was stopped anywhere and resumed is the run that was not."""
 
+import itertools
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +10,8 @@ import time
 
 import pandas as pd
 import pytest
-from script_runs import MLP, ROOT, SOFT, TINY, newest, same, steps
+import torch
+from script_runs import MLP, ROOT, SOFT, TINY, newest, same, steps, weights
 
 from startsparse import checkpoint
 from startsparse.errors import OptionError
@@ -55,6 +58,40 @@ def crashing(when, count, save=Trainer.save):
             raise Crash
 
     return crash
+
+
+def test_resume_while_density_leaves_the_best_epochs(run, monkeypatch):
+    """Of five epochs the first are the best, but too dense: which is tested, and its weights."""
+    evaluate, accuracies = Trainer.evaluate, [0.9, 0.8, 0.6, 0.7, 0.5]
+
+    def denser_is_better(trainer, batches):
+        found = evaluate(trainer, batches)
+        testing = batches is trainer.data.test
+        return found if testing else found | {"accuracy": accuracies[len(trainer.history)]}
+
+    monkeypatch.setattr(Trainer, "evaluate", denser_is_better)
+    argv = [*MLP, "--conv-type", "STRConvER", *SOFT, "--st-decay", "0.2", "--epochs", "5"]
+    argv += ["--lr-policy", "constant"]
+    whole = run(*argv, where="whole")
+    epochs = pd.read_csv(whole / "epochs.csv")
+    final = epochs["density"].iloc[-1]
+    near = epochs[(epochs["density"] - final).abs() <= 0.1 * final]
+    best = near.loc[near["valid_accuracy"].idxmax()]
+    assert 1 < best["epoch"] < 5
+    result = json.loads((whole / "summary.json").read_text())
+    assert (result["epoch"], result["density"]) == (best["epoch"], best["density"])
+    plain = [x for x in weights(whole, "dense_weights.pt").values() if x.dim() > 1]
+    kept = sum(int(torch.count_nonzero(tensor)) for tensor in plain)
+    assert kept == result["kept"]
+    assert not list(whole.glob("best-*"))
+    for when, count in itertools.product(("before", "after"), range(1, 6)):
+        where = f"{when}{count}"
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(Trainer, "save", crashing(when, count))
+            run(*argv, where=where)
+        parts = run(*argv, "--resume", "auto", where=where)
+        assert same(whole, parts)
+        assert not list(parts.glob("best-*"))
 
 
 def test_resume_over_pruning_levels(run, monkeypatch):
@@ -131,3 +168,19 @@ def test_auto_takes_the_newest_run_that_began(run, tmp_path):
         script.parse(script.STROptions, script.CONFIGS,
                      [*MLP, "--resume", "auto", "--log-dir", f"{tmp_path}/a/runs"])
     ) == second  # fmt: skip
+
+
+def test_auto_reads_the_seed_from_options_yaml(run):
+    """seed-1-2 is the second run of seed 1; seed-12 is another seed's."""
+    begun = {}
+    for seed in ("1", "12", "2", "1", "1", "12"):
+        begun[seed] = run(*MLP, "--seed", seed)
+    assert {folder.name for folder in begun.values()} == {"seed-1-3", "seed-12-2", "seed-2"}
+    shown = begun["2"].rename(begun["2"].with_name("seed-1-9"))  # a name says nothing
+    begun["2"] = shown
+    for seed, folder in begun.items():
+        options = script.parse(
+            script.STROptions, script.CONFIGS,
+            [*MLP, "--seed", seed, "--resume", "auto", "--log-dir", str(folder.parents[2])],
+        )  # fmt: skip
+        assert script.runs.find_run(options) == folder

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from startsparse import tabular, tabular_report
+from startsparse import plots, tabular, tabular_report
 from startsparse.data import tables
 from startsparse.errors import OptionError, UserError
 from startsparse.masks import masked_weights
@@ -231,7 +231,7 @@ def test_pictures(outcome, tmp_path, table):
     figure = tabular_report.mask_picture(members[0].first_masks, table.feature_names)
     assert figure.axes[0].get_yticklabels()[0].get_text() == "mean radius"
     assert figure.axes[0].images[0].get_array().shape == (30, 16)
-    tabular_report.save(figure, tmp_path / "a/b.png")
+    plots.save(figure, tmp_path / "a/b.png")
     assert (tmp_path / "a/b.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -259,11 +259,36 @@ def test_the_program(tmp_path, capsys):
     assert (tmp_path / "out/plot.png").stat().st_size > 5000
 
 
+def test_results_of_other_options_are_not_overwritten(tmp_path, monkeypatch):
+    assert "results" not in TabularOptions().result_dir  # where the committed ones are
+    monkeypatch.setattr(tabular, "run", lambda *_: rows([0.9, 0.8]))
+    where = ["--result-dir", str(tmp_path / "out")]
+    tabular.main(where)
+    first = (tmp_path / "out/results.csv").read_bytes()
+    monkeypatch.setattr(tabular, "run", lambda *_: rows([0.7, 0.6]))
+    with pytest.raises(OptionError, match=r"^--result-dir: .*results\.csv is of a run with --lr "):
+        tabular.main([*where, "--lr", "0.1"])
+    assert (tmp_path / "out/results.csv").read_bytes() == first
+    tabular.main([*where, "--data", str(tmp_path)])  # where the data lies changes nothing
+    assert (tmp_path / "out/results.csv").read_bytes() != first
+    assert str(tmp_path) not in (tmp_path / "out/options.yaml").read_text()
+    (tmp_path / "out/options.yaml").unlink()
+    with pytest.raises(OptionError, match=r"results\.csv is of an unknown origin"):
+        tabular.main(where)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setattr(tabular.tables, "load", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(OptionError, match=r"^--result-dir: cannot write .*file"):
+        tabular.main(["--result-dir", str(blocked)])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--tables", "iris"], "--table: 'iris' is none of"),
         (["--seeds"], "--seeds: needs at least one value"),
+        (["--seeds", "1", "2", "1"], "--seeds: 1 is named twice"),
+        (["--starts", "0.5", ".5"], "--starts: 0.5 is named twice"),
         (["--starts", "1.5"], "--starts: 1.5 should be above 0 and at most 1"),
         (["--densities", "0"], "--densities: 0 should be above 0 and at most 1"),
         (["--lr", "0"], "--lr: 0.0 should be above 0"),

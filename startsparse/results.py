@@ -1,0 +1,150 @@
+"""results.csv: one row per finished run; in a sweep levels.csv too: one row per level of a run.
+
+``run`` is the key: the run folder, relative to the folder of the file where both lie in one tree,
+so that a folder of results can be moved and committed together with its runs. Cells are kept as the
+text that was written, so that no name becomes a number. What was measured comes first, and its last
+column is ``seconds``; options follow, by the names that they have in the code of all scripts.
+"""
+
+import fcntl
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from startsparse.atomic import replacing
+from startsparse.errors import OptionError, UserError
+from startsparse.fields import normal
+
+# Columns that are text also where every cell looks like a number.
+TEXT = {"run", "name", "expt_setup", "er_sparsity_file", "start_from", "target_expt_name"}
+
+# Names that options have on the command line of a script -> their names in the code and in tables.
+OTHER_NAMES = {
+    "save": "log_dir",
+    "save_file": "name",
+    "data": "set",
+    "dataset": "set",
+    "data_dir": "data",
+    "model": "arch",
+    "init_method": "init",
+    "initBias": "init",
+    "sparse_init": "er_sparse_method",
+    "init_density": "er_sparse_init",
+    "er_init_density": "er_sparse_init",
+    "ratios_from": "er_sparsity_file",
+    "l2": "weight_decay",
+    "wd": "weight_decay",
+    "global": "global_ranking",
+}
+
+
+def read(path: Path) -> pd.DataFrame:
+    """All cells as text, "" where there is none. Raises `UserError` if the file cannot be read."""
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read as a table ({reason})") from None
+    return table
+
+
+def read_runs(path: Path) -> pd.DataFrame:
+    """`read` a table that `add` writes; one without rows where there is no file.
+
+    Raises:
+        UserError: it cannot be read, or has no column ``run``.
+    """
+    table = read(path) if path.exists() else pd.DataFrame({"run": []}, dtype=str)
+    if "run" not in table:
+        raise UserError(f"{path}: has no column 'run', so it is no table of runs")
+    return table
+
+
+def add(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Add rows to a table that several processes may write; new columns are welcome.
+
+    Args:
+        rows: ``run`` is the run folder. What the table has of it is replaced: a run has one result.
+    """
+    rows = [{k: cell(v) for k, v in {**row, "run": key(path, row["run"])}.items()} for row in rows]
+    with locked(path):
+        table = read_runs(path)
+        table = without(table, path, {folder(path, row["run"]) for row in rows})
+        columns = list(table.columns)
+        for row in rows:  # a new column has its place behind the one before it
+            for before, name in itertools.pairwise(row):
+                if name not in columns:
+                    columns.insert(columns.index(before) + 1, name)
+        table = pd.concat([table, pd.DataFrame(rows, dtype=str)]).reindex(columns=columns)
+        with replacing(path) as temporary:
+            table.fillna("").to_csv(temporary, index=False)
+
+
+def key(path: Path, run: Path | str) -> str:
+    """The cell ``run`` in the table ``path`` of the run in this folder."""
+    run, here = Path(run).resolve(), path.parent.resolve()
+    apart = len(Path(os.path.commonpath([run, here])).parts) == 1
+    return str(run) if apart else Path(os.path.relpath(run, here)).as_posix()
+
+
+def folder(path: Path, run: str) -> Path:
+    """The run folder, absolute, that the cell ``run`` of the table ``path`` means."""
+    return (path.parent.resolve() / run).resolve()
+
+
+def without(table: pd.DataFrame, path: Path, folders: set[Path]) -> pd.DataFrame:
+    """The rows of the table ``path`` that are not of these run folders."""
+    return table[~table["run"].map(lambda run: folder(path, run)).isin(folders)]
+
+
+def check(path: Path) -> None:
+    """Raise `OptionError` unless `add` will be able to add to the table. Leaves nothing behind."""
+    there = next(parent for parent in path.resolve().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            read_runs(path)
+    except OSError as error:
+        raise OptionError(f"--result-dir: cannot write {path}: {error.strerror}") from None
+    except UserError as error:
+        raise OptionError(f"--result-dir: {error}; move it away or name another folder") from None
+    if path.exists() and not os.access(path, os.W_OK):
+        raise OptionError(f"--result-dir: {path} may not be written")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file beside ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def numbers(table: pd.DataFrame) -> pd.DataFrame:
+    """Columns in which every cell but empty ones is a number as numbers, but those of `TEXT`."""
+    table = table.copy()
+    for name in table.columns.difference(list(TEXT)):
+        found = pd.to_numeric(table[name].where(table[name] != ""), errors="coerce")
+        if found.notna().any() and (found.notna() | (table[name] == "")).all():
+            table[name] = found
+    return table
+
+
+def column(table: pd.DataFrame, name: str) -> str | None:
+    """The column that a name of the command line means, with dashes or underscores, if any."""
+    other = {normal(k): v for k, v in OTHER_NAMES.items()}.get(normal(name))
+    found = {normal(c): c for c in table.columns}
+    return other if other in table else found.get(normal(name))
+
+
+def cell(value: Any) -> str:
+    """A value as it stands in a table."""
+    if isinstance(value, tuple | list):
+        return " ".join(map(str, value))
+    return "" if value is None or value != value else str(value)  # NaN is not itself

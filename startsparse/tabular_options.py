@@ -1,0 +1,116 @@
+"""The options of `startsparse.tabular`, and the folder of its results."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+from startsparse import batched, ratios, results
+from startsparse.commandline import (
+    Truth,
+    choice,
+    default_is,
+    flag,
+    plain_values,
+    read_yaml,
+    write_yaml,
+)
+from startsparse.engine.compute import MODES
+from startsparse.errors import OptionError
+from startsparse.models import INITS
+from startsparse.options import require_distinct, require_range
+
+
+@dataclasses.dataclass
+class TabularOptions:
+    """Networks that start sparse, pruned on from there, on tables."""
+
+    tables: tuple[str, ...] = ("breast-cancer",)
+    """breast-cancer, digits, ACSEmployment, ACSIncome, or the paths of .csv files"""
+    data: Annotated[str, default_is("$STARTSPARSE_DATA, else ./data")] = ""
+    """Folder of the census files"""
+    state: str = "AL"
+    """State of the census, two letters"""
+    year: int = 2018
+    """Year of the census"""
+    label: Annotated[str, default_is("none")] = ""
+    """Column of the classes in a .csv file"""
+
+    starts: tuple[float, ...] = (1.0, 0.5)
+    """Densities of the random masks to start from; 1 is the dense start"""
+    er_sparse_method: choice(m for m in ratios.METHODS if m != "network") = "uniform"
+    """Layer-wise ratio of the random masks"""
+    densities: tuple[float, ...] = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
+    """Densities to prune to by magnitude; those not below the start are left out"""
+    reset: tuple[Truth, ...] = (False, True)
+    """After each pruning: False goes on, True puts all weights back to their initial values"""
+    flow_preservation: tuple[Truth, ...] = (False,)
+    """True: every unit without an incoming or outgoing edge gets one, after each pruning"""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Seeds; each has its own split, weights, masks and order of the data"""
+
+    width: int = 256
+    """Units of the hidden layers"""
+    init: choice(INITS) = "kaiming_normal"
+    """Initialisation of the weights"""
+    optimizer: choice(("adam", "sgd")) = "adam"
+    """Optimizer; it starts anew at each density"""
+    lr: float = 0.01
+    """Learning rate"""
+    weight_decay: float = 0.0
+    """Weight decay"""
+    batch_size: int = 64
+    """Rows per step"""
+    epochs: int = 10
+    """Epochs at each density"""
+    final_epochs: int = 20
+    """Epochs at the last density"""
+    form: choice(batched.FORMS) = "batched"
+    """Train all networks at once, or one after the other: the same within rounding"""
+    sparse_compute: choice(MODES) = "auto"
+    """Train one after the other, and compute and store only what is inside the masks; auto: at the
+    densities where a few steps are faster so. The same within rounding"""
+    result_dir: str = "runs/tabular"
+    """Folder of results.csv, table.md, plot.png and options.yaml; results of other options there
+    are never overwritten"""
+
+    def check(self) -> None:
+        """Raise `OptionError` for values that cannot be meant; names the option."""
+        for name in ("tables", "starts", "densities", "reset", "flow_preservation", "seeds"):
+            if not getattr(self, name):
+                raise OptionError(f"--{name.replace('_', '-')}: needs at least one value")
+            require_distinct(self, name)
+        for name in ("starts", "densities"):
+            for density in getattr(self, name):
+                if not 0 < density <= 1:
+                    raise OptionError(f"--{name}: {density:g} should be above 0 and at most 1")
+        require_range(self, "lr", low=0, open_low=True)
+        require_range(self, "weight_decay", low=0)
+        for name in ("width", "epochs", "final_epochs"):
+            require_range(self, name, low=1)
+        require_range(self, "batch_size", low=2)  # BatchNorm
+
+    def levels(self) -> list[float]:
+        """Densities at which networks train, falling."""
+        return sorted({*self.starts, *self.densities}, reverse=True)
+
+
+def lasting(options: TabularOptions) -> str:
+    """The options that say what is computed, as YAML."""
+    return write_yaml(dataclasses.replace(options, data="", result_dir=TabularOptions.result_dir))
+
+
+def check_folder(folder: Path, options: TabularOptions) -> None:
+    """Raise `OptionError` if results cannot be written there, or would replace those of others."""
+    results.check(folder / "table.csv")
+    file = folder / "results.csv"
+    if file.exists():
+        before = folder / "options.yaml"
+        if not before.exists():
+            raise OptionError(f"--result-dir: {file} is of an unknown origin; name another folder")
+        theirs, own = plain_values(read_yaml(TabularOptions, before)), plain_values(options)
+        for name in own:
+            if name not in ("data", "result_dir") and theirs[name] != own[name]:
+                raise OptionError(
+                    f"--result-dir: {file} is of a run with {flag(name)} {theirs[name]}, not "
+                    f"{own[name]}; name another folder"
+                )
