@@ -26,7 +26,7 @@ class TabularOptions:
 
     tables: tuple[str, ...] = ("breast-cancer",)
     """breast-cancer, digits, ACSEmployment, ACSIncome, or the paths of .csv files"""
-    data: Annotated[str, default_is("$STARTSPARSE_DATA, else ./data")] = ""
+    data: Annotated[str, default_is("$STARTSPARSE_DATA, else data/ at the root")] = ""
     """Folder of the census files"""
     state: str = "AL"
     """State of the census, two letters"""
