@@ -5,17 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 from startsparse import batched, ratios, results
-from startsparse.commandline import (
-    Truth,
-    choice,
-    default_is,
-    flag,
-    plain_values,
-    read_yaml,
-    write_yaml,
-)
+from startsparse.commandline import plain_values, read_yaml, write_yaml
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
+from startsparse.fields import Truth, choice, default_is, flag
 from startsparse.models import INITS
 from startsparse.options import require_distinct, require_range
 
