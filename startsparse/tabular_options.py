@@ -5,17 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 from startsparse import batched, ratios, results
-from startsparse.commandline import (
-    Truth,
-    choice,
-    default_is,
-    flag,
-    plain_values,
-    read_yaml,
-    write_yaml,
-)
+from startsparse.commandline import plain_values, read_yaml, write_yaml
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
+from startsparse.fields import Truth, choice, default_is, flag
 from startsparse.models import INITS
 from startsparse.options import require_distinct, require_range
 
@@ -26,7 +19,7 @@ class TabularOptions:
 
     tables: tuple[str, ...] = ("breast-cancer",)
     """breast-cancer, digits, ACSEmployment, ACSIncome, or the paths of .csv files"""
-    data: Annotated[str, default_is("$STARTSPARSE_DATA, else ./data")] = ""
+    data: Annotated[str, default_is("$STARTSPARSE_DATA, else data/ at the root")] = ""
     """Folder of the census files"""
     state: str = "AL"
     """State of the census, two letters"""

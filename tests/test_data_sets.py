@@ -223,10 +223,15 @@ def test_the_sets_have_their_names():
     assert list(SETS) == list(SHAPES) == names
 
 
-def test_data_root(monkeypatch):
+def test_data_root(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("STARTSPARSE_DATA", raising=False)
-    assert data_root("") == Path("data")
+    assert data_root("") == Path(__file__).parents[1] / "data"
     monkeypatch.setenv("STARTSPARSE_DATA", "/some/where")
     assert data_root("") == Path("/some/where")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "else/where").mkdir(parents=True)
     assert data_root("else/where") == Path("else/where")
-    assert data_root("~/x") == Path.home() / "x"
+    assert data_root("~/else") == tmp_path / "else"
+    with pytest.raises(OptionError, match="^--data: 'nowhere' is no folder"):
+        data_root("nowhere")

@@ -10,6 +10,7 @@ from test_readme import SCRIPTS, shown_names
 
 import ER_DST.main
 import STR.main
+from ER_SLT.options import CIFAROptions
 from startsparse import flops, recipe, tabular
 from startsparse.commandline import from_flags, parse
 from startsparse.data import SHAPES
@@ -58,7 +59,8 @@ def test_every_command_is_understood(folder, command, monkeypatch, capsys):
     else:
         assert program in ("main.py", "cifar_main.py")
         assert (ROOT / folder / program).exists()
-        options = parse(*SCRIPTS[folder], argv)
+        kind, configs = SCRIPTS[folder]
+        options = parse(CIFAROptions if program == "cifar_main.py" else kind, configs, argv)
         shape = recipe.expected_shape(options)
         with torch.device("meta"):
             if folder == "ER_SLT":

@@ -17,18 +17,19 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 # 11 steps an epoch, an update every 4 of them, and at 15, where the pruning ends
 ARGV = [
     *("--sparse", "--model", "mlp", "--width", "16", "--epochs", "2", "--batch-size", "128"),
-    *("--update-frequency", "4", "--init-density", "0.3", "--final-density", "0.1"),
+    *("--update-frequency", "4", "--sparse-init", "ERK", "--init-density", "0.3"),
     *("--flow-preservation", "always"),
 ]
 STEPS = [4, 8, 12, 15, 16, 20]
 
+FINAL = ["--final-density", "0.1"]
 RUNS = {
-    "SGD, gradient": ["--growth", "gradient"],
-    "Adam, momentum": ["--optimizer", "adam", "--lr", "0.01", "--growth", "momentum"],
+    "SGD, gradient": [*FINAL, "--growth", "gradient"],
+    "Adam, momentum": [*FINAL, "--optimizer", "adam", "--lr", "0.01", "--growth", "momentum"],
     "DST, random, inside": ["--method", "DST", "--growth", "random", "--grow-within-init"],
-    "stop, GraNet": ["--stop-updates", "0.4"],
-    "stop, momentum": ["--stop-updates", "0.6", "--growth", "momentum"],
-    "ER_snip, GMP_uniform": ["--sparse-init", "ER_snip", "--method", "GMP_uniform"],
+    "stop, GraNet": [*FINAL, "--stop-updates", "0.4"],
+    "stop, momentum": [*FINAL, "--stop-updates", "0.6", "--growth", "momentum"],
+    "ER_snip, GMP_uniform": [*FINAL, "--sparse-init", "ER_snip", "--method", "GMP_uniform"],
 }
 
 

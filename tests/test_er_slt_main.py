@@ -296,9 +296,9 @@ def test_scale_fan_is_by_the_density_of_the_last_level():
 def test_scores_go_on_from_level_to_level(run_slt, monkeypatch):  # noqa: F811
     seen, start = [], Trainer._start
 
-    def watch(trainer, index):
+    def watch(trainer, *args):
         state = {n: t.clone() for n, t in trainer.model.state_dict().items()}
-        start(trainer, index)
+        start(trainer, *args)
         seen.append(state)
 
     monkeypatch.setattr(Trainer, "_start", watch)
