@@ -1,4 +1,4 @@
-"""Weights that know their mask: initialisations scaled by density, and orthogonal repair."""
+"""How networks begin: as published, or scaled by the density of masks; and orthogonal repair."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from startsparse import models
 from startsparse.errors import OptionError
 from startsparse.masks import keep_inside, kept, masked_weights, sparse_layers
+from startsparse.models.gcn import GCN
 from startsparse.models.looks_linear import looks_linear
+from startsparse.models.vgg import VGG
 from startsparse.seeding import generator
 
 
@@ -56,23 +58,71 @@ def _looks_linear(place: Place, draw: torch.Generator) -> Tensor:
     return looks_linear(place.shape, draw, first=place.first, last=place.last)
 
 
-# None: the weights stay as models.init_weights drew them
-INITS: dict[str, Init | None] = {
+def _fan_out(place: Place, draw: torch.Generator) -> Tensor:
+    """Normal with variance 2 / fan_out, fan_out = out * kernel (He et al. 2015, equation 14)."""
+    fan_out = place.shape[0] * math.prod(place.shape[2:])
+    weight = torch.randn(place.shape, generator=draw, dtype=torch.float32, device="cpu")
+    return math.sqrt(2 / fan_out) * weight
+
+
+def _small(place: Place, draw: torch.Generator) -> Tensor:
+    """Normal with standard deviation 0.01 (the classifier of VGG)."""
+    return 0.01 * torch.randn(place.shape, generator=draw, dtype=torch.float32, device="cpu")
+
+
+def _glorot(place: Place, draw: torch.Generator) -> Tensor:
+    """Uniform with variance 2 / (in + out) (Glorot and Bengio 2010, equation 16)."""
+    weight = torch.empty(place.shape, dtype=torch.float32, device="cpu")
+    bound = math.sqrt(6 / (place.shape[0] + place.shape[1]))
+    return weight.uniform_(-bound, bound, generator=draw)
+
+
+class Start(NamedTuple):
+    """How a network begins: None leaves to layers of that kind what the base has drawn."""
+
+    base: str
+    """A rule of `models.init_weights`, which draws biases too: 0, or with "torch" PyTorch's"""
+
+    conv: Init | None = None
+    linear: Init | None = None
+
+
+# default depends on the network; see `published`
+INITS: dict[str, Start | None] = {
     "default": None,
-    "normal": _normal,
-    "uniform": _uniform,
-    "bimodal": _bimodal,
-    "looks-linear": _looks_linear,
+    "kaiming": Start("kaiming_normal"),
+    "normal": Start("kaiming_normal", _normal, _normal),
+    "uniform": Start("kaiming_normal", _uniform, _uniform),
+    "bimodal": Start("kaiming_normal", _bimodal, _bimodal),
+    "looks-linear": Start("kaiming_normal", _looks_linear, _looks_linear),
 }
+
+
+def published(model: nn.Module) -> Start:
+    """What a network starts from in published code; the mask does not matter.
+
+    VGG: Kaiming normal with fan_out, the classifier N(0, 0.01^2), biases 0. ResNets of ImageNet:
+    Kaiming normal with fan_out, the classifier by PyTorch's own rule, as torchvision has it. GCN:
+    Glorot uniform (Kipf and Welling 2017). All others, the CIFAR ResNets among them: PyTorch's own
+    rule, weights and biases uniform in +-1/sqrt(fan_in).
+    """
+    if isinstance(model, VGG):
+        return Start("kaiming_normal", _fan_out, _small)
+    if isinstance(model, GCN):
+        return Start("torch", linear=_glorot)
+    if type(model).__module__ == "torchvision.models.resnet":  # slow to import, and seldom there
+        return Start("torch", conv=_fan_out)
+    return Start("torch")
 
 
 @torch.no_grad()
 def init_weights(model: nn.Module, how: str, seed: int) -> None:
-    """Start ``model`` anew, in place, by the rule ``how`` for weights; biases are 0.
+    """Start ``model`` anew, in place, by the rule ``how`` for weights.
 
-    ``default`` is Kaiming normal, for which the mask does not matter. As in `models.init_weights`,
-    each layer draws on the CPU from ``generator(seed, f"weights/{name}")``, BatchNorm is reset, and
-    the model must be the bare one. Afterwards the weights are zero outside their masks.
+    ``default`` is what `published` says of this network, ``kaiming`` is Kaiming normal with fan_in.
+    Biases are 0, but for those of ``default``. As in `models.init_weights`, each layer draws on the
+    CPU from ``generator(seed, f"weights/{name}")``, BatchNorm is reset, and the model must be the
+    bare one. Afterwards the weights are zero outside their masks.
 
     Raises:
         OptionError: ``how`` is not in `INITS`, or does not suit the size of a layer.
@@ -81,20 +131,20 @@ def init_weights(model: nn.Module, how: str, seed: int) -> None:
         raise OptionError(
             f"--init-method: no rule is called {how!r}; choose from {', '.join(INITS)}"
         )
-    models.init_weights(model, "kaiming_normal", seed)
-    rule = INITS[how]
-    if rule is not None:
-        layers = sparse_layers(model)
-        for number, (name, layer) in enumerate(layers.items(), start=1):
-            # fan_in * p is the mean number of edges of an output; an empty layer has no scale
-            edges = max(int(kept(layer).sum()), 1) / len(layer.weight)
-            place = Place(
-                layer.weight.shape, 1 / math.sqrt(edges), number == 1, number == len(layers)
-            )
-            try:
-                layer.weight.copy_(rule(place, generator(seed, f"weights/{name}")))
-            except ValueError as error:
-                raise OptionError(f"--init-method: {how}: layer {name!r}: {error}") from None
+    start = INITS[how] or published(model)
+    models.init_weights(model, start.base, seed)
+    layers = sparse_layers(model)
+    for number, (name, layer) in enumerate(layers.items(), start=1):
+        rule = start.conv if isinstance(layer, nn.Conv2d) else start.linear
+        if rule is None:
+            continue
+        # fan_in * p is the mean number of edges of an output; an empty layer has no scale
+        edges = max(int(kept(layer).sum()), 1) / len(layer.weight)
+        place = Place(layer.weight.shape, 1 / math.sqrt(edges), number == 1, number == len(layers))
+        try:
+            layer.weight.copy_(rule(place, generator(seed, f"weights/{name}")))
+        except ValueError as error:
+            raise OptionError(f"--init-method: {how}: layer {name!r}: {error}") from None
     keep_inside(model)
 
 

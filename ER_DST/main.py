@@ -8,6 +8,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import startsparse.threads  # noqa: F401 - before torch
+
 import torch
 from torch import nn
 
@@ -15,7 +17,7 @@ from ER_DST.initializers import init_weights, ortho_repair
 from ER_DST.options import DSTOptions
 from ER_DST.sparse_inits import find_snip, pruner_ratio
 from ER_DST.topology import remember
-from ER_DST.updates import check_flow, phase, preserve_flow
+from ER_DST.updates import check_flow, phase, preserve_flow, warn_of_thin_start
 from startsparse import data, er, flops, masks, parallel, recipe, runs
 from startsparse.commandline import own_names, parse
 from startsparse.errors import OptionError
@@ -59,6 +61,7 @@ def train(options: DSTOptions) -> None:
 
         trainer.load()
         recipe.show_start(trainer, requested)
+        warn_of_thin_start(model, options)
         trainer.run_phases([phase(options, len(images.train))])
         result = trainer.test() | {"search_flops": spent}
         recipe.finish(trainer, options.requested, requested, result)
@@ -107,7 +110,7 @@ def network(
             found, spent = pruner_ratio(model, options, images)
             requested = er.requested_densities(model, options, found)
         er.attach_er_masks(model, requested, options)
-    if options.flow_preservation:
+    if options.flow_preservation != "False":
         preserve_flow(model, options.seed, step=0)
     init_weights(model, options.init, options.seed)  # scaled by the densities that came out
     if options.ortho_repair:

@@ -10,11 +10,13 @@ from ER_DST.sparse_inits import PRUNER_RATIOS
 from ER_DST.topology import GROWTH, METHODS, PRUNE
 from startsparse import ratios, schedules
 from startsparse.commandline import Truth, called, choice, default_is
-from startsparse.data import SETS
+from startsparse.data import PADDINGS, SETS
 from startsparse.errors import OptionError
 from startsparse.models import MODELS
 from startsparse.options import Options, require_range
 
+FLOW = ("False", "True", "always")
+FLOW_ALIASES = {"no": "False", "0": "False", "yes": "True", "1": "True"}
 SPARSE_INITS = (*ratios.METHODS, "snip", *PRUNER_RATIOS)
 
 
@@ -30,12 +32,18 @@ class DSTOptions(Options):
     """Data set"""
     data: Annotated[str, called("data-dir"), default_is("$STARTSPARSE_DATA, else ./data")] = ""
     """Folder of the data sets"""
+    padding: choice(PADDINGS) = "reflect"
+    """What random crops show beyond the border of an image: black, or the image mirrored; crops of
+    imagenet lie inside it"""
     arch: Annotated[choice(MODELS), called("model")] = "resnet20"
     """Network"""
     init: Annotated[choice(INITS), called("init-method")] = "default"
-    """Initial weights: Kaiming normal; normal, uniform or bimodal, scaled by the density of the
-    layer; looks-linear: mirrored orthogonal blocks, with which a dense mlp begins linear; random
-    masks are not mirrored and break that"""
+    """Initial weights. default, as published for the network: VGG: Kaiming normal with fan_out, the
+    classifier normal with 0.01; ResNets, mlp and algorithmic: PyTorch's own rule, also for biases
+    (those of ImageNet: convolutions as in VGG); gcn: Glorot uniform. kaiming: Kaiming normal with
+    fan_in; normal, uniform or bimodal, scaled by the density of the layer; looks-linear: mirrored
+    orthogonal blocks, with which a dense mlp begins linear; random masks are not mirrored and break
+    that"""
     er_sparse_method: Annotated[choice(SPARSE_INITS, ratios.ALIASES), called("sparse-init")] = "ERK"
     """Initial mask: random with this layer-wise ratio; snip: the mask that SNIP finds; ER_snip,
     ER_synflow, ER_imp: random with the layer-wise ratio that this pruner finds"""
@@ -64,24 +72,29 @@ class DSTOptions(Options):
     prune: choice(PRUNE) = "magnitude"
     """What decides which weights go"""
     growth: choice(GROWTH) = "gradient"
-    """What decides which weights come: chance, the largest gradients, or the largest gradients
-    averaged as momentum does"""
+    """What decides which weights come: chance, the largest gradients, or the largest sums of past
+    gradients with the factor --momentum, whatever the optimizer"""
     prune_rate: float = 0.5
-    """Share of a layer's weights that is dropped and grown; falls to 0.005 as a cosine"""
+    """Share of a layer's weights that is dropped and grown; falls to 0.005 as a cosine, until the
+    end of the training or --stop-updates"""
     update_frequency: int = 100
-    """Steps between changes of the mask"""
+    """Steps between changes of the mask; the end of the pruning is one too"""
+    stop_updates: float = 1.0
+    """Share of the training, in (0, 1], after which nothing is dropped and grown any more, and at
+    which --prune-rate has fallen to 0.005 (RigL: 0.75); pruning goes on to its own end"""
     init_prune_epoch: int = 0
-    """Epoch in which pruning starts"""
+    """Epochs after which pruning starts"""
     final_prune_epoch: Annotated[int | None, default_is("110/160 of --epochs")] = None
-    """Epoch at whose beginning --final-density is reached"""
+    """Epochs after which --final-density is reached"""
     is_prune: Truth = True
     """False: the mask stays as it was drawn"""
     grow_within_init: bool = False
-    """Grow only weights of the initial mask; --flow-preservation may still add others"""
-    flow_preservation: Truth = False
-    """Give every unit without an incoming or outgoing edge a random one, at the same density"""
+    """Grow only weights of the initial mask; --flow-preservation always may still add others"""
+    flow_preservation: choice(FLOW, FLOW_ALIASES) = "False"
+    """True: give every unit without an incoming or outgoing edge a random one, at the same density,
+    in the initial mask; always: also after every update, which may leave units without again"""
     ortho_repair: Truth = False
-    """Bring the initial weights of each layer as near to orthogonal as its mask allows"""
+    """Bring the initial weights of each layer that has a mask as near to orthogonal as it allows"""
     imp_epochs: int = 2
     """Epochs before each pruning by a fifth, from dense, that find the ratios of ER_imp here"""
 
@@ -89,6 +102,11 @@ class DSTOptions(Options):
     def masked(self) -> bool:
         """Whether the network has masks."""
         return self.sparse
+
+    @property
+    def draws_singly(self) -> bool:
+        """As for all scripts; the mask that SNIP finds is not drawn."""
+        return super().draws_singly and self.er_sparse_method != "snip"
 
     @property
     def searches(self) -> bool:
@@ -142,6 +160,7 @@ class DSTOptions(Options):
         super().check()
         require_range(self, "final_density", low=0, high=1, open_low=True)
         require_range(self, "prune_rate", low=0, high=1)
+        require_range(self, "stop_updates", low=0, high=1, open_low=True)
         for name in ("update_frequency", "imp_epochs"):
             require_range(self, name, low=1)
         require_range(self, "init_prune_epoch", low=0)

@@ -17,7 +17,7 @@ from startsparse.trainer import make_optimizer
 
 log = logging.getLogger("startsparse")
 
-KEEP = 0.8  # of the weights, at each pruning of ER_imp
+KEEP = 0.8  # of the weights, at each pruning of ER_imp; the last goes on to the target
 
 
 def find_snip(model: nn.Module, options: Options, data: Data) -> float:

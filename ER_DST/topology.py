@@ -119,12 +119,13 @@ METHODS: dict[str, Method] = {
 
 
 class Schedule(NamedTuple):
-    """When masks move. Steps are counted from 0; an update comes before the weights' step.
+    """When masks move. Steps are counted from 0; an update comes before the step of the weights.
 
     Attributes:
         steps: of the whole training.
         every: steps between updates.
         start, end: of the pruning; at ``end`` the final density is reached.
+        stop: the first step that drops and grows no more.
         initial, final: densities.
         fraction: of weights that is dropped and grown at the start.
         prunes: whether the density falls.
@@ -134,14 +135,21 @@ class Schedule(NamedTuple):
     every: int
     start: int
     end: int
+    stop: int
     initial: float
     final: float
     fraction: float
     prunes: bool
 
     def due(self, step: int) -> bool:
-        """Whether ``step`` has an update: a multiple of ``every``, and the end of the pruning."""
-        return (step > 0 and step % self.every == 0) or (self.prunes and step == self.end)
+        """Whether ``step`` has an update: a multiple of ``every``, and the end of the pruning.
+
+        From ``stop`` on updates only prune, and after the pruning there are none.
+        """
+        if self.prunes and step == self.end:
+            return True
+        regular = step > 0 and step % self.every == 0
+        return regular and (step < self.stop or (self.prunes and step < self.end))
 
     def density(self, step: int) -> float:
         """Cubic from initial to final (Zhu & Gupta 2017, equation 1)."""
@@ -151,8 +159,13 @@ class Schedule(NamedTuple):
         return cubic(progress, self.initial, self.final)
 
     def drop_fraction(self, step: int) -> float:
-        """Cosine from ``fraction`` to 0.005 over the whole training."""
-        return cosine(step / self.steps, self.fraction, min(self.fraction, LAST_FRACTION))
+        """Cosine from ``fraction`` to 0.005 at ``stop``, and 0 from there on.
+
+        RigL anneals to the step at which its updates end, T_end (Evci et al. 2020, section 3).
+        """
+        if step >= self.stop:
+            return 0.0
+        return cosine(step / self.stop, self.fraction, min(self.fraction, LAST_FRACTION))
 
 
 def remember(model: nn.Module, momentum: bool) -> None:

@@ -10,8 +10,14 @@ from ER_DST.options import DSTOptions
 from ER_DST.topology import METHODS, Schedule, add_to_momentum, prune_uniformly, update
 from startsparse import er, flops, flow
 from startsparse.errors import UserError
-from startsparse.masks import density_table, keep_inside, masked_weights, sparse_layers
-from startsparse.pruning import layer_counts
+from startsparse.masks import (
+    density_table,
+    keep_inside,
+    mask_gradients,
+    masked_weights,
+    sparse_layers,
+)
+from startsparse.pruning import layer_counts, weights_left
 from startsparse.trainer import Phase, Trainer
 
 log = logging.getLogger("startsparse")
@@ -26,6 +32,7 @@ def schedule(options: DSTOptions, steps_per_epoch: int) -> Schedule:
         start=options.init_prune_epoch * steps_per_epoch,
         # Pruning at the very end comes before the last step.
         end=min(round(options.prune_end * steps_per_epoch), steps - 1),
+        stop=round(options.stop_updates * steps),
         initial=options.er_sparse_init,
         final=options.final_density,
         fraction=options.prune_rate,
@@ -38,15 +45,7 @@ def phase(options: DSTOptions, steps_per_epoch: int) -> Phase:
     if not options.moves:
         return Phase("train", options.epochs, options.lr_policy, options.lr_min)
     plan = schedule(options, steps_per_epoch)
-    if plan.every >= plan.steps:
-        what = "once" if options.prunes else "never"
-        log.warning(
-            "warning: --update-frequency: %d steps, but the whole training has %d; the mask moves "
-            "%s",
-            plan.every,
-            plan.steps,
-            what,
-        )
+    _warn_rare(plan, options)
     return Phase(
         "train",
         options.epochs,
@@ -54,25 +53,50 @@ def phase(options: DSTOptions, steps_per_epoch: int) -> Phase:
         options.lr_min,
         each_step=partial(step_masks, plan=plan),
         select_from=plan.end // steps_per_epoch if options.prunes else 0,
-        dense_gradients=options.grows and options.growth == "momentum",
+        dense_until=plan.stop if options.grows and options.growth == "momentum" else 0,
         moves=plan.due,
     )
 
 
+def _warn_rare(plan: Schedule, options: DSTOptions) -> None:
+    first = min(plan.every, plan.end) if plan.prunes else plan.every
+    if plan.every >= plan.steps:
+        log.warning(
+            "warning: --update-frequency: %d steps, but the whole training has %d; the mask moves "
+            "%s",
+            plan.every,
+            plan.steps,
+            "once" if plan.prunes else "never",
+        )
+    elif options.grows and plan.stop <= first:
+        log.warning(
+            "warning: --stop-updates: drop and grow ends after %d steps, before the first update, "
+            "after %d: nothing is grown",
+            plan.stop,
+            first,
+        )
+
+
 def step_masks(trainer: Trainer, step: int, *, plan: Schedule) -> None:
-    """Between the backward pass and the weights' step: an update, where one is due."""
+    """Between the backward pass and the weights' step: an update, where one is due.
+
+    The gradient that chose a weight does not move it as well: in this step only weights that were
+    in the mask before have one. What is new starts at 0, without momentum or moments, and the next
+    step's gradient is the first to move it (RigL, Evci et al. 2020, algorithm 1, takes no step of
+    the weights at an update; GraNet, Liu et al. 2021, takes it before the masks move).
+    """
     options, model = trainer.options, trainer.model
-    if options.grows and options.growth == "momentum":
+    if options.grows and options.growth == "momentum" and step < plan.stop:
         add_to_momentum(model, options.momentum)
     if not plan.due(step):
         return
     steps = len(trainer.data.train)
     trainer.count_flops(step % steps)
-    if options.grows and options.growth == "gradient":
+    fraction = plan.drop_fraction(step) if options.grows else 0.0
+    if fraction > 0 and options.growth == "gradient":
         density = flops.densities(model)
         trainer.flops["training"] += flops.dense_gradients(trainer.forward_flops, density)
     before = {name: mask.clone() for name, _, mask in masked_weights(model)}
-    fraction = plan.drop_fraction(step) if options.grows else 0.0
     try:
         update(
             model,
@@ -87,11 +111,12 @@ def step_masks(trainer: Trainer, step: int, *, plan: Schedule) -> None:
         )
     except ValueError as error:  # a score that is not a number
         raise UserError(f"--growth: at step {step + 1}: {error}") from None
-    if options.flow_preservation:
+    if options.flow_preservation == "always":
         preserve_flow(model, options.seed, step)
     for name, _, mask in masked_weights(model):
         model.get_submodule(name).ever_active |= mask
     keep_inside(model, trainer.optimizer)
+    mask_gradients([w.grad for _, w, _ in masked_weights(model)], list(before.values()))
     row = {"step": step, "epoch": step // steps + 1}
     row |= {"drop_fraction": fraction} | describe(model, before)
     trainer.tables.setdefault("topology", []).append(row)
@@ -113,12 +138,12 @@ def check_flow(model: nn.Module, requested: dict[str, float], options: DSTOption
     """Say, before training, where flow preservation needs more weights than are asked for.
 
     What global pruning leaves in a layer is for its scores to say: of GraNet's and GMP's final
-    density only the total is checked.
+    density only the total is checked, and only where updates are followed by a repair.
 
     Args:
         requested: the density asked of each layer at the start; {}: not known yet.
     """
-    if not (requested and options.flow_preservation):
+    if not requested or options.flow_preservation == "False":
         return
     layers, dense = sparse_layers(model), er.dense_layers(model, options)
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
@@ -126,6 +151,8 @@ def check_flow(model: nn.Module, requested: dict[str, float], options: DSTOption
     needs = {n: sizes[n] if n in dense else flow.needed(layers[n].weight.shape) for n in layers}
     start = {name: density * sizes[name] for name, density in requested.items()}
     _warn_thin("start", start, needs)
+    if options.prunes and options.flow_preservation != "always":
+        return  # what the repair adds at the start, pruning takes away
     final = options.requested * sum(sizes.values())
     if options.prunes and METHODS[options.method].prune is prune_uniformly:
         masked = [name for name in layers if name not in dense]
@@ -139,6 +166,19 @@ def check_flow(model: nn.Module, requested: dict[str, float], options: DSTOption
             sum(needs.values()),
             options.requested,
             final,
+        )
+
+
+def warn_of_thin_start(model: nn.Module, options: DSTOptions) -> None:
+    """Say where the mask has fewer weights from the start than --final-density asks for."""
+    if not options.prunes:
+        return
+    kept = sum(int(mask.sum()) for _, _, mask in masked_weights(model))
+    if weights_left(model, options.final_density) > kept:
+        log.warning(
+            "warning: --final-density: %g is above the %.6f that the mask has; nothing is pruned",
+            options.final_density,
+            density_table(model).iloc[-1]["density"],
         )
 
 

@@ -29,6 +29,7 @@ from startsparse.seeding import generator
 SCORE_INITS = ("constant", "kaiming")
 RANKINGS = ("layer", "global")
 
+_CONSTANT = 0.5
 _TIE_BREAK = 1e-4  # spread of the constant scores, small beside what a few steps change
 
 
@@ -149,8 +150,8 @@ def popup(model: nn.Module, seed: int, score_init: str = "kaiming", ranking: str
         model: the bare network, with its masks.
         seed: the run's. Scores of the layer ``name`` are drawn from (seed, "score/" + name).
         score_init: ``kaiming``, uniform in +-1/sqrt(fan_in) as in the paper's code; or
-            ``constant``, all 1 but for a random excess below 1e-4: exactly equal scores would keep
-            the first outputs of each layer and leave the others dead.
+            ``constant``, all 0.5 but for a random excess below 1e-4: exactly equal scores would
+            keep the first outputs of each layer and leave the others dead.
         ranking: ``layer`` keeps a number of entries per layer, ``global`` only one for the whole
             network, ranked anew in every forward pass of ``model`` (not of a part of it).
     """
@@ -174,7 +175,7 @@ def _draw_scores(layer: Popup, how: str, draw: torch.Generator) -> None:
         if score is not None:
             drawn = torch.empty(score.shape, dtype=torch.float32, device="cpu")
             if how == "constant":
-                drawn.uniform_(1, 1 + _TIE_BREAK, generator=draw)
+                drawn.uniform_(_CONSTANT, _CONSTANT + _TIE_BREAK, generator=draw)
             else:
                 drawn.uniform_(-bound, bound, generator=draw)
             score.copy_(drawn)

@@ -3,7 +3,8 @@
 Fischer et al. 2021 (arXiv:2110.11150) give strong tickets biases that are not zero. Multiplying the
 weights of each layer by some factor, and its biases by the product of the factors up to there, does
 nothing to a ReLU network but multiply its output. So the standard deviation of biases is the
-product of those of the weights of all layers so far, this one included, times ``--bfac``.
+product of those of the weights of all layers so far, this one included, times ``--bfac``; that of
+``signed-const-with-bias`` is the one of the layer's own weights.
 """
 
 import math
@@ -64,7 +65,12 @@ INITS: dict[str, tuple[Weights, str]] = {
 
 @torch.no_grad()
 def init_weights(
-    model: nn.Module, how: str, seed: int, bfac: float = 0.05, scale_fan: bool = False
+    model: nn.Module,
+    how: str,
+    seed: int,
+    bfac: float = 0.05,
+    density: float | None = None,
+    scale: float = 1.0,
 ) -> None:
     """Draw every weight and bias of ``model`` anew, in place.
 
@@ -76,7 +82,8 @@ def init_weights(
     weights of ``ortho`` count with that of He, too.
 
     - ``kn-nonzero-bias``: normal.
-    - ``signed-const-with-bias``: +-s with equal probability.
+    - ``signed-const-with-bias``: +-s with equal probability, where s is that of the layer's own
+      weights, so that they and the biases have one magnitude.
     - ``ortho-nonzero-bias``: mirrored, (b, -b) with normal b, so that the two halves of a layer
       still carry z and -z; in the last layer, which has no halves, normal.
     - ``ortho-bias-special``: mirrored in one layer and such that it undoes this one in the next:
@@ -85,14 +92,19 @@ def init_weights(
       does without biases, and every bias that is masked bends it. A layer whose number of inputs is
       not the number of outputs of the mirrored one before it is mirrored itself.
 
-    In networks with some tens of layers s ends below what float32 can hold, and biases at zero.
+    In networks with some tens of layers the product ends below what float32 can hold, and biases
+    that have it at zero.
 
     Args:
         model: not yet the edge-popup form. Weights outside masks that are in place end as zero.
         seed: weights of the layer ``name`` come from (seed, "weights/" + name), its biases from
             (seed, "bias/" + name), on the CPU.
-        bfac: factor of the bias deviations; > 0.
-        scale_fan: divide the weights of each layer by the square root of its mask's density.
+        bfac: factor of the bias deviations, but for ``signed-const-with-bias``; > 0.
+        density: of the ticket to be found, in (0, 1]. The weights of each layer are divided by the
+            square root of the density that it then computes with, as by ``scale_fan`` in the code
+            published with Ramanujan et al. 2020: this one, or its mask's where that is lower.
+            None: they are not.
+        scale: factor of all weights, and by the rules above of biases; > 0.
 
     Raises:
         OptionError: an unknown rule, or ``ortho`` where a layer has an odd number of units.
@@ -101,11 +113,12 @@ def init_weights(
         raise OptionError(f"--initBias: no rule is called {how!r}; choose from {', '.join(INITS)}")
     weights, biases = INITS[how]
     layers = sparse_layers(model)
-    deviation, mirrored = bfac, None
+    product, mirrored = bfac, None
     for index, (name, layer) in enumerate(layers.items()):
         shape, first, last = layer.weight.shape, index == 0, index == len(layers) - 1
-        gain = _density(layer) ** -0.5 if scale_fan else 1.0
-        deviation *= gain * he_deviation(shape)
+        gain = scale if density is None else scale * min(density, _inside(layer)) ** -0.5
+        own = gain * he_deviation(shape)
+        product *= own
         try:
             weight = weights(shape, gain, generator(seed, f"weights/{name}"), first, last)
         except ValueError as error:
@@ -118,12 +131,12 @@ def init_weights(
         if biases == "cancelling" and mirrored is not None and 2 * len(mirrored) == shape[1]:
             bias, mirrored = _cancelling(weight, mirrored, last), None
         elif biases in ("mirrored", "cancelling") and not last:
-            mirrored = _gaussian(torch.Size([shape[0] // 2]), deviation, draw)
+            mirrored = _gaussian(torch.Size([shape[0] // 2]), product, draw)
             bias = torch.cat([mirrored, -mirrored])
         elif biases == "signed":
-            bias = deviation * _signs(shape[:1], draw)
+            bias = own * _signs(shape[:1], draw)
         else:
-            bias = _gaussian(shape[:1], deviation, draw)
+            bias = _gaussian(shape[:1], product, draw)
         layer.bias = nn.Parameter(bias.to(layer.weight))
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -131,8 +144,13 @@ def init_weights(
     keep_inside(model)
 
 
-def _density(layer: nn.Module) -> float:
-    """Of the layer's mask; 1 where it has none, or an empty one, where nothing is to be scaled."""
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether a factor of the weights is taken back."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def _inside(layer: nn.Module) -> float:
+    """Density of the layer's mask; 1 where it has none, or an empty one: nothing to be scaled."""
     mask = getattr(layer, "weight_mask", None)
     return 1.0 if mask is None else mask.double().mean().item() or 1.0
 

@@ -1,7 +1,7 @@
 """Levels: each trains the scores at one density, lower than before, and leaves a ticket.
 
 Scores go on from level to level as the last epoch left them; optimizer and schedule begin anew. The
-ticket of a level is what its best validation epoch used.
+ticket of a level is what its best validation epoch used, or with --select last its last.
 """
 
 import dataclasses
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ER_SLT.edge_popup import count, found_masks, popup_layers, set_density
+from ER_SLT.initializers import has_batchnorm
 from ER_SLT.options import SLTOptions
 from ER_SLT.ticket import SHUFFLES, load_ticket, save_ticket, shuffled
-from startsparse import checkpoint, flops
+from startsparse import checkpoint, data, flops
 from startsparse.commandline import plain_values
 from startsparse.masks import density_table, masked_weights
 from startsparse.runs import FREE
@@ -27,6 +28,7 @@ log = logging.getLogger("startsparse")
 TICKET = "ticket.safetensors"  # of a finished run, in its folder
 
 _SHUFFLES = 5  # of each kind
+_SMALL_LOGITS = 0.1  # standard deviation below which edge-popup was seen to learn little
 
 
 def densities(options: SLTOptions) -> list[float]:
@@ -79,6 +81,28 @@ def warn_of_small_masks(model: nn.Module, options: SLTOptions) -> None:
                 ", ".join(short),
                 reached / total,
             )
+
+
+@torch.no_grad()
+def warn_of_small_logits(model: nn.Module, train: data.AnyBatches, options: SLTOptions) -> None:
+    """Say so where logits are so small that the loss stays near that of chance, log(classes).
+
+    Weights that never change do not grow, and the scores of small ones have small gradients.
+    BatchNorm makes up for both; a network that has it is not looked at.
+    """
+    if has_batchnorm(model):
+        return
+    examples, _ = data.first_batch(train, 0)
+    deviation = model.eval()(examples).std().item()
+    if deviation < _SMALL_LOGITS:
+        # Without BatchNorm every layer passes the factor on.
+        wanted = options.weight_scale * (1 / max(deviation, 1e-9)) ** (1 / len(popup_layers(model)))
+        log.warning(
+            "warning: --weight-scale: logits begin with a standard deviation of %.2g, and frozen "
+            "weights never grow: the loss may stay at chance; %.2g would make it about 1",
+            deviation,
+            wanted,
+        )
 
 
 def next_level(trainer: Trainer, *, level: int, density: float) -> None:

@@ -8,12 +8,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import startsparse.threads  # noqa: F401 - before torch
+
 import torch
 from torch import nn
 
 from ER_SLT.edge_popup import plain_state, popup, set_density
-from ER_SLT.initializers import init_weights
-from ER_SLT.levels import TICKET, densities, phases, record_level, try_shuffles, warn_of_small_masks
+from ER_SLT.initializers import has_batchnorm, init_weights
+from ER_SLT.levels import (
+    TICKET,
+    densities,
+    phases,
+    record_level,
+    try_shuffles,
+    warn_of_small_logits,
+    warn_of_small_masks,
+)
 from ER_SLT.options import SLTOptions
 from ER_SLT.ticket import load_ticket, put_in_place
 from startsparse import checkpoint, data, er, flops, masks, parallel, recipe, runs, training
@@ -54,9 +64,11 @@ def train(options: SLTOptions) -> None:
     model.to(devices[0], memory_format=torch.channels_last)
 
     with runs.open_run(options, folder) as run:
+        warn_of_small_logits(model, images.train, options)
         trainer = Trainer(model, images, options, run, devices, lambda: flops.densities(model))
         trainer.load()
         recipe.show_densities(run, random_mask, "random_mask.csv")
+        recipe.say_deviation(model, requested, options)
         warn_of_small_masks(model, options)
         trainer.run_phases(phases(options))
 
@@ -71,6 +83,11 @@ def train(options: SLTOptions) -> None:
 def plan(options: SLTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, float]]:
     """The network, not yet initialised, and the density of each layer of its random mask."""
     model = recipe.build(options, shape)
+    if options.weight_scale != 1 and has_batchnorm(model):
+        raise OptionError(
+            f"--weight-scale: {options.weight_scale:g} should be 1 for {options.arch}: its "
+            "BatchNorm takes a factor of the weights back"
+        )
     requested = er.requested_densities(model, options)
     sizes = {name: layer.weight.numel() for name, layer in masks.sparse_layers(model).items()}
     inside = sum(requested[name] * size for name, size in sizes.items()) / sum(sizes.values())
@@ -84,7 +101,8 @@ def plan(options: SLTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, f
 
 def pop_up(model: nn.Module, options: SLTOptions) -> None:
     """Draw the weights of a network that has its masks, and freeze them; scores learn instead."""
-    init_weights(model, options.init, options.seed, options.bfac, options.scale_fan)
+    scaled = options.sparsity if options.scale_fan else None
+    init_weights(model, options.init, options.seed, options.bfac, scaled, options.weight_scale)
     popup(model, options.seed, options.score_init, options.ranking)
 
 

@@ -27,23 +27,38 @@ class SLTOptions(Options):
 
     set: Annotated[choice(SETS), called("dataset")] = "cifar10"
     """Data set"""
+    augment: bool = False
+    """Crop training images at random, and flip them unless they are digits"""
     arch: Annotated[choice(MODELS), called("model")] = "resnet18"
     """Network"""
     init: Annotated[choice(INITS), called("initBias")] = "kn-zero-bias"
     """How the frozen weights and biases are drawn. kn: normal, ortho: mirrored orthogonal blocks,
-    signed-const: + or - one value; without biases, with biases like the weights, or special:
-    biases that undo one another"""
+    signed-const: + or - one value per layer; without biases, with biases of the same kind, or
+    special: biases that undo one another"""
     bfac: float = 0.05
-    """Factor of the standard deviation of biases"""
+    """Factor of the standard deviation of biases; signed-const-with-bias has none"""
     scale_fan: bool = False
-    """Divide the weights of each layer by the square root of its density in the random mask"""
+    """Divide the weights of each layer by the square root of the density that it computes with in
+    the ticket: --sparsity, or that of its random mask where that is lower"""
+
+    weight_scale: float = 1.0
+    """Factor of all frozen weights, for networks without BatchNorm (gcn, algorithmic): it sets the
+    size of the logits. With inputs as small as the features of a graph the loss stays at chance
+    if it is 1"""
 
     er_sparse_method: choice(ratios.METHODS, ratios.ALIASES) = "uniform"
     """Layer-wise ratio of the random mask; network: the ratio of --er-sparsity-file"""
     er_sparse_init: Annotated[float, called("er-init-density", "--er-sparse-init")] = 0.5
     """Density of the random mask, in (0, 1]: kept weights of all weights"""
+    first_layer_dense: bool = False
+    """No random mask in the first layer, whose weights count towards the density; the ticket has
+    --sparsity there too"""
+    last_layer_dense: bool = False
+    """No random mask in the last layer, whose weights count towards the density; the ticket has
+    --sparsity there too"""
     sparsity: float = 0.2
-    """Density of the ticket, in (0, 1]: weights and biases used, of all"""
+    """Density of the ticket, in (0, 1]: weights and biases used, of all; of a layer whose random
+    mask has fewer, all of those"""
     anneal: Truth = True
     """Go from --sparsity-start to --sparsity by the same factor each level; False: every level
     has --sparsity"""
@@ -54,7 +69,8 @@ class SLTOptions(Options):
     epochs: int = 100
     """Epochs of each level"""
     score_init: choice(SCORE_INITS) = "kaiming"
-    """Initial scores: all but equal, or uniform in +-1/sqrt(fan_in)"""
+    """Initial scores: all 0.5, with an excess below 0.0001 to break ties, or uniform in
+    +-1/sqrt(fan_in)"""
     per_layer: Annotated[bool, default_is("yes, without --global")] = False
     """Rank the scores of each layer by themselves: every layer has the same density"""
     global_ranking: Annotated[bool, called("global")] = False
@@ -63,7 +79,8 @@ class SLTOptions(Options):
     batch_size: Annotated[int, called("batch-size", "-b")] = 128
     """Images, or other examples, per step; a graph is always one batch"""
     lr_policy: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "every30"
-    """Schedule of each level; every30 divides by 10 at 30, 60 and 90 %, multistep at 1/2 and 3/4"""
+    """Schedule of each level; every30 divides by 10 every 30 epochs and every60 (step) every 60,
+    never in a level that is shorter; multistep at 1/2 and 3/4"""
     weight_decay: Annotated[float, called("wd", "--weight-decay")] = 5e-4
     """Weight decay of the scores"""
 
@@ -87,7 +104,8 @@ class SLTOptions(Options):
         super().check()
         require_range(self, "sparsity", low=0, high=1, open_low=True)
         require_range(self, "levels", low=1)
-        require_range(self, "bfac", low=0, open_low=True)
+        for name in ("bfac", "weight_scale"):
+            require_range(self, name, low=0, open_low=True)
         if self.per_layer and self.global_ranking:
             raise OptionError("--global: not with --per-layer, which --no-per-layer takes back")
         self.per_layer = not self.global_ranking

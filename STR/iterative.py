@@ -20,9 +20,18 @@ log = logging.getLogger("startsparse")
 
 
 def phases(options: STROptions) -> list[Phase]:
-    """Warm-up, one phase before each pruning, and the final training."""
+    """Warm-up, one phase before each pruning, and the final training.
+
+    Learning-rate rewinding (--rewind none; Renda et al. 2020) starts the schedule again and nothing
+    else, so momentum goes on; where weights go back, momentum that moved others says nothing.
+    """
+    keeps_momentum = options.rewind == "none"
     policy = {"lr_policy": options.prune_scheduler, "lr_min": options.lr_min}
-    warm_up = Phase("warm-up", options.warmup_epochs, "constant", then=keep_rewind_point)
+    policy |= {"keeps_momentum": keeps_momentum}
+    rise = options.warmup_epochs
+    warm_up = Phase(
+        "warm-up", rise, "constant", warmup=rise, drifts=options.soft, then=keep_rewind_point
+    )
     levels = [
         Phase(
             f"level {level}",
@@ -32,8 +41,15 @@ def phases(options: STROptions) -> list[Phase]:
         )
         for level, density in enumerate(options.threshold_list)
     ]
-    final = Phase("final", options.epochs, options.lr_policy, options.lr_min)
-    return [warm_up, *levels, final] if options.warmup_epochs else [*levels, final]
+    final = Phase(
+        "final",
+        options.epochs,
+        options.lr_policy,
+        options.lr_min,
+        drifts=options.soft,
+        keeps_momentum=keeps_momentum,
+    )
+    return [warm_up, *levels, final] if rise else [*levels, final]
 
 
 def begin(trainer: Trainer) -> None:
@@ -56,12 +72,19 @@ def keep_rewind_point(trainer: Trainer) -> None:
 
 
 def check_levels(model: nn.Module, options: STROptions) -> None:
-    """Raise `OptionError` where a level asks for weights that the first mask does not have."""
-    drawn = sum(int(mask.sum()) for _, _, mask in masked_weights(model))
+    """Raise `OptionError` where a level asks for weights that the first mask does not have.
+
+    With --er-budget clip, where the mask has less than was asked for, it keeps them all instead.
+    """
+    drawn = mask_size(model)
     for level, density in enumerate(options.threshold_list, 1):
         count = weights_left(model, density)
+        if options.er_budget == "clip":
+            count = min(count, drawn)
         if count > drawn:
-            remedy = "" if options.start_from else ", or add --er-sampling exact"
+            # No level is above the density asked for, which exact sampling meets.
+            bad_luck = options.er_sampling == "bernoulli" and not options.start_from
+            remedy = ", or add --er-sampling exact" if bad_luck else ""
             raise OptionError(
                 f"--threshold-list: {density:g} asks for {count} weights, the first mask has "
                 f"{drawn}; ask for less{remedy}"
@@ -72,6 +95,11 @@ def check_levels(model: nn.Module, options: STROptions) -> None:
             )
         if options.pruner == "mask-ref":
             check_reference(model, options, level, count)
+
+
+def mask_size(model: nn.Module) -> int:
+    """How many weights are inside the masks."""
+    return sum(int(mask.sum()) for _, _, mask in masked_weights(model))
 
 
 def check_reference(model: nn.Module, options: STROptions, level: int, count: int) -> None:
@@ -122,6 +150,16 @@ def start_from(model: nn.Module, options: STROptions) -> dict[str, float]:
 def prune_to(trainer: Trainer, *, level: int, density: float) -> None:
     """Shrink the masks to ``density`` by --pruner; pruning number ``level``, counted from 1."""
     model, options = trainer.model, trainer.options
+    count = weights_left(model, density)
+    if count > mask_size(model):  # which `check_levels` lets pass with --er-budget clip
+        log.warning(
+            "warning: --threshold-list: level %d asks for density %g, the clipped mask has %.6f; "
+            "nothing is pruned",
+            level,
+            density,
+            density_table(model).iloc[-1]["density"],
+        )
+        return
     if options.pruner == "mask-ref":
         source = trainer.run.source("target_expt_name")
         take_masks(model, reference_masks(source, level))
@@ -130,11 +168,12 @@ def prune_to(trainer: Trainer, *, level: int, density: float) -> None:
         prune(
             model,
             options.pruner,
-            weights_left(model, density),
+            count,
             seed=options.seed,
             level=level,
             batch=lambda: first_batch(trainer.data.train, len(trainer.history)),
             shape=trainer.data.shape.input,
+            temperature=options.grasp_temperature,
         )
     except ValueError as error:  # scores that are not numbers, say
         raise UserError(f"--pruner: {options.pruner} at density {density:g}: {error}") from None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from startsparse import runs
+from startsparse import runs, threads
 from startsparse.errors import UserError
 from STR.options import STROptions
 
@@ -66,7 +67,8 @@ class Running:
 def run_all(jobs: list[Job], at_once: int, devices: list[str]) -> list[Job]:
     """Run what is not finished; returns what failed. Children are stopped with this process.
 
-    Where it is killed and cannot stop them they go on; the next sweep waits for them to end.
+    Where it is killed and cannot stop them they go on; the next sweep waits for them to end. Runs
+    at the same time share the cores.
 
     Args:
         at_once: runs at the same time.
@@ -76,7 +78,7 @@ def run_all(jobs: list[Job], at_once: int, devices: list[str]) -> list[Job]:
         UserError: SIGINT, SIGTERM or SIGHUP came; the children have stopped and can be resumed.
     """
     waiting, failed = [job for job in jobs if not job.finished], []
-    slots = (devices * at_once)[:at_once]
+    slots, environment = (devices * at_once)[:at_once], shared_cores(at_once)
     running: dict[int, Running] = {}
     stopped: list[int] = []
     signals = [signal.SIGINT, signal.SIGTERM]
@@ -91,12 +93,13 @@ def run_all(jobs: list[Job], at_once: int, devices: list[str]) -> list[Job]:
         while (waiting or running) and not stopped:
             for slot in range(at_once):
                 if slot not in running and waiting:
-                    running[slot] = _start(waiting.pop(0), slots[slot], position=slot + 1)
+                    job = waiting.pop(0)
+                    running[slot] = _start(job, slots[slot], environment, position=slot + 1)
             time.sleep(0.5)
             for slot, run in list(running.items()):
                 _show(run.job, run.bar)
                 if run.process is None:
-                    run.process = _launch(run.job, slots[slot])
+                    run.process = _launch(run.job, slots[slot], environment)
                 elif run.process.poll() is not None:
                     del running[slot]
                     run.bar.close()
@@ -123,7 +126,17 @@ def run_all(jobs: list[Job], at_once: int, devices: list[str]) -> list[Job]:
     return failed
 
 
-def _start(job: Job, device: str, position: int) -> Running:
+def shared_cores(at_once: int) -> dict[str, str]:
+    """The environment in which each of ``at_once`` runs has its share of the cores, at least one.
+
+    Where the user has said how many threads there are, or a run is alone, it is this process's.
+    """
+    if at_once == 1 or threads.number_is_given():
+        return dict(os.environ)
+    return os.environ | {"OMP_NUM_THREADS": str(max(1, threads.cores() // at_once))}
+
+
+def _start(job: Job, device: str, environment: dict[str, str], position: int) -> Running:
     bar = tqdm(
         total=job.epochs,
         desc=job.title,
@@ -132,13 +145,13 @@ def _start(job: Job, device: str, position: int) -> Running:
         unit="epoch",
         disable=None,
     )
-    process = _launch(job, device)
+    process = _launch(job, device, environment)
     if process is None:
         tqdm.write(f"{job.title}: goes on in a process of another sweep; waiting for its end")
     return Running(job, bar, process)
 
 
-def _launch(job: Job, device: str) -> subprocess.Popen | None:
+def _launch(job: Job, device: str, environment: dict[str, str]) -> subprocess.Popen | None:
     """The process of a job; None while another process has it."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(MAIN), *job.argv, *(["--multigpu", device] if device else [])]
@@ -150,6 +163,7 @@ def _launch(job: Job, device: str) -> subprocess.Popen | None:
             return None
         return subprocess.Popen(
             command,
+            env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C comes here, and is passed on as SIGTERM

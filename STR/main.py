@@ -3,8 +3,11 @@
 cd STR && python main.py [--config FILE.yaml] [options]; --help lists them.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+
+import startsparse.threads  # noqa: F401 - before torch
 
 import torch
 
@@ -14,9 +17,10 @@ from startsparse.processes import run_script
 from startsparse.trainer import Trainer
 from STR.iterative import begin, check_levels, phases, record_level, start_from
 from STR.options import STROptions
-from STR.thresholds import layer_table, plain_state, soften, thresholds
+from STR.thresholds import layer_table, plain_state, soften, thresholds, why_dense
 
 CONFIGS = Path(__file__).parent / "configs"
+log = logging.getLogger("startsparse")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = record_level(trainer, level=levels) if levels else trainer.test()
         if options.soft:
             checkpoint.save(run.folder / "dense_weights.pt", {"model": plain_state(model)})
+            if line := why_dense(model, options.sInit_value, options.s_decay):
+                log.warning("warning: %s", line)
         recipe.finish(trainer, options.requested, requested, result, layer_table(model))
 
 

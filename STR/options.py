@@ -6,7 +6,7 @@ from typing import Annotated
 
 from torch import nn
 
-from startsparse import runs, schedules
+from startsparse import runs, schedules, scores
 from startsparse.commandline import choice, default_is
 from startsparse.errors import OptionError
 from startsparse.models import RESNET_TYPES
@@ -43,6 +43,8 @@ class STROptions(Options):
     """Densities to prune to, one after the other"""
     pruner: choice(PRUNER_NAMES) = "mag"
     """What decides which weights go; mask-ref takes the masks of the run --target-expt-name"""
+    grasp_temperature: float = scores.TEMPERATURE
+    """Logits are divided by this for --pruner grasp; 1 is the loss of the training"""
     target_expt_name: Annotated[str, default_is("none")] = ""
     """Run folder whose masks, level by level, --pruner mask-ref takes"""
     start_from: Annotated[str, default_is("none")] = ""
@@ -57,9 +59,10 @@ class STROptions(Options):
     reset_weights: bool = False
     """The same as --rewind weights"""
     prune_scheduler: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "cosine"
-    """Schedule of the learning rate before each pruning, begun anew each time"""
+    """Schedule of the learning rate before each pruning, begun anew each time; step is every60"""
     warmup_epochs: int = 0
-    """Epochs at a constant learning rate before anything else; --rewind goes back to their end"""
+    """Epochs before anything else in which the learning rate rises linearly to --lr; --rewind goes
+    back to their end"""
 
     @property
     def masked(self) -> bool:
@@ -70,6 +73,11 @@ class STROptions(Options):
     def soft(self) -> bool:
         """Whether the network has soft thresholds."""
         return self.conv_type in ("STRConv", "STRConvER")
+
+    @property
+    def s_decay(self) -> float:
+        """Weight decay of s."""
+        return self.weight_decay if self.st_decay is None else self.st_decay
 
     @property
     def requested(self) -> float:
@@ -99,9 +107,7 @@ class STROptions(Options):
 
     def decay(self, module: nn.Module, parameter: str) -> float:
         """Weight decay of a parameter; thresholds have --st-decay."""
-        if parameter == "threshold_logit" and self.st_decay is not None:
-            return self.st_decay
-        return super().decay(module, parameter)
+        return self.s_decay if parameter == "threshold_logit" else super().decay(module, parameter)
 
     def check(self) -> None:
         """Raise `OptionError` for values that cannot be meant; names the option."""
@@ -117,6 +123,7 @@ class STROptions(Options):
             self.rewind = "weights"
         require_range(self, "warmup_epochs", low=0)
         require_range(self, "final_prune_epoch", low=1)
+        require_range(self, "grasp_temperature", low=0, open_low=True)
         if self.st_decay is not None:
             require_range(self, "st_decay", low=0)
         if self.threshold_list and self.conv_type != "ConvMask":

@@ -1,4 +1,7 @@
-"""What happens to the weights between pruning levels; the schedule always starts again."""
+"""What happens to the weights between pruning levels; the schedule always starts again.
+
+Momentum goes on where the weights do (``none``), and starts again with them elsewhere.
+"""
 
 from collections.abc import Callable
 

@@ -52,9 +52,9 @@ class SweepOptions:
     rewind: tuple[str, ...] = ("weights",)
     """What goes back after each pruning; --rewind of main.py"""
     keep: float = 0.8
-    """Share of the weights that a level keeps"""
+    """Share of the weights that a level keeps; the last level goes on to --target"""
     target: float = 0.01
-    """Density of the last level"""
+    """Density of the last level, of round(log(target / density of the random mask) / log(keep))"""
     densities: Annotated[tuple[float, ...], default_is("from --keep and --target")] = ()
     """Densities of the levels, instead of --keep and --target; those not below the density of
     the random mask are left out"""
@@ -64,7 +64,7 @@ class SweepOptions:
     """Folder of results.csv, levels.csv, table.csv, table.md and plot.png; those of several sweeps
     are of all runs together"""
     jobs: Annotated[int | None, default_is("one for each of --devices")] = None
-    """Runs at the same time"""
+    """Runs at the same time; they share the cores, unless OMP_NUM_THREADS is set"""
     devices: Annotated[str, default_is("the first GPU, if there is one")] = ""
     """GPUs, as in 0,1; the runs of one time have them in turns, one each"""
     dry_run: bool = False

@@ -94,6 +94,28 @@ def thresholds(model: nn.Module) -> dict[str, float]:
     return {n: x.threshold().item() for n, x in layers if isinstance(x, SoftThresholded)}
 
 
+def why_dense(model: nn.Module, s_init: float, decay: float) -> str:
+    """A line on thresholds that have pruned less than 1 % of the weights; "" if there is more.
+
+    Args:
+        s_init: where s began.
+        decay: weight decay of s.
+    """
+    layers = [x for x in sparse_layers(model).values() if isinstance(x, SoftThresholded)]
+    masks = [getattr(layer, "weight_mask", torch.ones_like(layer.weight)) for layer in layers]
+    allowed = sum(int(torch.count_nonzero(mask)) for mask in masks)
+    used = sum(int(kept(layer).sum()) for layer in layers)
+    if used <= 0.99 * allowed:
+        return ""
+    highest = max(layer.threshold_logit.item() for layer in layers)
+    return (
+        f"--sInit-value: soft thresholds use {used / allowed:.4f} of the weights they may use: s "
+        f"began at {s_init:g} and is {highest:.4g} at most, where they are all but 0; the weight "
+        f"decay of s ({decay:g}; --st-decay, else --weight-decay) takes it towards 0, the faster "
+        "the larger lr, decay and number of steps; raise them, or begin nearer to 0"
+    )
+
+
 def layer_table(model: nn.Module) -> dict[str, dict[str, float]]:
     """Layer -> density and, of STR layers, threshold: what --er-sparsity-file reads back."""
     soft = thresholds(model)

@@ -3,6 +3,7 @@
 from benchmarks import (
     auto,
     batched,
+    beside,
     edge_popup,
     input_pipeline,
     layout,
@@ -27,6 +28,7 @@ for benchmark in (
     sparse_compute,
     sparse_reparameterised,
     auto,
+    beside,
 ):
     print(f"\n## {benchmark.__name__}: {benchmark.__doc__.splitlines()[0]}\n", flush=True)
     benchmark.main()

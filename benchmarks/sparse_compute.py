@@ -119,8 +119,7 @@ def sparse_form(arch: str, density: float, images: Tensor) -> tuple[nn.Module, S
     """The masked network and its sparse form; layers that are slower so stay dense."""
     model = network(arch, density).to(memory_format=torch.channels_last)
     form = SparseForm(model, NETWORKS[arch][2])
-    found = choose(form, images, 10)
-    form.compute_sparsely([name for name, times in found.layers.items() if times > 1])
+    form.compute_sparsely(choose(form, images, 10).faster)
     return model, form
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,7 +11,7 @@ from startsparse.batched import FORMS, Recipe, train_loop
 from startsparse.console import log
 from startsparse.data.rows import Rows
 from startsparse.engine.build import NoCompilerError, library
-from startsparse.engine.choice import choose
+from startsparse.engine.choice import Seconds, choose, cpu_seconds
 from startsparse.engine.network import SparseForm
 from startsparse.masks import density_table
 
@@ -68,21 +67,20 @@ def _faster(
     """
     density = density_table(forms[0].model).iloc[-1]["density"]
     images, labels = next(parts[0].epoch(0))
-    found, share = choose(forms[0], images, int(labels.max()) + 1), 1.0
+    found = choose(forms[0], images, int(labels.max()) + 1)
+    faster = False
     if found.computes:
         together = _seconds([f.model for f in forms], parts, recipe, FORMS[form])
         alone = _seconds([forms[0].model], parts[:1], recipe, train_loop, forms=forms[:1])
-        share = len(forms) * alone / together
-    if share >= 1:
+        faster = len(forms) * alone.fastest < together.fastest
+    if not faster:
         log.info("sparse compute: not at density %.3g, it would be slower", density)
         return frozenset()
-    log.info(
-        "sparse compute: %d of %d layers at density %.3g, training takes %.2f of the masked time",
-        len(found.computes),
-        len(forms[0].layers),
-        density,
-        share,
-    )
+    layers = f"{len(found.computes)} of {len(forms[0].layers)} layers at density {density:.3g}"
+    share = alone.over(together)
+    if share is not None:
+        layers += f", training takes {len(forms) * share:.2f} of the masked CPU time"
+    log.info("sparse compute: %s", layers)
     return found.computes
 
 
@@ -92,14 +90,11 @@ def _seconds(
     recipe: Recipe,
     train: Callable,
     **how: Sequence[SparseForm],
-) -> float:
-    """Of a few steps of each network, after as many that warm up; they are left as they were."""
+) -> Seconds:
+    """Of a few steps of each network, which are left as they were."""
     before = [copy.deepcopy(model.state_dict()) for model in models]
     few = [_first_rows(rows, _STEPS) for rows in parts]
-    train(models, few, recipe, 1, **how)
-    started = time.perf_counter()
-    train(models, few, recipe, 1, **how)
-    seconds = time.perf_counter() - started
+    seconds = cpu_seconds(lambda: train(models, few, recipe, 1, **how))
     for model, state in zip(models, before):
         model.load_state_dict(state)
     return seconds

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+from startsparse import threads
+
 
 class UserError(Exception):
     """Something the user can put right. The message names the option or file and what to do."""
@@ -22,7 +24,11 @@ def say(line: str) -> None:
 
 
 def run_script(main: Callable[[], int | None], say: Callable[[str], None] = say) -> None:
-    """Run ``main`` and leave the process; a `UserError` becomes one line and its exit code."""
+    """Run ``main`` and leave the process; a `UserError` becomes one line and its exit code.
+
+    On CPUs it has the threads that `threads.fit` leaves it.
+    """
+    threads.fit()
     try:
         sys.exit(main() or 0)
     except UserError as error:

@@ -206,3 +206,28 @@ def warnings(table: pd.DataFrame) -> list[str]:
             where = ", ".join(f"{row.layer} {getattr(row, what)}" for row in dead.itertuples())
             lines.append(f"units without an {side} edge: {where}")
     return lines
+
+
+def deviation(model: nn.Module, requested: Mapping[str, float]) -> str:
+    """How far random masks are from the density asked for, in words; "" if within 1 % of it.
+
+    Both are of all weights, whether a layer has a mask or not. The layer that is named is the one
+    that is farthest off, as a share of what was asked of it.
+
+    Args:
+        requested: the density asked of each layer.
+    """
+    sizes = {name: layer.weight.numel() for name, layer in sparse_layers(model).items()}
+    drawn = {name: int(mask.sum()) for name, _, mask in masked_weights(model)}
+    asked = {name: requested[name] * size for name, size in sizes.items()}
+    off = {name: drawn[name] / asked[name] - 1 for name in drawn if asked[name]}
+    wanted = sum(asked.values())
+    missed = sum(drawn.get(name, size) for name, size in sizes.items()) / max(wanted, 1e-9) - 1
+    if not off or abs(missed) <= 0.01 + 1e-9:
+        return ""
+    worst, total = max(off, key=lambda name: abs(off[name])), wanted / sum(sizes.values())
+    more = "more" if missed > 0 else "fewer"
+    return (
+        f"the mask has {100 * abs(missed):.1f} % {more} weights than density {total:.4g} asks for; "
+        f"{worst} {100 * off[worst]:+.1f} %"
+    )

@@ -10,7 +10,7 @@ from torch import nn
 
 from startsparse import masks, processes, ratios, schedules
 from startsparse.commandline import also, choice, default_is, flag
-from startsparse.data import OWN_PARTS, SETS, SHAPES, modular
+from startsparse.data import OWN_PARTS, PADDINGS, SETS, SHAPES, modular
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
 from startsparse.models import MODELS
@@ -52,6 +52,11 @@ class Options:
     validation part of their own, and ignore it"""
     workers: int = 4
     """Processes that decode images (imagenet only; small sets are held on the device)"""
+    augment: bool = True
+    """Crop training images at random, and flip them unless they are digits"""
+    padding: choice(PADDINGS) = "zeros"
+    """What random crops show beyond the border of an image: black, or the image mirrored; crops of
+    imagenet lie inside it"""
 
     modulus: int = 59
     """p of a + b mod p; modular-addition only"""
@@ -75,9 +80,11 @@ class Options:
     """Run folder, checkpoint or JSON of layer densities that --er-sparse-method network copies; of
     a run that found a ratio by a pruner it is that one (ratios.json), not its last (layers.json)"""
     er_budget: choice(ratios.BUDGETS) = "exact"
-    """exact: the density asked for; clip: the clipped, lower one of the paper's research code"""
+    """exact: the density asked for; clip: the clipped, lower one of the paper's research code, in
+    which levels above it prune nothing"""
     er_sampling: choice(masks.SAMPLINGS) = "bernoulli"
-    """bernoulli: each weight is drawn by itself; exact: a fixed number of weights per layer"""
+    """bernoulli: each weight is drawn by itself, so that the density is met on average; exact: a
+    fixed number of weights per layer"""
     first_layer_dense: bool = False
     """Keep the first layer dense; its weights count towards the density"""
     last_layer_dense: bool = False
@@ -95,12 +102,14 @@ class Options:
     lr: float = 0.1
     """Learning rate, before its schedule"""
     lr_min: float = 0.0
-    """Learning rate at the end of a cosine; multistep does not go below it"""
+    """Learning rate at the end of a cosine; multistep does not go below it, and every30, every60
+    and constant do not look at it"""
     lr_policy: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "cosine"
-    """Schedule of the final training; multistep divides by 10 at 1/2 and 3/4, every30 at 30, 60
-    and 90 %"""
+    """Schedule of the final training; multistep divides by 10 at 1/2 and 3/4 of it, every30 every
+    30 epochs and every60 (step) every 60, never in a training that is shorter"""
     warmup_length: int = 0
-    """First epochs of every training in which the learning rate rises linearly"""
+    """First epochs of every training in which the learning rate rises linearly; every30 and every60
+    count them"""
     weight_decay: Annotated[float, also("--wd")] = 1e-4
     """Weight decay"""
     no_bn_decay: bool = False
@@ -114,7 +123,8 @@ class Options:
     clip_norm: float = 0.0
     """Clip the norm of the gradients inside the masks (0: do not)"""
     select: choice(("best", "last")) = "best"
-    """Weights that are tested: those of the best validation epoch, or of the last epoch"""
+    """Weights that are tested: those of the best validation epoch (with soft thresholds, of the
+    best one within 10 % of the final density), or of the last epoch"""
 
     multigpu: Annotated[str, default_is("the first, if there is one")] = ""
     """GPUs, as in 0,1; several train by DataParallel. On CPUs, torchrun starts several processes"""
@@ -125,6 +135,11 @@ class Options:
     sparse_compute: choice(MODES) = "auto"
     """Compute and store only what is inside the masks, on CPUs, and of that compute only what soft
     thresholds and edge-popup use; auto: the layers that are faster so, found by trying"""
+
+    @property
+    def draws_singly(self) -> bool:
+        """Whether each weight of the first masks is drawn by itself, so that chance counts them."""
+        return self.er_sampling == "bernoulli"
 
     def default_name(self) -> str:
         """Name of a run that was given none."""

@@ -26,6 +26,7 @@ class Inputs(NamedTuple):
     level: int
     batch: Batch | None
     shape: Sequence[int] | None
+    temperature: float
 
 
 def prune(
@@ -37,6 +38,7 @@ def prune(
     level: int,
     batch: Batch | None = None,
     shape: Sequence[int] | None = None,
+    temperature: float = scores.TEMPERATURE,
 ) -> None:
     """Shrink the masks, in place, to exactly ``count`` weights and zero the weights outside.
 
@@ -51,6 +53,7 @@ def prune(
         level: number of the pruning in the run; random pruners draw anew at each.
         batch: gives (images, labels) for snip and grasp, on the model's device. Called once.
         shape: of an input, see `scores.synflow`.
+        temperature: of the logits, see `scores.grasp`.
 
     Raises:
         ValueError: an unknown pruner, more weights than are left, a missing ``batch`` or
@@ -62,7 +65,7 @@ def prune(
     left = sum(_left(model))
     if not 0 <= count <= left:
         raise ValueError(f"{count} weights cannot be kept: {left} are left")
-    PRUNERS[pruner](model, count, Inputs(seed, level, batch, shape))
+    PRUNERS[pruner](model, count, Inputs(seed, level, batch, shape, temperature))
     keep_inside(model)
 
 
@@ -79,7 +82,8 @@ def _snip(model: nn.Module, count: int, inputs: Inputs) -> None:
 
 
 def _grasp(model: nn.Module, count: int, inputs: Inputs) -> None:
-    scores.keep_top(model, scores.grasp(model, *_batch("grasp", inputs)), count)
+    images, labels = _batch("grasp", inputs)
+    scores.keep_top(model, scores.grasp(model, images, labels, inputs.temperature), count)
 
 
 def _batch(pruner: str, inputs: Inputs) -> tuple[Tensor, Tensor]:

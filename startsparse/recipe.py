@@ -72,6 +72,8 @@ def load_data(options: Options, device: torch.device) -> data.Data:
             seed=options.seed,
             device=device,
             workers=options.workers,
+            augment=options.augment,
+            padding=options.padding,
             passes=options.passes,
             modulus=options.modulus,
             train_fraction=options.train_fraction,
@@ -91,6 +93,16 @@ def show_start(trainer: Trainer, requested: dict[str, float]) -> None:
     trainer.decide()
     table = trainer.compute.columns(masks.density_table(trainer.model, requested))
     show_densities(trainer.run, table, "density.csv")
+    if requested and not trainer.history and not trainer.place.step:  # later masks are not drawn
+        say_deviation(trainer.model, requested, trainer.options)
+
+
+def say_deviation(model: torch.nn.Module, requested: dict[str, float], options: Options) -> None:
+    """A warning where the first masks do not have the density asked for."""
+    missed = masks.deviation(model, requested)
+    if missed:
+        remedy = "; --er-sampling exact draws as many as asked for" * options.draws_singly
+        log.warning("warning: %s%s", missed, remedy)
 
 
 def show_densities(run: runs.Run, table: pd.DataFrame, name: str) -> None:

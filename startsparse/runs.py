@@ -4,7 +4,8 @@
     options.yaml      every option; --config options.yaml repeats the run
     environment.json  versions, git state, machine, command line
     log.txt           what was said
-    checkpoint.pt     the run as it stands; best.pt: weights of the best validation epoch
+    checkpoint.pt     the run as it stands; best.pt: weights of the best validation epoch;
+                      best-EPOCH.pt: of what may take its place (soft thresholds), until the end
     epochs.csv        one row per epoch; tensorboard/ shows the same
     topology.csv      one row per change of the masks in dynamic sparse training
     levels.csv        one row per density of an iteratively pruned run; levels/: masks, weights

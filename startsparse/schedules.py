@@ -1,8 +1,12 @@
-"""Schedules: plain functions of progress, the share of the training done so far, in [0, 1]."""
+"""Schedules: plain functions of progress, the share of the training done so far, in [0, 1].
 
-import itertools
+Those of the learning rate also know the epoch, for steps that come at fixed epochs.
+"""
+
 import math
 from collections.abc import Callable
+
+Policy = Callable[[float, float, float, float], float]  # of progress, epoch, start, end
 
 
 def cosine(progress: float, start: float, end: float) -> float:
@@ -10,47 +14,66 @@ def cosine(progress: float, start: float, end: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def multistep(progress: float, start: float, end: float) -> float:
+def cosine_rate(progress: float, epoch: float, start: float, end: float) -> float:  # noqa: ARG001
+    """`cosine`, as a policy."""
+    return cosine(progress, start, end)
+
+
+def multistep(progress: float, epoch: float, start: float, end: float) -> float:  # noqa: ARG001
     """A tenth of ``start`` from 1/2 on, a hundredth from 3/4 on; never below ``end``."""
     return max(end, start * 0.1 ** ((progress >= 0.5) + (progress >= 0.75)))
 
 
-def every30(progress: float, start: float, end: float) -> float:
-    """A tenth at 30 %, again at 60 % and 90 %: every 30 epochs of 100; never below ``end``."""
-    return max(end, start * 0.1 ** sum(progress >= step for step in (0.3, 0.6, 0.9)))
+def every(epochs: int) -> Policy:
+    """``start`` divided by 10 every so many epochs, however many there are; ``end`` is ignored."""
+
+    def policy(progress: float, epoch: float, start: float, end: float) -> float:  # noqa: ARG001
+        return start * 0.1 ** (epoch // epochs)
+
+    return policy
 
 
-def constant(progress: float, start: float, end: float) -> float:  # noqa: ARG001
+def constant(progress: float, epoch: float, start: float, end: float) -> float:  # noqa: ARG001
     """``start``, always."""
     return start
 
 
-LEARNING_RATES: dict[str, Callable[[float, float, float], float]] = {
-    "cosine": cosine,
+LEARNING_RATES: dict[str, Policy] = {
+    "cosine": cosine_rate,
     "multistep": multistep,
-    "every30": every30,
+    "every30": every(30),
+    "every60": every(60),
     "constant": constant,
 }
 ALIASES = {
     "cosine_lr": "cosine",
     "multistep_lr": "multistep",
-    "step": "multistep",
-    "step_lr": "multistep",
+    "step": "every60",
+    "step_lr": "every60",
     "constant_lr": "constant",
 }
 
 
 def learning_rate(
-    policy: str, step: int, steps: int, *, start: float, end: float = 0.0, warmup: int = 0
+    policy: str,
+    step: int,
+    steps: int,
+    *,
+    steps_per_epoch: int,
+    start: float,
+    end: float = 0.0,
+    warmup: int = 0,
 ) -> float:
     """The rate of step ``step`` of ``steps``, after ``warmup`` steps that rise linearly to it.
 
-    The first warm-up step has start / warmup, the last has ``start``; the policy then runs over
-    the steps that remain.
+    The first warm-up step has start / warmup, the last has ``start``. Progress then runs over the
+    steps that remain; epochs count from the first step, so that a division at epoch 30 comes there
+    with any warm-up.
     """
     if step < warmup:
         return start * (step + 1) / warmup
-    return LEARNING_RATES[policy]((step - warmup) / max(1, steps - warmup), start, end)
+    progress = (step - warmup) / max(1, steps - warmup)
+    return LEARNING_RATES[policy](progress, step / steps_per_epoch, start, end)
 
 
 def cubic(progress: float, start: float, end: float) -> float:
@@ -59,9 +82,16 @@ def cubic(progress: float, start: float, end: float) -> float:
 
 
 def geometric(start: float, keep: float, target: float) -> list[float]:
-    """start * keep^k for k = 1, 2 ... while that is above ``target``, and then ``target``."""
-    powers = itertools.takewhile(
-        lambda density: density > target * (1 + 1e-9),
-        (start * keep**k for k in itertools.count(1)),
-    )
-    return [*(float(f"{density:.6g}") for density in powers), target]
+    """Densities of pruning levels, falling: start * keep^k for k = 1 ... n - 1, then ``target``.
+
+    n = round(log(target / start) / log(keep)), at least 1: the last level keeps between keep^1.5
+    and keep^0.5 of the one before. Densities have six digits.
+
+    Args:
+        start: density before the first level.
+        keep: share of the weights that a level keeps, in (0, 1).
+        target: density of the last level.
+    """
+    count = round(math.log(target / start) / math.log(keep))
+    levels = dict.fromkeys(float(f"{start * keep**k:.6g}") for k in range(1, count))
+    return [*(level for level in levels if target < level < start), target]

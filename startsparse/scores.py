@@ -20,6 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from startsparse.masks import kept, masked_weights, sparse_layers
 from startsparse.seeding import generator
 
+TEMPERATURE = 200.0  # of grasp, as published
+
 
 def magnitude(model: nn.Module) -> dict[str, Tensor]:
     """The absolute value of each weight."""
@@ -58,17 +60,20 @@ def snip(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     }
 
 
-def grasp(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def grasp(
+    model: nn.Module, images: Tensor, labels: Tensor, temperature: float = TEMPERATURE
+) -> dict[str, Tensor]:
     """w * (H g), the negative of the paper's score (Wang et al. 2020, arXiv:2002.07376, eq. 8).
 
     g is the gradient of the cross-entropy of one batch by the weights of all convolutions and
     linear layers, inside their masks, and H the Hessian by the same. The paper prunes the largest
     -w * (H g), whose removal harms the gradient norm least; with the sign turned, the highest score
-    stays, as everywhere here. Logits are not divided by a temperature. BatchNorm and arguments: as
-    for `snip`.
+    stays, as everywhere here. Logits are divided by ``temperature``, which the paper's code has and
+    its equations have not; at 1 the loss is that of training. BatchNorm and other arguments: as for
+    `snip`.
     """
     with _as_it_was(model, batch_statistics=True), torch.enable_grad():
-        loss, weights = _loss(model, images, labels)
+        loss, weights = _loss(model, images, labels, temperature)
         leaves = list(weights.values())
         gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
         inside = [kept(layer) for layer in sparse_layers(model).values()]
@@ -146,7 +151,9 @@ def _as_it_was(model: nn.Module, batch_statistics: bool) -> Iterator[None]:
             module.training = training
 
 
-def _loss(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _loss(
+    model: nn.Module, images: Tensor, labels: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of a batch in the weights' precision, and what to differentiate it by.
 
     These are stand-ins for the weights of all convolutions and linear layers: they share memory but
@@ -156,7 +163,8 @@ def _loss(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, dic
     tensors |= {name: buffer.clone() for name, buffer in model.named_buffers()}
     weights = {name: tensors[_key(name)].requires_grad_() for name in sparse_layers(model)}
     with torch.autocast(images.device.type, enabled=False):
-        return F.cross_entropy(functional_call(model, tensors, (images,)), labels), weights
+        logits = functional_call(model, tensors, (images,)) / temperature
+        return F.cross_entropy(logits, labels), weights
 
 
 def _key(layer: str) -> str:

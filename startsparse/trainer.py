@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from startsparse import checkpoint, flops, parallel, processes, schedules
+from startsparse.candidates import Candidates
 from startsparse.data import AnyBatches, Data
 from startsparse.engine.compute import Compute
 from startsparse.errors import UserError
-from startsparse.masks import density_table
+from startsparse.masks import density_table, keep_inside
 from startsparse.options import Options
 from startsparse.runs import Run, selected_weights
 from startsparse.training import evaluate, first_bad_layer, means, new_sums, train_epoch
@@ -46,11 +47,14 @@ class Phase:
     epochs: int
     lr_policy: str
     lr_min: float = 0.0
+    warmup: int | None = None  # first epochs, of a linear rise; None: --warmup-length
     then: Callable[["Trainer"], None] = lambda _trainer: None  # done once, after the last epoch
     each_step: Callable[["Trainer", int], None] | None = None  # after the backward pass; phase step
     select_from: int = 0  # epochs before this one, of this phase, are no candidates for the best
-    dense_gradients: bool = False  # every step needs the gradients outside the masks too
+    drifts: bool = False  # density changes by training itself; the best epoch has that of the last
+    dense_until: int = 0  # steps before this one need the gradients outside the masks too
     moves: Callable[[int], bool] = lambda _step: False  # whether each_step may move masks, by step
+    keeps_momentum: bool = False  # of the phase before, where weights go on from there
 
 
 @dataclasses.dataclass
@@ -85,7 +89,7 @@ class Trainer:
         place: where the run stands.
         history: one dict per finished epoch, the rows of epochs.csv.
         tables: further tables that a script keeps, name -> rows of <name>.csv.
-        best: place and validation accuracy of the best epoch of this phase.
+        candidates: the best epoch of this phase, what may take its place, and their weights.
         forward_flops: `flops.forward_flops` of one example, or of the whole graph.
         flops: spent in training on one such input per step, and what dense training would have
             spent.
@@ -117,11 +121,11 @@ class Trainer:
         self.place, self.sums = Place(), new_sums(self.device)
         self.history: list[dict] = []
         self.tables: dict[str, list[dict]] = {}
-        self.best: dict = {}
+        self.candidates = Candidates(run.folder)
         example = torch.zeros(data.shape.input, device=self.device)
         self.forward_flops = flops.forward_flops(model, example)
         self.flops, self._counted = {"training": 0.0, "dense": 0.0}, 0
-        self._dense_gradients = False
+        self._dense_until = 0  # as of the phase, in steps of this epoch
         self.seconds = 0.0
         self._clock = time.monotonic()
         self._asked = 0  # the signal by which this process was asked to stop
@@ -144,7 +148,8 @@ class Trainer:
                 "sums": processes.add_up(self.sums.clone()),
                 "history": self.history,
                 "tables": self.tables,
-                "best": self.best,
+                "best": self.candidates.best,
+                "rivals": self.candidates.rivals,
                 "flops": self.flops,
                 "counted": self._counted,
                 "compute": self.compute.state(),
@@ -163,7 +168,9 @@ class Trainer:
         if processes.rank() == 0:
             self.sums = state["sums"]  # of all processes
         self.history, self.tables = state["history"], state["tables"]
-        self.best, self.flops, self.seconds = state["best"], state["flops"], state["seconds"]
+        self.candidates.best, self.candidates.rivals = state["best"], state["rivals"]
+        self.candidates.tidy()
+        self.flops, self.seconds = state["flops"], state["seconds"]
         self._counted = state["counted"]
         self.compute.restore(state["compute"])
         self.write_tables()
@@ -182,10 +189,10 @@ class Trainer:
             while self.place.phase < len(phases):
                 processes.align(self.model)
                 phase = phases[self.place.phase]
-                if self.options.warmup_length > phase.epochs:
+                if self._warmup(phase) > phase.epochs:
                     log.warning(
                         "warning: --warmup-length: %d epochs, but %s has %d: --lr is not reached",
-                        self.options.warmup_length,
+                        self._warmup(phase),
                         phase.name,
                         phase.epochs,
                     )
@@ -194,7 +201,8 @@ class Trainer:
                 phase.then(self)
                 if self.place.phase + 1 == len(phases):
                     return
-                self._start(self.place.phase + 1)
+                following = self.place.phase + 1
+                self._start(following, phases[following].keeps_momentum)
         finally:
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
@@ -216,7 +224,7 @@ class Trainer:
             epoch, valid_accuracy, test_accuracy and test_loss of the selected weights.
         """
         self.load_selected()
-        chosen = self.best if self.options.select == "best" else self.history[-1]
+        chosen = self.candidates.best if self.options.select == "best" else self.history[-1]
         test = self.evaluate(self.data.test)
         return {
             "epoch": chosen["epoch"],
@@ -252,10 +260,9 @@ class Trainer:
         steps, dense = done - self._counted, dict.fromkeys(self.forward_flops, 1.0)
         self._counted = done
         density = flops.densities(self.model)
-        per_step = flops.training(self.forward_flops, density)
-        if self._dense_gradients:
-            per_step += flops.dense_gradients(self.forward_flops, density)
-        self.flops["training"] += steps * per_step
+        self.flops["training"] += steps * flops.training(self.forward_flops, density)
+        outside = max(0, min(done, self._dense_until) - (done - steps))
+        self.flops["training"] += outside * flops.dense_gradients(self.forward_flops, density)
         self.flops["dense"] += steps * flops.training(self.forward_flops, dense)
 
     def costs(self) -> dict[str, float]:
@@ -274,24 +281,32 @@ class Trainer:
             "training_flops_share": self.flops["training"] / max(self.flops["dense"], 1),
         }
 
-    def _start(self, index: int) -> None:
-        """Begin phase ``index``: the schedule, the momentum and the search for the best anew."""
+    def _start(self, index: int, keeps_momentum: bool) -> None:
+        """Begin phase ``index``: the schedule and the search for the best anew."""
         self.place, self._counted = Place(phase=index), 0
-        self.optimizer = make_optimizer(self.model, self.options)
-        self.sums, self.best = new_sums(self.device), {}
+        if keeps_momentum:
+            keep_inside(self.model, self.optimizer)  # masks may have shrunk
+        else:
+            self.optimizer = make_optimizer(self.model, self.options)
+        self.sums, self.candidates.best = new_sums(self.device), {}
         self.save()
+
+    def _warmup(self, phase: Phase) -> int:
+        return self.options.warmup_length if phase.warmup is None else phase.warmup
 
     def _epoch(self, phase: Phase) -> None:
         options, place, steps = self.options, self.place, len(self.data.train)
-        first, self._dense_gradients = place.epoch * steps, phase.dense_gradients
+        first = place.epoch * steps
+        self._dense_until = phase.dense_until - first
         rates = [
             schedules.learning_rate(
                 phase.lr_policy,
                 first + step,
                 phase.epochs * steps,
+                steps_per_epoch=steps,
                 start=options.lr,
                 end=phase.lr_min,
-                warmup=options.warmup_length * steps,
+                warmup=self._warmup(phase) * steps,
             )
             for step in range(steps)
         ]
@@ -337,14 +352,15 @@ class Trainer:
             "seconds": self.seconds + time.monotonic() - self._clock,
         }
         self.history.append(row)
-        # Of equal epochs the later one: networks that are still getting sparser end sparser.
-        candidate = place.epoch >= phase.select_from
-        if candidate and valid["accuracy"] >= self.best.get("valid_accuracy", 0):
-            self.best = {"epoch": row["epoch"], "valid_accuracy": valid["accuracy"]}
-            checkpoint.save(self.run.folder / "best.pt", {"model": self.model.state_dict()})
+        if place.epoch >= phase.select_from:
+            candidate = {name: row[name] for name in ("epoch", "valid_accuracy", "density")}
+            self.candidates.add(self.model, candidate, drifts=phase.drifts)
+        if place.epoch + 1 == phase.epochs:
+            self.candidates.rivals = []
         self.place, self._counted = Place(place.phase, place.epoch + 1, 0), 0
         self.sums = new_sums(self.device)
         self.save()
+        self.candidates.tidy()
         self.write_tables()
         self.run.record(row, self.watch())
         if self._stop:

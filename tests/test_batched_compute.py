@@ -12,6 +12,7 @@ from startsparse import batched_compute
 from startsparse.batched import train_loop
 from startsparse.batched_compute import sparse_forms
 from startsparse.engine import build
+from startsparse.engine.choice import Seconds
 
 RECIPE = RECIPES["sgd"]
 
@@ -39,10 +40,12 @@ def test_equals_the_masked_networks(name):
     assert not any(form.entered for form in forms)
 
 
-@pytest.mark.parametrize(("alone", "share"), [(0.3, 0.6), (0.6, 1.2)])
+@pytest.mark.parametrize(
+    ("alone", "share", "agree"), [(0.3, 0.6, True), (0.3, 0.6, False), (0.6, 1.2, True)]
+)
 @pytest.mark.parametrize("form", ["batched", "loop"])
 def test_auto_takes_the_faster_and_leaves_the_networks_as_they_were(
-    monkeypatch, caplog, alone, share, form
+    monkeypatch, caplog, alone, share, agree, form
 ):
     """Two networks take one second together; one in its sparse form takes ``alone``."""
     caplog.set_level(logging.INFO, "startsparse")
@@ -52,7 +55,7 @@ def test_auto_takes_the_faster_and_leaves_the_networks_as_they_were(
     def seconds(models, parts, recipe, train, **how):
         asked.append((train, len(models)))
         original(models, parts, recipe, train, **how)
-        return alone if how else 1.0
+        return Seconds(alone if how else 1.0, agree)
 
     monkeypatch.setattr(batched_compute, "_seconds", seconds)
     clock(monkeypatch, 2.0, 1.0)  # of the layers, and of one network
@@ -61,7 +64,8 @@ def test_auto_takes_the_faster_and_leaves_the_networks_as_they_were(
     (line,) = said(caplog)
     if share < 1:
         assert line.endswith(
-            f"4 of 4 layers at density 0.0884, training takes {share:.2f} of the masked time"
+            "4 of 4 layers at density 0.0884"
+            + (f", training takes {share:.2f} of the masked CPU time" if agree else "")
         )
         assert all(len(form.computes) == 4 for form in forms)
     else:

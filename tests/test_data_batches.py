@@ -8,7 +8,7 @@ import torch
 from data_files import pixels
 
 from startsparse import seeding
-from startsparse.data import Batches
+from startsparse.data import PADDINGS, Batches
 
 MEAN = (0.5, 0.4, 0.3)
 STD = (0.2, 0.25, 0.3)
@@ -28,10 +28,10 @@ def make(examples=50, batch_size=16, *, size=32, channels=3, **options):
     return Batches(data, labels, mean=mean, std=std, batch_size=batch_size, **options)
 
 
-def reference(image, dy, dx, mirrored, pad, mean=MEAN, std=STD):
+def reference(image, dy, dx, mirrored, pad, mean=MEAN, std=STD, padding="constant"):
     """Pad, cut, mirror and normalise one uint8 image [H, W, C]: float64 [C, H, W]."""
     size = image.shape[0]
-    image = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+    image = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode=padding)
     image = image[dy : dy + size, dx : dx + size]
     if mirrored:
         image = image[:, ::-1]
@@ -51,13 +51,19 @@ def how(image, pixels, pad, flip):
     ]
 
 
+NUMPY_NAMES = {"zeros": "constant", "reflect": "reflect"}
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize(
     ("size", "channels", "pad", "flip"),
-    [(32, 3, 4, True), (32, 3, 4, False), (10, 1, 2, True), (7, 3, 3, True), (8, 3, 0, False)],
-)
-def test_training_batches_match_the_reference(size, channels, pad, flip):
+    [(32, 3, 4, True), (32, 3, 4, False), (10, 1, 2, True), (7, 3, 3, True), (8, 3, 0, False),
+     (5, 3, 4, True)],
+)  # fmt: skip
+def test_training_batches_match_the_reference(size, channels, pad, flip, padding):
     examples, batch_size = 30, 8
-    batches = make(examples, batch_size, size=size, channels=channels, pad=pad, flip=flip)
+    how_made = {"size": size, "channels": channels, "pad": pad, "flip": flip, "padding": padding}
+    batches = make(examples, batch_size, **how_made)
     data, _ = images(examples, size, channels)
     crops = set()
     for epoch in range(3):
@@ -74,7 +80,7 @@ def test_training_batches_match_the_reference(size, channels, pad, flip):
             for image, row in zip(x, y.tolist(), strict=True):
                 assert row == order[place]
                 draw = (dy[place], dx[place], bool(mirrored[place]) and flip)
-                expected = reference(data[row].numpy(), *draw, pad)
+                expected = reference(data[row].numpy(), *draw, pad, padding=NUMPY_NAMES[padding])
                 np.testing.assert_allclose(image.numpy(), expected, atol=1e-5)
                 crops.add(draw)
                 place += 1
@@ -98,7 +104,7 @@ def test_the_crop_is_found_without_knowing_the_draws():
     assert len({places[0] for places in found}) > 12
 
 
-def test_padding_is_black():
+def test_zeros_are_black():
     """The padding is the pixel 0, not the mean: normalised it is -mean / std."""
     white = torch.full((64, 8, 8, 3), 255, dtype=torch.uint8)
     batches = Batches(
@@ -209,9 +215,10 @@ def test_every_example_comes_once_per_epoch():
         assert seen == Counter(rows.tolist())
 
 
-def test_the_set_is_not_changed_by_its_batches():
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_the_set_is_not_changed_by_its_batches(padding):
     data, _ = images(50)
-    batches = make()
+    batches = make(padding=padding)
     for x, y in batches.epoch(0):
         x.zero_()
         y.zero_()

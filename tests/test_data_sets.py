@@ -73,6 +73,15 @@ def test_load(tmp_path, monkeypatch, name, classes, channels, size, pad, flip):
     assert x.shape[1:] == (channels, size, size)
     plain = loaded(name, tmp_path, batch_size=5, valid_split=0.25, augment=False)
     assert (plain.train.pad, plain.train.flip) == (0, False)
+    for padding, corners in (("zeros", {0}), ("reflect", {1})):  # all pixels are 1: what is added?
+        monkeypatch.setitem(SETS, name, lambda *_: white(tiny.loader(tmp_path, "")))
+        padded = loaded(name, tmp_path, batch_size=5, valid_split=0, padding=padding).train._images
+        assert set(padded[:, 0, 0].flatten().tolist()) == corners
+
+
+def white(arrays):
+    arrays.train[0].fill_(1)
+    return arrays
 
 
 def test_digits_come_with_scikit_learn():
@@ -192,6 +201,10 @@ def test_a_batch_size_that_leaves_no_step(tmp_path, monkeypatch):
     assert fails(UserError, batch_size=2, **options).startswith("--batch-size: 2 ")
     assert len(loaded(batch_size=1, **options).train) == 1
     assert len(loaded(batch_size=10_000).train) == 1  # larger than the set: one step
+
+
+def test_an_unknown_padding():
+    assert fails(OptionError, padding="edge") == "--padding: 'edge' is none of zeros, reflect"
 
 
 def test_negative_workers():

@@ -1,13 +1,15 @@
 """Whole networks in their sparse form against the masked ones, and what has no sparse form."""
 
 import copy
-import itertools
 import re
+import threading
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from startsparse import models
 from startsparse.engine import build, choice
@@ -252,12 +254,20 @@ def test_other_networks():
 
 
 def clock(monkeypatch, dense, sparse):
-    """Everything is tried, and said to take ``dense`` and ``sparse`` seconds in turns."""
-    seconds = itertools.cycle([dense, sparse])
-    monkeypatch.setattr(choice, "_fastest", lambda run: (run(), next(seconds))[1])
+    """Everything is tried, and said to take ``dense`` seconds, or ``sparse`` in the sparse form."""
+
+    def runs(name, said):
+        original = getattr(choice, name)
+        monkeypatch.setattr(choice, name, lambda *args: (original(*args), said)[1])
+
+    dense, sparse = choice.Seconds(dense), choice.Seconds(sparse)
+    monkeypatch.setattr(choice, "cpu_seconds", lambda run, *_: run())
+    runs("_masked", dense)
+    runs("_between_maps", (dense, sparse))
+    runs("_steps", (dense, sparse))
 
 
-@pytest.mark.parametrize(("sparse", "share"), [(0.5, 0.5), (0.97, 0.97), (2.0, float("inf"))])
+@pytest.mark.parametrize(("sparse", "share"), [(0.5, 0.5), (0.97, 0.97), (2.0, None)])
 def test_the_choice_takes_the_faster_and_leaves_everything_as_it_was(monkeypatch, sparse, share):
     clock(monkeypatch, 1.0, sparse)
     model = network("vgg11", density=0.1, dtype=torch.float32)
@@ -266,11 +276,93 @@ def test_the_choice_takes_the_faster_and_leaves_everything_as_it_was(monkeypatch
     found = choose(form, batch(32, torch.float32)[0], classes=10)
     assert found.layers == pytest.approx(dict.fromkeys(form.layers, 1 / sparse))
     assert found.share == share
-    assert form.computes == found.computes == (set(form.layers) if share < 0.95 else set())
+    assert form.computes == found.computes == (set(form.layers) if sparse < 0.95 else set())
     assert not form.entered
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fastest", "agree", "runs"),
+    [
+        ([1.0, 1.05], 1.0, True, 2),
+        ([1.0, 1.5, 1.0], 1.0, False, 2),  # long enough
+        ([0.013, 0.01, 0.016, 0.0105, 1], 0.01, True, 4),
+        ([0.01, 0.02, 0.03, 0.04, 0.05, 0.01], 0.01, False, 5),
+    ],
+)
+def test_tries_until_two_agree(monkeypatch, seconds, fastest, agree, runs):
+    now, left = [0.0], iter([99.0, *seconds])  # the first run is not timed
+    monkeypatch.setattr(choice.time, "process_time", lambda: now[0])
+
+    def run():
+        now[0] += next(left)
+
+    found = choice.cpu_seconds(run, 10)
+    assert (10 * found.fastest, found.agree) == (pytest.approx(fastest), agree)
+    assert len(list(left)) == len(seconds) - runs
+
+
+def test_what_is_short_is_repeated(monkeypatch):
+    """The clock ticks every millisecond, and a run takes a tenth of that."""
+    runs = []
+    monkeypatch.setattr(choice.time, "process_time", lambda: (len(runs) + 9) // 10 / 1000)
+    found = choice.cpu_seconds(lambda: runs.append(1))
+    assert found.fastest == pytest.approx(1e-4, rel=0.6)
+    assert len(runs) > 40
+
+
+def test_the_time_of_the_processor_counts_that_of_all_threads():
+    assert choice.cpu_seconds(lambda: time.sleep(0.001)).fastest < 0.0005
+
+    def works():
+        started = time.thread_time()
+        while time.thread_time() < started + 0.02:
+            pass
+
+    def works_elsewhere():
+        thread = threading.Thread(target=works)
+        thread.start()
+        thread.join()
+
+    assert 0.02 <= choice.cpu_seconds(works_elsewhere).fastest < 0.04
+
+
+def test_a_ratio_of_times_that_disagree_is_none():
+    steady, other = choice.Seconds(2.0), choice.Seconds(4.0, agree=False)
+    assert steady.over(choice.Seconds(4.0)) == 0.5
+    assert steady.over(other) is other.over(steady) is None
+
+
+@pytest.mark.parametrize("name", ["vgg11", "mlp", "resnet20"])
+def test_layers_are_timed_as_the_masked_network_computes_them(monkeypatch, name):
+    """On the batch, the same products and gradients: FLOPs."""
+    model = network(name, density=0.1, width=8, dtype=torch.float32)
+    form, counted = SparseForm(model, SHAPE), {}
+
+    def timed(both, images, needs_input):
+        def count(run, of):
+            with FlopCounterMode(display=False) as counter:
+                run()
+            counted[both.name] = counter.get_total_flops() / of
+            return choice.Seconds(1.0)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(choice, "cpu_seconds", count)
+            return original(both, images, needs_input)
+
+    original = choice._masked
+    clock(monkeypatch, 1.0, 2.0)
+    monkeypatch.setattr(choice, "_masked", timed)
+    choose(form, batch(32, torch.float32)[0], classes=10)
+    assert counted.keys() == form.layers.keys()
+
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.functional.cross_entropy(
+            model(batch(32, torch.float32)[0]), batch(32)[1]
+        ).backward()
+    assert sum(counted.values()) == pytest.approx(counter.get_total_flops() / 32)
 
 
 def test_dense_layers_are_not_tried():

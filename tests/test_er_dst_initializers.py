@@ -87,13 +87,72 @@ def test_inside_the_mask_and_repeatable(how):
         assert not torch.equal(weight, different)
 
 
-def test_default_is_kaiming_normal_inside_the_mask():
+def test_kaiming_is_kaiming_normal_inside_the_mask():
     one, other = network(0.3), network(0.3)
-    init_weights(one, "default", 4)
+    init_weights(one, "kaiming", 4)
     models.init_weights(other, "kaiming_normal", 4)
     keep_inside(other)
     for (key, value), (_, same) in zip(one.state_dict().items(), other.state_dict().items()):
         assert torch.equal(value, same), key
+
+
+def built(arch, imagenet=False):
+    """A network of the scripts, half masked at random, begun by default."""
+    graph = torch.eye(9).to_sparse() if arch == "gcn" else None
+    channels = 50 if arch in ("mlp", "gcn", "algorithmic") else 3
+    size = 32 if channels == 3 else 1
+    model = models.build(
+        arch, classes=200, channels=channels, size=size, imagenet=imagenet, adjacency=graph
+    )
+    shapes = {name: layer.weight.shape for name, layer in sparse_layers(model).items()}
+    attach_masks(model, draw_masks(shapes, [0.5] * len(shapes), 1, "exact"))
+    init_weights(model, "default", 3)
+    return model
+
+
+def fan_out(layer):
+    return layer.weight.shape[0] * layer.weight[0, 0].numel()
+
+
+def is_normal(values, std):
+    """Its spread and its fourth moment, within 4.5 standard errors."""
+    values = values.double() / std
+    assert values.mean().abs() < 4.5 / math.sqrt(len(values))
+    assert abs(values.square().mean() - 1) < 4.5 * math.sqrt(2 / len(values))
+    assert abs(values.pow(4).mean() - 3) < 4.5 * math.sqrt(96 / len(values))
+
+
+def is_uniform(values, bound):
+    values = values.double() / bound
+    assert 1 - 20 / len(values) < values.abs().max() <= 1 + 1e-6
+    assert values.mean().abs() < 4.5 / math.sqrt(3 * len(values))
+    assert abs(values.square().mean() - 1 / 3) < 4.5 * math.sqrt(4 / 45 / len(values))
+
+
+@pytest.mark.parametrize(
+    ("arch", "imagenet"),
+    [
+        *(("vgg11", False), ("resnet20", False), ("resnet18", False), ("resnet18", True)),
+        *(("mlp", False), ("gcn", False), ("algorithmic", False)),
+    ],
+)
+def test_default_is_what_the_network_starts_from_as_published(arch, imagenet):
+    model = built(arch, imagenet)
+    for layer in sparse_layers(model).values():
+        values, fan_in = layer.weight.detach()[kept(layer)], layer.weight[0].numel()
+        conv = isinstance(layer, nn.Conv2d)
+        if arch == "vgg11" or (imagenet and conv):
+            is_normal(values, math.sqrt(2 / fan_out(layer)) if conv else 0.01)
+        elif arch == "gcn":
+            is_uniform(values, math.sqrt(6 / sum(layer.weight.shape)))
+        else:
+            is_uniform(values, 1 / math.sqrt(fan_in))
+        if layer.bias is not None and arch == "vgg11":
+            assert (layer.bias == 0).all()
+        elif layer.bias is not None:
+            assert 0 < layer.bias.abs().max() <= 1 / math.sqrt(fan_in)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in norms)
 
 
 @pytest.mark.parametrize("how", INITS)
@@ -135,7 +194,7 @@ def test_looks_linear_names_the_layer_of_odd_size():
 
 
 def test_an_unknown_name_lists_the_choices():
-    with pytest.raises(OptionError, match="--init-method: .*'he'.* default, normal, uniform"):
+    with pytest.raises(OptionError, match="--init-method: .*'he'.* default, kaiming, normal"):
         init_weights(network(0.5), "he", 1)
 
 

@@ -33,6 +33,7 @@ def parsed(*argv):
 
 # One option a line: values with it, against the same without. Weights must differ.
 DST = {"method": "DST"}
+THIN = {"er_sparse_init": 0.2}
 IMP = {"er_sparse_method": "ER_imp", "imp_epochs": 1}
 EFFECTS = {
     "seed": ({"seed": 2}, {}),
@@ -53,6 +54,7 @@ EFFECTS = {
         {"growth": "momentum", "optimizer": "adam"},
     ),
     "prune-rate": ({"prune_rate": 0.1}, {}),
+    "stop-updates": ({"stop_updates": 0.5}, {}),
     "update-frequency": ({"update_frequency": 3}, {}),
     "init-density": ({"er_sparse_init": 0.6}, {}),
     "final-density": ({"final_density": 0.1}, {}),
@@ -60,14 +62,18 @@ EFFECTS = {
     "final-prune-epoch": ({"final_prune_epoch": 2}, {}),
     "is-prune": ({"is_prune": False}, {}),
     "grow-within-init": ({"grow_within_init": True}, {}),
-    "flow-preservation": ({"flow_preservation": True}, {}),
+    "flow-preservation": (THIN | {"flow_preservation": "True"}, THIN),
+    "flow-preservation always": (
+        {"flow_preservation": "always"},
+        {"flow_preservation": "True"},
+    ),
     "ortho-repair": ({"ortho_repair": True}, {}),
     "sparse-init": ({"er_sparse_method": "balanced"}, {}),
     "imp-epochs": (IMP | {"imp_epochs": 3}, IMP),
     "sparse": ({"sparse": False}, {}),
     **{
         f"init-method {init}": ({"init": init}, {})
-        for init in ("normal", "uniform", "bimodal", "looks-linear")
+        for init in ("kaiming", "normal", "uniform", "bimodal", "looks-linear")
     },
 }
 
@@ -100,7 +106,7 @@ def test_an_accepted_option_has_an_effect(trained, option):
         ({"method": "GMP", "prune_rate": 0.1}, {"method": "GMP"}),
         (DST | {"final_density": 0.4}, DST),
         (DST | {"final_prune_epoch": 1}, DST),
-        ({"sparse": False, "method": "DST", "flow_preservation": True}, {"sparse": False}),
+        ({"sparse": False, "method": "DST", "flow_preservation": "always"}, {"sparse": False}),
     ],
 )
 def test_what_a_method_does_not_use_changes_nothing(trained, values, alike):
@@ -137,6 +143,8 @@ BAD = {
     "--init-density: 'half' is not a number": ["--init-density", "half"],
     "--final-density: 0.0 should be above 0 and at most 1": ["--final-density", "0"],
     "--prune-rate: 1.5 should be at least 0 and at most 1": ["--prune-rate", "1.5"],
+    "--stop-updates: 0.0 should be above 0 and at most 1": ["--stop-updates", "0"],
+    "--stop-updates: 1.5 should be above 0 and at most 1": ["--stop-updates", "1.5"],
     "--update-frequency: 0 should be at least 1": ["--update-frequency", "0"],
     "--imp-epochs: 0 should be at least 1": ["--imp-epochs", "0"],
     "--l2: -1.0 should be at least 0": ["--l2", "-1"],
@@ -149,9 +157,12 @@ BAD = {
     "--sparse-init: 'erdos' is none of uniform, ERK": ["--sparse-init", "erdos"],
     "--growth: 'both' is none of random, gradient, momentum": ["--growth", "both"],
     "--prune: 'random' is none of magnitude": ["--prune", "random"],
-    "--init-method: 'he' is none of default, normal": ["--init-method", "he"],
+    "--init-method: 'he' is none of default, kaiming": ["--init-method", "he"],
     "--optimizer: 'adamw' is none of sgd, adam": ["--optimizer", "adamw"],
     "--is-prune: 'maybe' should be True or False": ["--is-prune", "maybe"],
+    "--flow-preservation: 'maybe' is none of False, True, always": [
+        *("--flow-preservation", "maybe")
+    ],
     "--flow-preservation: needs a value": ["--flow-preservation"],
     "--ratios-from: goes with --sparse-init network or ER_imp": [
         *("--sparse", "--ratios-from", "x.json")
@@ -237,6 +248,7 @@ def test_the_process_ends_with_code_2_and_one_line():
         ("init_density: abc", "--init-density: 'abc' is not a number"),
         ("init_density: [1, 2]", "init-density: should be one value"),
         ("is_prune: 3", "is_prune: '3' should be true or false"),
+        ("flow_preservation: 3", "--flow-preservation: '3' is none of False, True, always"),
         ("sparse: 3", "sparse: '3' should be true or false"),
         ("data: cifar", "--data: 'cifar' is none of"),
         ("model: resnet19", "--model: 'resnet19' is none of"),
@@ -249,6 +261,16 @@ def test_bad_yaml_names_the_file(tmp_path, content, message):
         script.main(["--config", str(path)])
     assert str(error.value).startswith(f"{path}: {message}")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [("true", "True"), ("no", "False"), ("'False'", "False"), ("Always", "always")],
+)
+def test_flow_preservation_in_yaml(tmp_path, value, meant):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"flow_preservation: {value}\n")
+    assert parsed("--config", str(path)).flow_preservation == meant
 
 
 def test_yaml_has_the_names_of_the_command_line(tmp_path):
@@ -332,7 +354,9 @@ def test_options_yaml_repeats_the_run(run_dst):
         (["--init_density=0.1", "--final_density=0.1"], "er_sparse_init", 0.1),
         (["--ratios-from", "x", "--sparse-init", "network"], "er_sparsity_file", "x"),
         (["--no-nesterov"], "nesterov", False),
-        (["--flow-preservation", "true"], "flow_preservation", True),
+        (["--flow-preservation", "true"], "flow_preservation", "True"),
+        (["--flow-preservation", "no"], "flow_preservation", "False"),
+        (["--flow-preservation", "ALWAYS"], "flow_preservation", "always"),
         (["--ortho-repair", "1"], "ortho_repair", True),
     ],
 )
@@ -355,9 +379,10 @@ def said_before_data(monkeypatch, capsys, *argv):
 
 def test_layers_too_thin_for_flow_preservation_are_named_before_training(monkeypatch, capsys):
     flags = ["--model", "vgg16", "--sparse-init", "pyramid", "--init-density", "0.002"]
-    flags += ["--final-density", "0.0001", "--flow-preservation", "True"]
-    said = said_before_data(monkeypatch, capsys, *flags)
+    flags += ["--final-density", "0.0001", "--flow-preservation"]
+    said = said_before_data(monkeypatch, capsys, *flags, "always")
     assert [line.startswith("warning: --flow-preservation: ") for line in said] == [True, True]
+    assert said_before_data(monkeypatch, capsys, *flags, "True") == said[:1]
     with torch.device("meta"):
         layers = sparse_layers(models.build("vgg16", classes=10))
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
@@ -375,7 +400,9 @@ def test_layers_too_thin_for_flow_preservation_are_named_before_training(monkeyp
 
 @pytest.mark.parametrize("method", ["GraNet_uniform", "GMP_uniform"])
 def test_layers_that_uniform_pruning_makes_too_thin_are_named(monkeypatch, capsys, method):
-    flags = ["--model", "resnet20", "--final-density", "0.02", "--flow-preservation", "True"]
+    flags = ["--model", "resnet20", "--final-density", "0.02", "--flow-preservation"]
+    assert said_before_data(monkeypatch, capsys, *flags, "True", "--method", method) == []
+    flags.append("always")
     said = said_before_data(monkeypatch, capsys, *flags, "--method", method)
     # 0.02 of 3 x 9 x 16, 16 x 32, 32 x 64 and 64 x 10 weights
     assert said == [
@@ -389,6 +416,14 @@ def test_layers_that_uniform_pruning_makes_too_thin_are_named(monkeypatch, capsy
     assert said.endswith(
         " conv1 7 of 16, stages.1.0.shortcut.0 9 of 32, stages.2.0.shortcut.0 36 of 64"
     )
+
+
+def test_a_density_that_the_repair_exceeds_for_good_is_named(monkeypatch, capsys):
+    """Where nothing is pruned, what the first repair adds is there at the end too."""
+    flags = ["--model", "vgg16", "--method", "DST", "--init-density", "0.0001"]
+    said = said_before_data(monkeypatch, capsys, *flags, "--flow-preservation", "True")
+    assert [line.split(": ")[2].split(" ")[0] for line in said] == ["layers", "it"]
+    assert "density 0.0001 has 1472: it will not be reached" in said[1]
 
 
 @pytest.mark.parametrize("sparse_init", ["snip", "ER_snip"])
@@ -416,8 +451,9 @@ def test_layers_that_a_search_makes_too_thin_are_named(tmp_path, monkeypatch, ca
     "flags",
     [
         ["--flow-preservation", "False", "--final-density", "0.0001"],
-        ["--flow-preservation", "True", "--final-density", "0.01"],
-        ["--flow-preservation", "True", "--sparse-init", "snip", "--final-density", "0.01"],
+        ["--flow-preservation", "always", "--final-density", "0.01"],
+        ["--flow-preservation", "True", "--final-density", "0.0001"],
+        ["--flow-preservation", "always", "--sparse-init", "snip", "--final-density", "0.01"],
     ],
 )
 def test_nothing_is_said_where_flow_can_be_kept(monkeypatch, capsys, flags):
@@ -433,3 +469,23 @@ def test_updates_rarer_than_the_training_is_long_are_said(tmp_path, capsys, valu
     said = [line for line in capsys.readouterr().out.splitlines() if "update-frequency" in line]
     expected = "warning: --update-frequency: 8 steps, but the whole training has 8; the mask moves "
     assert said == ([expected + often] if often else [])
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"method": "DST", "update_frequency": 4}, True),
+        ({"method": "DST", "update_frequency": 3}, False),
+        ({"method": "GraNet", "update_frequency": 4}, True),
+        ({"method": "GraNet", "update_frequency": 4, "final_prune_epoch": 1}, True),
+        ({"method": "GraNet", "update_frequency": 4, "epochs": 4, "final_prune_epoch": 1}, False),
+        ({"method": "GMP", "update_frequency": 4}, False),
+    ],
+)
+def test_a_stop_before_the_first_update_is_said(tmp_path, capsys, values, said):
+    train(tmp_path, options(**{"stop_updates": 0.5, "final_density": 0.2} | values))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "stop-updates" in line]
+    assert lines == said * [
+        "warning: --stop-updates: drop and grow ends after 4 steps, before the first update, "
+        "after 4: nothing is grown"
+    ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ER_SLT.edge_popup import popup
+from ER_SLT.edge_popup import found_masks, popup, popup_layers, set_density
 from ER_SLT.initializers import INITS, he_deviation, init_weights
 from startsparse import models
 from startsparse.errors import OptionError
@@ -30,12 +30,13 @@ def wide():
     )
 
 
-def deviations(model, gains=(1, 1, 1)):
-    """Of the biases of each layer: the product of all before."""
+def deviations(model, how, gains=(1, 1, 1)):
+    """Of the biases of each layer: the product of all before, or that of its own weights."""
     total, found = BFAC, []
     for layer, gain in zip(sparse_layers(model).values(), gains):
-        total *= gain * he_deviation(layer.weight.shape)
-        found.append(total)
+        own = gain * he_deviation(layer.weight.shape)
+        total *= own
+        found.append(own if how == "signed-const-with-bias" else total)
     return found
 
 
@@ -97,7 +98,7 @@ def test_biases_have_the_moments_and_symmetry_of_their_name(how):
     if how not in WITH_BIAS:
         assert all(layer.bias is None for layer in layers)
         return
-    for index, (layer, deviation) in enumerate(zip(layers, deviations(model))):
+    for index, (layer, deviation) in enumerate(zip(layers, deviations(model, how))):
         bias = layer.bias.detach()
         assert bias.shape == layer.weight.shape[:1]
         if how.startswith("signed"):
@@ -146,23 +147,51 @@ def test_cancelling_biases_in_a_residual_network():
     assert (model.fc.bias != 0).all()
 
 
+def masked(densities):
+    """`wide` with Bernoulli masks, and the masks."""
+    model = wide()
+    shapes = {name: layer.weight.shape for name, layer in sparse_layers(model).items()}
+    masks = draw_masks(shapes, densities, 1, "bernoulli")
+    attach_masks(model, masks)
+    return model, masks
+
+
 @pytest.mark.parametrize("how", INITS)
-def test_scale_fan_divides_by_the_root_of_the_density(how):
-    plain, scaled = drawn(how), wide()
-    shapes = {name: layer.weight.shape for name, layer in sparse_layers(scaled).items()}
-    masks = draw_masks(shapes, [0.5, 0.25, 0.0], 1, "bernoulli")
-    attach_masks(scaled, masks)
-    init_weights(scaled, how, 1, BFAC, scale_fan=True)
-    densities = [float(mask.double().mean()) or 1.0 for mask in masks.values()]
-    gains = [density**-0.5 for density in densities]
-    expected, ratio = deviations(plain, gains), 1.0
-    for name, gain, deviation in zip(shapes, gains, expected):
+def test_a_density_divides_by_the_root_of_that_which_a_layer_computes_with(how):
+    plain, (scaled, masks) = drawn(how), masked([0.5, 0.1, 0.0])
+    init_weights(scaled, how, 1, BFAC, 0.3)
+    # The ticket's; the mask's own, which is lower; the ticket's, as nothing is kept to go by.
+    gains = [0.3**-0.5, float(masks["3"].double().mean()) ** -0.5, 0.3**-0.5]
+    expected, ratio = deviations(plain, how, gains), 1.0
+    for name, gain, deviation in zip(masks, gains, expected):
         one, other = plain.get_submodule(name), scaled.get_submodule(name)
         assert torch.allclose(other.weight, gain * one.weight * masks[name], rtol=1e-5)
-        ratio *= gain
+        ratio = gain if how == "signed-const-with-bias" else ratio * gain
         if how in WITH_BIAS and not (how == "ortho-bias-special" and name == "3"):
             assert torch.allclose(other.bias, ratio * one.bias, rtol=1e-4)
             assert other.bias.std().item() == pytest.approx(deviation, rel=0.3)
+
+
+@pytest.mark.parametrize("how", [name for name in INITS if name != "signed-const-with-bias"])
+def test_a_scale_is_a_factor_of_the_logits_for_each_layer(how):
+    x = torch.rand(5, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    model, other = drawn(how), drawn(how, scale=3.0)
+    model[1], other[1] = nn.Identity(), nn.Identity()
+    assert torch.allclose(other(x), 27 * model(x), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.2])
+def test_the_variance_is_that_of_he_for_the_entries_in_use(density):
+    """What scaling is for: fan_in times the density in use times the variance is 2."""
+    model, masks = masked([0.5, 0.1, 0.3])
+    init_weights(model, "signed-const-zero-bias", 1, density=density)
+    popup(model, 1)
+    set_density(model, density)
+    used = found_masks(model)
+    for name, layer in popup_layers(model).items():
+        fan_in = used[f"{name}.weight"].double().sum() / len(layer.weight)
+        variance = layer.weight[masks[name]].double().square().mean()
+        assert float(fan_in * variance) == pytest.approx(2, rel=0.001)
 
 
 @pytest.mark.parametrize("how", INITS)

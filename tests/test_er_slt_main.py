@@ -28,7 +28,7 @@ from slt_runs import (
 )
 
 from ER_SLT import main as script
-from ER_SLT.edge_popup import RANKINGS, SCORE_INITS, found_masks
+from ER_SLT.edge_popup import RANKINGS, SCORE_INITS, found_masks, popup_layers
 from ER_SLT.initializers import INITS
 from ER_SLT.levels import densities, overlap, score_statistics
 from ER_SLT.options import SLTOptions
@@ -278,6 +278,17 @@ def test_every_initialisation_and_ranking(run_slt, capsys, how, score_init, rank
     capsys.readouterr()
     script.main(["--evaluate", str(folder)])
     assert said(capsys.readouterr().out) == result(folder)["test_accuracy"]
+
+
+def test_scale_fan_is_by_the_density_of_the_last_level():
+    weights = []
+    for more in ([], ["--scale-fan", "--sparsity", "0.1", "--sparsity-start", "0.5"]):
+        options = script.parse(SLTOptions, script.CONFIGS, [*MLP, *more])
+        model, requested = script.plan(options, script.data.SHAPES["digits"])
+        script.er.attach_er_masks(model, requested, options)
+        script.pop_up(model, options)
+        weights.append(list(popup_layers(model).values())[1].weight)
+    assert torch.allclose(weights[1], weights[0] * 10**0.5)  # and not by that of the mask, 0.5
 
 
 def test_scores_go_on_from_level_to_level(run_slt, monkeypatch):  # noqa: F811

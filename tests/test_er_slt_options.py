@@ -58,7 +58,18 @@ def test_defaults_are_those_of_the_published_recipe():
     )  # fmt: skip
     assert options.anneal
     assert not options.nesterov
+    assert (options.augment, options.padding) == (False, "zeros")
     assert (options.bfac, options.scale_fan, options.shuffle) == (0.05, False, False)
+    assert options.weight_scale == 1
+
+
+def test_images_are_cropped_where_that_is_asked_for():
+    found = []
+    for more in ([], ["--augment"], ["--augment", "--padding", "reflect"]):
+        options = parsed("--dataset", "digits", *more)
+        train = script.recipe.load_data(options, torch.device("cpu")).train
+        found.append((train.pad, bool(train._images[:, 0].any())))
+    assert found == [(0, True), (4, False), (4, True)]
 
 
 def test_without_arguments_the_demo_is_run():
@@ -179,6 +190,7 @@ def test_annealing_schedule(argv, expected):
         (["--levels", "0"], "--levels: 0 should be at least 1"),
         (["--epochs", "0"], "--epochs: 0 should be at least 1"),
         (["--bfac", "0"], "--bfac: 0.0 should be above 0"),
+        (["--weight-scale", "0"], "--weight-scale: 0.0 should be above 0"),
         (["--er-init-density", "1.5"], "--er-init-density: 1.5 should be above 0 and at most 1"),
         (["--wd", "-1"], "--wd: -1.0 should be at least 0"),
         (["--per-layer", "--global"], "--global: not with --per-layer, which --no-per-layer takes"),
@@ -206,6 +218,8 @@ def test_bad_plans_are_found_before_data(monkeypatch, tmp_path):
         OptionError, match=r"--sparsity: 0.3 should be at most 0.26\d*, the density"
     ):
         script.main([*argv, "--sparsity", "0.3", "--er-budget", "clip"])
+    with pytest.raises(OptionError, match="--weight-scale: 20 should be 1 for mlp: its BatchNorm"):
+        script.main([*argv, "--dataset", "cora", "--model", "mlp"])
     with pytest.raises(OptionError, match="--model: no network is called 'mlp' for ImageNet"):
         script.main([*argv, "--dataset", "imagenet", "--model", "mlp"])
     assert not (tmp_path / "runs").exists()

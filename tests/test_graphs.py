@@ -327,7 +327,7 @@ def test_published_numbers_are_asked_for(tmp_path):
 @pytest.fixture
 def small_cora(tmp_path, monkeypatch):
     planetoid_set(tmp_path, monkeypatch)
-    return ["--set", "cora", "--data", str(tmp_path), "--epochs", "3"]
+    return ["--set", "cora", "--data", str(tmp_path), "--epochs", "3", "--passes", "1"]
 
 
 def test_karate_from_end_to_end(run, no_pictures):
@@ -348,10 +348,11 @@ def test_karate_from_end_to_end(run, no_pictures):
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_the_configs_are_those_of_the_paper(name):
+def test_the_configs_are_those_of_the_paper_but_for_more_steps(name):
     options = script.parse(script.STROptions, script.CONFIGS, ["--set", name])
     assert (options.arch, options.optimizer, options.lr) == ("gcn", "adam", 0.01)
-    assert (options.weight_decay, options.epochs * options.passes) == (5e-4, 200)
+    steps = 200 if name == "karate" else 1000  # the paper's 200 are too few for sparse networks
+    assert (options.weight_decay, options.epochs * options.passes) == (5e-4, steps)
 
 
 @pytest.mark.parametrize("pruner", PRUNER_NAMES)

@@ -4,12 +4,16 @@ import copy
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from script_runs import newest
 from torch import nn
 
+from ER_DST import main as dst_main
+from ER_SLT import main as slt_main
 from startsparse import masks
 from startsparse.masks import (
     attach_masks,
@@ -20,6 +24,7 @@ from startsparse.masks import (
     masked_weights,
     round_to_total,
 )
+from STR import main as str_main
 
 
 def tiny():
@@ -227,3 +232,98 @@ def test_a_layer_that_expects_less_than_one_weight_is_named():
     lines = masks.warnings(density_table(model, {"0": 1.0, "1": 0.01}))
     assert len(lines) == 1
     assert lines[0].startswith("1: 0.16 weights expected, 0 kept of 16")
+
+
+def layers_with(*counts):
+    """Linear layers of 100 weights, masked but for the last, with so many in their masks."""
+    model = nn.Sequential(*(nn.Linear(10, 10) for _ in range(len(counts) + 1)))
+    kept = {str(i): (torch.arange(100) < n).view(10, 10) for i, n in enumerate(counts)}
+    attach_masks(model, kept)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("counts", "requested", "said"),
+    [
+        ((50, 50), (0.5, 0.5, 1), ""),
+        ((60, 40), (0.5, 0.5, 1), ""),  # of all weights it is none
+        ((51, 51), (0.5, 0.5, 1), ""),  # 2 of 200
+        ((52, 51), (0.5, 0.5, 1), "1.5 % more weights than density 0.6667 asks for; 0 +4.0 %"),
+        ((50, 44), (0.5, 0.5, 1), "3.0 % fewer weights than density 0.6667 asks for; 1 -12.0 %"),
+        ((9, 0), (0.1, 0.02, 1), "2.7 % fewer weights than density 0.3733 asks for; 1 -100.0 %"),
+        ((0, 0), (0.0, 0.0, 1), ""),
+    ],
+)
+def test_a_density_that_is_missed_by_more_than_a_hundredth_is_said(counts, requested, said):
+    asked = {str(i): density for i, density in enumerate(requested)}
+    assert masks.deviation(layers_with(*counts), asked) == (said and f"the mask has {said}")
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    st.floats(0.02, 1),
+    st.sampled_from(masks.SAMPLINGS),
+    st.integers(0, 99),
+)
+def test_what_is_said_of_a_draw_is_what_was_drawn(widths, density, sampling, seed):
+    model = nn.Sequential(*(nn.Linear(20, width) for width in widths))
+    shapes = {str(i): (width, 20) for i, width in enumerate(widths)}
+    attach_masks(model, draw_masks(shapes, [density] * len(widths), seed, sampling))
+    said = masks.deviation(model, dict.fromkeys(shapes, density))
+    total = density_table(model).iloc[-1]
+    missed = total["kept"] / (density * total["weights"]) - 1
+    assert bool(said) == (abs(missed) > 0.01 + 1e-9)
+    if sampling == "exact":
+        assert abs(total["kept"] - density * total["weights"]) <= 0.5 + 1e-9
+
+
+def main_of(script, tmp_path, *argv):
+    """A run of a small network on digits; its folder."""
+    folders = ["--log-dir", f"{tmp_path}/runs", "--result-dir", f"{tmp_path}"]
+    small = ["--width", "4", "--epochs", "1", "--batch-size", "256"]
+    own = {
+        "STR": [str_main.main, "--arch", "mlp", "--er-sparse-init", "0.05"],
+        "ER_DST": [dst_main.main, "--sparse", "--model", "mlp", "--init-density", "0.05"],
+        "ER_SLT": [
+            *(slt_main.main, "--model", "mlp", "--dataset", "digits", "--er-init-density", "0.05"),
+            *("--sparsity", "0.02", "--levels", "1"),
+        ],
+    }
+    own["ER_DST"] += ["--final-density", "0.02"]
+    main, *flags = own[script]
+    main([*flags, *small, *folders, *argv])
+    return newest(tmp_path)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("script", ["STR", "ER_DST", "ER_SLT"])
+def test_every_script_says_how_far_the_first_mask_is_off(script, tmp_path, capsys):
+    """About 620 of 12,400 weights are drawn: give or take 4 %."""
+    name = "random_mask.csv" if script == "ER_SLT" else "density.csv"
+    drawn = []
+    for seed in (1, 2, 3):
+        static = ["--is-prune", "False"] if script == "ER_DST" else []
+        main_of(script, tmp_path / str(seed), "--seed", str(seed), *static)
+        said = [line for line in capsys.readouterr().out.splitlines() if "er-sampling" in line]
+        total = pd.read_csv(newest(tmp_path / str(seed)) / name).iloc[-1]
+        missed = 100 * (total["density"] / total["requested"] - 1)
+        drawn.append(abs(missed) > 1)
+        assert len(said) == drawn[-1]
+        if said:
+            more = "more" if missed > 0 else "fewer"
+            start = f"warning: the mask has {abs(missed):.1f} % {more} weights than density 0.05 "
+            assert said[0].startswith(start)
+            assert said[0].endswith("; --er-sampling exact draws as many as asked for")
+    assert any(drawn)
+    main_of(script, tmp_path / "exact", "--er-sampling", "exact")
+    assert "the mask has" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_of_a_mask_that_was_pruned_nothing_is_said_when_its_run_goes_on(tmp_path, capsys):
+    folder = main_of("ER_DST", tmp_path, "--er-sampling", "exact")
+    (folder / "summary.json").unlink()
+    dst_main.main(["--resume", str(folder), "--result-dir", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "resumed at epoch 2" in said
+    assert "the mask has" not in said

@@ -154,6 +154,24 @@ def test_only_the_classifier_has_a_bias_after_batch_norm(name):
     assert all(m.bias is None for m in inner if isinstance(m, nn.Conv2d))
 
 
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_vgg_pools_four_times_and_averages_what_is_left(size):
+    """Configuration A of Simonyan and Zisserman's table 1, layer by layer, but for the end."""
+    model = build("vgg11", classes=10, size=size, width=4).eval()
+    weights = {n: m.weight for n, m in layers(model).items()}
+    convolutions = iter([w for w in weights.values() if w.dim() == 4])
+    images = x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    for block in ("64", "M 128", "M 256 256", "M 512 512", "M 512 512"):
+        for step in block.split():
+            if step == "M":
+                x = F.max_pool2d(x, 2, 2)
+            else:  # with BatchNorm as it begins: mean 0, variance 1
+                x = F.relu(F.conv2d(x, next(convolutions), padding=1) / (1 + 1e-5) ** 0.5)
+    assert x.shape == (2, 32, size // 16, size // 16)
+    expected = F.linear(x.mean((2, 3)), model.classifier.weight, model.classifier.bias)
+    torch.testing.assert_close(model(images), expected)
+
+
 # Widths
 
 
@@ -461,7 +479,7 @@ def test_every_weight_of_a_model_is_drawn(name):
             ["--width: --resnet-type small-dense needs it (channels of every stage)"],
         ),
         ({"resnet_type": "small-dense-inc"}, ["--width: --resnet-type small-dense-inc needs it"]),
-        ({"arch": "vgg16", "size": 31}, ["--arch: vgg16", "32 pixels", "31"]),
+        ({"arch": "vgg16", "size": 15}, ["--arch: vgg16", "16 pixels", "15"]),
         ({"arch": "resnet34", "imagenet": True}, ["--arch: ", "choose from resnet18, resnet50"]),
         ({"arch": "vgg16", "imagenet": True}, ["--arch: ", "choose from resnet18, resnet50"]),
         (

@@ -90,7 +90,7 @@ def test_the_table_is_complete(script):
         if script != "STR" and option not in shown:  # what all scripts share is said with STR
             assert option in shown_names(STROptions)[1]
             continue
-        assert values <= shown[option] | ({"multistep"} if option == "prune-scheduler" else set())
+        assert values <= shown[option]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

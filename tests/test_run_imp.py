@@ -16,9 +16,8 @@ import pytest
 import torch
 from script_runs import weights
 
-from startsparse import checkpoint
+from startsparse import checkpoint, threads
 from startsparse.errors import OptionError
-from startsparse.schedules import geometric
 from STR import jobs, run_imp
 from STR import main as script
 
@@ -34,15 +33,6 @@ def argv(where, *options):
     return ["--config", CONFIG, *folders, *options, *TINY]
 
 
-def test_levels_are_geometric_and_end_on_the_target():
-    published = geometric(0.3, 0.8, 0.01)
-    assert published[:3] == pytest.approx([0.24, 0.192, 0.1536])
-    assert published[-2:] == pytest.approx([0.3 * 0.8**15, 0.01], rel=1e-5)
-    assert all(b == pytest.approx(0.8 * a, rel=1e-5) for a, b in itertools.pairwise(published[:-1]))
-    assert geometric(1.0, 0.5, 0.25) == [0.5, 0.25]  # no level twice
-    assert geometric(0.3, 0.8, 0.29) == [0.29]
-
-
 def test_dry_run_of_the_published_sweep(capsys, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
     assert run_imp.main(["--dry-run", "--seeds", "1", "2"]) == 0
@@ -53,12 +43,14 @@ def test_dry_run_of_the_published_sweep(capsys, monkeypatch):
         "--er-sparse-init 0.3",
         "--rewind weights",
         "--pruner mag",
-        "--threshold-list 0.24 0.192",
-        "0.01 --name",
+        "--threshold-list 0.24 0.192 0.1536 ",
+        " 0.0164927 0.0131941 0.01 --name",  # 0.3 * 0.8^13, 0.3 * 0.8^14, the target
         "--seed 1",
     ):
         assert words in lines[0]
-    assert lines[2] == f"2 runs, {2 * (16 * 150 + 160)} epochs"
+    words = lines[0].split()
+    assert words.index("--name") - words.index("--threshold-list") == 1 + 15
+    assert lines[2] == f"2 runs, {2 * 2410} epochs"  # 15 levels of 150 and a last of 160
 
 
 def test_the_dense_start_is_not_repeated_for_every_ratio():
@@ -243,6 +235,41 @@ def test_every_device_has_a_run(tmp_path, monkeypatch, options, expected):
     assert run_imp.main(argv(tmp_path, *TWO, "--seeds", "1", "2", "3", *options)) == 0
     assert given == expected
     assert max(most) == (2 if options else 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "expected"),
+    [
+        (["--jobs", "3"], {}, "2"),
+        (["--jobs", "9"], {}, "1"),
+        (["--jobs", "1"], {}, None),
+        (["--jobs", "3"], {"OMP_NUM_THREADS": "5"}, "5"),
+        (["--jobs", "3"], {"MKL_NUM_THREADS": "5"}, None),
+    ],
+)
+def test_runs_at_the_same_time_share_the_cores(tmp_path, monkeypatch, options, given, expected):
+    for name in threads.NUMBER:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    found = []
+
+    class Process:
+        """Has ended before the first look."""
+
+        def __init__(self, _command, env, **_):
+            found.append(env.get("OMP_NUM_THREADS"))
+            self.returncode = 0
+            assert env["PATH"] == os.environ["PATH"]
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(threads, "cores", lambda: 7)
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    assert run_imp.main(argv(tmp_path, *TWO, "--seeds", "1", "2", *options)) == 0
+    assert found == [expected] * 2
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys):

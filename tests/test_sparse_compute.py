@@ -217,6 +217,20 @@ def test_without_a_compiler_runs_are_masked_and_say_so_once(run, caplog, monkeyp
     build.library.cache_clear()
 
 
+def test_it_is_said_before_the_kernels_are_built(caplog, monkeypatch, tmp_path):
+    caplog.set_level(logging.INFO, "startsparse")
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho no such thing: error >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path / "cache"))
+    build.library.cache_clear()
+    with pytest.raises(build.NoCompilerError, match="cannot build the sparse kernels: no such"):
+        build.library(torch.float32)
+    assert caplog.messages == ["building the sparse kernels, about 15 s, once"]
+    build.library.cache_clear()
+
+
 def test_momentum_growth_stays_dense(run_dst, caplog):
     caplog.set_level(logging.INFO, "startsparse")
     run_dst(
@@ -227,12 +241,26 @@ def test_momentum_growth_stays_dense(run_dst, caplog):
     assert "--growth momentum needs the gradients outside" in line
 
 
-def test_auto_decides_at_the_start_and_when_the_density_has_changed(run, caplog, monkeypatch):
-    """At 0.2 all layers but the third gain, and the network; at 0.02 that one is tried."""
+@pytest.mark.parametrize("agree", [True, False])
+def test_auto_decides_at_the_start_and_when_the_density_has_changed(
+    run, caplog, monkeypatch, agree
+):
+    """At 0.2 all layers but the third gain, and the network; at 0.02 that one is tried.
+
+    ``agree``: whether the times of the network do, and of the third layer when it is tried again.
+    """
     caplog.set_level(logging.INFO, "startsparse")
     monkeypatch.setattr(compute, "_SMALL", 0.0)
-    seconds = iter([2.0, 1.0, 2.0, 1.0, 1.0, 2.0, 2.0, 1.0, 4.0, 2.0, 4.0, 1.0])
-    monkeypatch.setattr(choice, "_fastest", lambda run: (run(), next(seconds))[1])
+    seconds = [
+        *(1.8, 2.0, 1.0),  # of a layer: masked, dense between maps, sparse
+        *(0.9, 2.0, 1.0),
+        *(1.5, 1.0, 2.0),
+        *(2.5, 2.0, 1.0),
+        *(4.0, (2.0, agree)),  # of the network: masked, sparse
+        *(5.0, 4.0, (1.0, agree)),
+    ]
+    left = (choice.Seconds(*(s if isinstance(s, tuple) else (s,))) for s in seconds)
+    monkeypatch.setattr(choice, "cpu_seconds", lambda run, *_: (run(), next(left))[1])
     asked = []
     original = compute.choose
 
@@ -247,12 +275,13 @@ def test_auto_decides_at_the_start_and_when_the_density_has_changed(run, caplog,
     )
     assert asked == [(torch.Size([128, 3, 32, 32]), 10, known) for known in (0, 3)]
     assert [line.partition(": ")[2] for line in said(caplog)] == [
-        "3 of 4 layers, a step takes 0.50 of the masked network's time",
+        "3 of 4 layers" + (", a step takes 0.50 of the masked network's CPU time" if agree else ""),
         "4 of 4 layers",
     ]
-    assert list(seconds) == []
+    assert list(left) == []
     table = pd.read_csv(folder / "density.csv")
-    assert table["times_faster"].dropna().tolist() == [2, 2, 4, 2]
+    third = [5.0] if agree else []
+    assert table["times_faster"].dropna().tolist() == pytest.approx([1.8, 0.9, *third, 2.5])
     state = checkpoint.load(folder / "checkpoint.pt")["compute"]
     assert len(state["computes"]) == 4
     assert state["density"] == pytest.approx(0.02, rel=0.01)

@@ -1,5 +1,6 @@
 """Pruning levels from end to end: counts, masks and starts from other runs."""
 
+import dataclasses
 import itertools
 import json
 
@@ -8,9 +9,14 @@ import pytest
 import torch
 from script_runs import MLP, TINY, same, weights
 
+from startsparse.data import SHAPES
 from startsparse.errors import OptionError
+from startsparse.masks import masked_weights
+from startsparse.schedules import geometric
 from startsparse.trainer import Trainer
 from STR import iterative
+from STR import main as script
+from STR.options import STROptions
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -160,7 +166,7 @@ def test_what_is_kept_after_warm_up_comes_back_and_pruning_is_measured(run, monk
     monkeypatch.setattr(Trainer, "save", keep)
     monkeypatch.setattr(iterative, "prune_to", measure)
     folder = run(*MLP, "--warmup-epochs", "1", "--rewind", "weights", "--final_prune_epoch", "3",
-                 "--threshold-list", "0.1", "0.03", "--lr", "0.5",
+                 "--threshold-list", "0.1", "0.03", "--lr", "1",
                  "--prune-scheduler", "constant")  # fmt: skip
 
     warm = states[0, 1]
@@ -186,3 +192,80 @@ def test_what_is_kept_after_warm_up_comes_back_and_pruning_is_measured(run, monk
 def test_reset_weights_means_rewind_weights(run):
     levels = [*MLP, "--threshold-list", "0.1", "--final_prune_epoch", "1"]
     assert same(run(*levels, "--reset-weights"), run(*levels, "--rewind", "weights", where="b"))
+
+
+@pytest.mark.parametrize(("rewind", "goes_on"), [("none", True), ("weights", False)])
+def test_learning_rate_rewinding_keeps_the_momentum_inside_the_mask(
+    run, monkeypatch, rewind, goes_on
+):
+    momenta, save = {}, Trainer.save
+
+    def keep(trainer):
+        place = trainer.place.phase, trainer.place.epoch
+        for name, weight, mask in masked_weights(trainer.model):
+            state = trainer.optimizer.state.get(weight, {}).get("momentum_buffer")
+            momenta[(*place, name)] = mask.clone(), None if state is None else state.clone()
+        save(trainer)
+
+    monkeypatch.setattr(Trainer, "save", keep)
+    run(*MLP, "--rewind", rewind, "--threshold-list", "0.1", "0.03", "--final_prune_epoch", "2")
+    names = {name for _, _, name in momenta}
+    assert len(names) > 1
+    for phase in (1, 2):
+        for name in names:
+            _, before = momenta[phase - 1, 2, name]
+            mask, after = momenta[phase, 0, name]
+            if goes_on:
+                assert torch.equal(after, before * mask)
+                assert not torch.equal(after, before)
+            else:
+                assert after is None
+
+
+def test_rates_of_the_warm_up_and_of_the_level_after_it(run):
+    rates = pd.read_csv(run(*MLP, "--warmup-epochs", "2", "--lr", "0.6", "--threshold-list", "0.1",
+                            "--final_prune_epoch", "2", "--prune-scheduler", "step",
+                            "--warmup-length", "1") / "epochs.csv")["lr"]  # fmt: skip
+    # Of the last of 6 steps of each epoch.
+    assert rates.tolist()[:4] == pytest.approx([0.3, 0.6, 0.6, 0.6])
+
+
+def test_levels_above_a_clipped_mask_train_and_prune_nothing(run, caplog):
+    """By hand: a quarter of 0.2 for each layer; all but the first have less, 256, 256 and 160."""
+    folder = run(*MLP, "--er-budget", "clip", "--er-sampling", "exact", "--final_prune_epoch", "1",
+                 "--threshold-list", "0.2", "0.15", "0.05")  # fmt: skip
+    clipped = round(0.2 * 49824 / 4) + 256 + 256 + 160
+    levels = pd.read_csv(folder / "levels.csv")
+    assert levels["kept"].tolist() == [clipped] * 3 + [round(0.05 * 49824)]
+    assert levels["requested"].tolist() == [0.2, 0.2, 0.15, 0.05]
+    phases = pd.read_csv(folder / "epochs.csv")["phase"]
+    assert phases.tolist() == ["level 0", "level 1", "level 2", "final"]
+    for level, asked in ((1, "0.2"), (2, "0.15")):
+        line = f"level {level} asks for density {asked}, the clipped mask has {clipped / 49824:.6f}"
+        assert [line in said for said in caplog.messages].count(True) == 1
+    assert "level 3 asks" not in caplog.text
+    # The masks of such a run are a reference as any other.
+    levels = ["--threshold-list", "0.2", "0.15", "0.05", "--final_prune_epoch", "1"]
+    own = ["--er-budget", "clip", "--er-sampling", "exact", "--pruner", "mask-ref"]
+    other = run(*MLP, *levels, *own, "--target-expt-name", str(folder), where="b")
+    one, two = (weights(f) for f in (folder, other))
+    assert all(torch.equal(one[name], two[name]) for name in one if name.endswith("_mask"))
+
+
+def test_the_published_sweep_of_a_clipped_mask_passes_the_check():
+    asked = STROptions(
+        arch="mlp", width=16, er_sparse_init=0.3, er_budget="clip",
+        threshold_list=tuple(geometric(0.3, 0.8, 0.01)),
+    )  # fmt: skip
+    model, _ = script.network(asked, SHAPES["digits"])
+    iterative.check_levels(model, asked)
+    with pytest.raises(OptionError, match=r"--threshold-list: 0.24 asks for 11958 weights, the "):
+        iterative.check_levels(model, dataclasses.replace(asked, er_budget="exact"))
+
+
+def test_exact_sampling_is_advised_only_where_it_helps(run):
+    plain = run(*MLP)  # has fewer weights than 0.2 expects
+    with pytest.raises(OptionError, match=r"has \d+; ask for less$"):
+        run(*MLP, "--threshold-list", "0.2", "--start-from", str(plain))
+    with pytest.raises(OptionError, match="; ask for less, or add --er-sampling exact$"):
+        run(*MLP, "--threshold-list", "0.2")

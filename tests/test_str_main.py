@@ -141,6 +141,17 @@ def test_tensorboard_shows_scalars_densities_and_thresholds(run):
     assert shown == pytest.approx(pd.read_csv(folder / "epochs.csv")["density"].tolist(), rel=1e-6)
 
 
+def test_soft_thresholds_that_pruned_nothing_are_said_to(run, caplog):
+    soft = [*MLP, "--conv-type", "STRConvER"]
+    run(*soft, "--st-decay", "0.002")
+    (line,) = [said for said in caplog.messages if "soft thresholds use" in said]
+    assert line.startswith("warning: --sInit-value: ")
+    assert "(0.002; --st-decay" in line
+    caplog.clear()
+    run(*soft, *SOFT)
+    assert "soft thresholds use" not in caplog.text
+
+
 def test_a_small_cifar_in_the_true_format(run, tmp_path, monkeypatch):
     small = write_cifar10(tmp_path / "data")
     monkeypatch.setitem(script.data.SETS, "cifar10", small.loader)

@@ -11,9 +11,12 @@ import yaml
 from script_runs import MLP, ROOT, SOFT, TINY, weights
 
 from startsparse import masks
+from startsparse.data import SHAPES
 from startsparse.errors import OptionError
 from startsparse.pruning import PRUNERS
 from STR import main as script
+
+IMAGES = [name for name, shape in SHAPES.items() if shape.kind == "images"]
 
 
 def test_no_validation_split(run):
@@ -38,6 +41,8 @@ EFFECTS = {
     "clip-norm": (["--clip-norm", "0.1"], []),
     "batch-size": (["-b", "100"], []),
     "valid-split": (["--valid-split", "0.3"], []),
+    "augment": (["--no-augment"], []),
+    "padding": (["--padding", "reflect"], []),
     "init": (["--init", "orthogonal"], []),
     "er-sparse-method": (["--er-sparse-method", "ERK"], []),
     "er-sparse-init": (["--er-sparse-init", "0.5"], []),
@@ -73,6 +78,11 @@ EFFECTS = {
         for pruner in PRUNERS
         if pruner != "mag"
     },
+    "grasp-temperature": (
+        ["--threshold-list", "0.1", "--final_prune_epoch", "1", "--pruner", "grasp",
+         "--grasp-temperature", "1"],
+        ["--threshold-list", "0.1", "--final_prune_epoch", "1", "--pruner", "grasp"],
+    ),
     "prune-scheduler": (
         ["--threshold-list", "0.1", "--final_prune_epoch", "1", "--prune-scheduler", "step"],
         ["--threshold-list", "0.1", "--final_prune_epoch", "1"],
@@ -116,7 +126,11 @@ def test_names_and_labels_are_kept(run):
     )
     assert folder.parts[-3:] == ("digits", "mine", "seed-1")
     row = pd.read_csv(folder.parents[3] / "results.csv").iloc[0]
-    assert (row["name"], row["expt_setup"], row["run"]) == ("mine", "rml", str(folder))
+    assert (row["name"], row["expt_setup"], row["run"]) == (
+        "mine",
+        "rml",
+        "runs/digits/mine/seed-1",
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,6 +163,7 @@ BAD = {
     "--er-sparse-init: 1.5 should be above 0 and at most 1": ["--er-sparse-init", "1.5"],
     "--threshold-list: 0.3 should be above 0 and at most 0.2": ["--threshold-list", "0.3"],
     "--threshold-list: prunes masks": ["--threshold-list", "0.1", "--conv-type", "STRConv"],
+    "--grasp-temperature: 0.0 should be above 0": ["--grasp-temperature", "0"],
     "--er-sparse-method: network needs an --er-sparsity-file": ["--er-sparse-method", "network"],
     "--er-sparsity-file: goes with --er": ["--er-sparsity-file", "x.json"],
     "--reset-weights: means weights, --rewind says bn": ["--reset-weights", "--rewind", "bn"],
@@ -233,3 +248,19 @@ def test_every_config_is_complete_and_goes_around(path, tmp_path):
     again.config = options.config
     assert again == options
     assert yaml.safe_load(copy.read_text())["set"] == options.set
+
+
+@pytest.mark.parametrize("name", sorted(IMAGES))
+def test_configs_of_images_warm_up(name):
+    """Without, the dense network learns less at first, and sparse ones seem to be better."""
+    options = script.parse(script.STROptions, script.CONFIGS, ["--set", name])
+    assert options.warmup_length == (5 if options.epochs >= 100 else 1)
+
+
+@pytest.mark.parametrize(("name", "decay"), [("cifar", 1e-4), ("cifar100", 1e-3)])
+def test_weight_decay_of_the_published_recipes(name, decay):
+    path = script.CONFIGS / f"largescale/resnet18-{name}-str-1.yaml"
+    assert (
+        script.parse(script.STROptions, script.CONFIGS, ["--config", str(path)]).weight_decay
+        == decay
+    )

@@ -1,5 +1,7 @@
 """A run that was stopped anywhere and resumed is the run that was not."""
 
+import itertools
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +10,8 @@ import time
 
 import pandas as pd
 import pytest
-from script_runs import MLP, ROOT, SOFT, TINY, newest, same, steps
+import torch
+from script_runs import MLP, ROOT, SOFT, TINY, newest, same, steps, weights
 
 from startsparse import checkpoint
 from startsparse.errors import OptionError
@@ -55,6 +58,40 @@ def crashing(when, count, save=Trainer.save):
             raise Crash
 
     return crash
+
+
+def test_resume_while_density_leaves_the_best_epochs(run, monkeypatch):
+    """Of five epochs the first are the best, but too dense: which is tested, and its weights."""
+    evaluate, accuracies = Trainer.evaluate, [0.9, 0.8, 0.6, 0.7, 0.5]
+
+    def denser_is_better(trainer, batches):
+        found = evaluate(trainer, batches)
+        testing = batches is trainer.data.test
+        return found if testing else found | {"accuracy": accuracies[len(trainer.history)]}
+
+    monkeypatch.setattr(Trainer, "evaluate", denser_is_better)
+    argv = [*MLP, "--conv-type", "STRConvER", *SOFT, "--st-decay", "0.2", "--epochs", "5"]
+    argv += ["--lr-policy", "constant"]
+    whole = run(*argv, where="whole")
+    epochs = pd.read_csv(whole / "epochs.csv")
+    final = epochs["density"].iloc[-1]
+    near = epochs[(epochs["density"] - final).abs() <= 0.1 * final]
+    best = near.loc[near["valid_accuracy"].idxmax()]
+    assert 1 < best["epoch"] < 5
+    result = json.loads((whole / "summary.json").read_text())
+    assert (result["epoch"], result["density"]) == (best["epoch"], best["density"])
+    plain = [x for x in weights(whole, "dense_weights.pt").values() if x.dim() > 1]
+    kept = sum(int(torch.count_nonzero(tensor)) for tensor in plain)
+    assert kept == result["kept"]
+    assert not list(whole.glob("best-*"))
+    for when, count in itertools.product(("before", "after"), range(1, 6)):
+        where = f"{when}{count}"
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(Trainer, "save", crashing(when, count))
+            run(*argv, where=where)
+        parts = run(*argv, "--resume", "auto", where=where)
+        assert same(whole, parts)
+        assert not list(parts.glob("best-*"))
 
 
 def test_resume_over_pruning_levels(run, monkeypatch):

@@ -17,6 +17,7 @@ from STR.thresholds import (
     plain_state,
     soften,
     thresholds,
+    why_dense,
 )
 
 
@@ -103,3 +104,20 @@ def test_dense_layers_stay_plain_and_tables_agree():
     assert table[names[0]] == {"density": 1.0}
     share = kept(sparse_layers(model)[names[3]]).double().mean().item()
     assert table[names[3]]["density"] == share < 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("s", "said"), [(-200.0, True), (-2.0, False)])
+def test_a_network_that_thresholds_left_dense_says_why(masked, s, said):
+    """Of normal weights with a standard deviation of 0.1 and more, g(-2) = 0.12 prunes many."""
+    model = models.build("mlp", classes=10, width=16)
+    models.init_weights(model, "kaiming_normal", 1)
+    soften(model, s, "sigmoid")
+    if masked:
+        shapes = {name: layer.weight.shape for name, layer in sparse_layers(model).items()}
+        attach_masks(model, draw_masks(shapes, [0.3] * len(shapes), 1, "bernoulli"))
+    line = why_dense(model, s, 1e-4)
+    assert ("--sInit-value: soft thresholds use 1.0000 of the weights" in line) == said
+    assert ("began at -200 and is -200 at most" in line and "(0.0001; --st-decay" in line) == said
+    assert "\n" not in line
+    assert said or line == ""

@@ -487,6 +487,7 @@ def plan(**changed):
         "every": 7,
         "start": 20,
         "end": 60,
+        "stop": 100,
         "initial": 0.5,
         "final": 0.1,
         "fraction": 0.5,
@@ -524,15 +525,40 @@ def test_updates_come_at_multiples_and_at_the_end_of_the_pruning():
     assert [step for step in range(100) if plan(every=30).due(step)] == [30, 60, 90]
 
 
+@pytest.mark.parametrize(
+    ("changed", "due"),
+    [
+        ({"stop": 75, "prunes": False}, [20, 40, 60]),
+        ({"stop": 60, "prunes": False}, [20, 40]),  # RigL moves masks in steps before T_end
+        ({"stop": 61, "prunes": False}, [20, 40, 60]),
+        ({"stop": 5, "prunes": False}, []),
+        ({"stop": 75, "end": 50}, [20, 40, 50, 60]),
+        ({"stop": 30, "end": 70}, [20, 40, 60, 70]),  # pruning goes on
+        ({"stop": 30, "end": 80}, [20, 40, 60, 80]),
+        ({"stop": 0, "end": 50}, [20, 40, 50]),
+    ],
+)
+def test_updates_end_with_drop_and_grow_or_pruning_whichever_is_later(changed, due):
+    schedule = plan(every=20, **changed)
+    assert [step for step in range(100) if schedule.due(step)] == due
+    for step in due:
+        assert (schedule.drop_fraction(step) > 0) == (step < schedule.stop)
+
+
 def test_the_drop_fraction_is_a_cosine_down_to_a_two_hundredth():
     schedule = plan()
     assert schedule.drop_fraction(0) == pytest.approx(0.5)
     assert schedule.drop_fraction(50) == pytest.approx((0.5 + 0.005) / 2)
-    assert schedule.drop_fraction(100) == pytest.approx(0.005)
+    assert schedule.drop_fraction(99) == pytest.approx(0.005, rel=0.03)
     for step in range(100):
         angle = math.pi * step / 100
         expected = 0.005 + 0.5 * (0.5 - 0.005) * (1 + math.cos(angle))
         assert schedule.drop_fraction(step) == pytest.approx(expected)
+    short = plan(stop=75)  # as RigL: down to the stop, and nothing from there on
+    for step in range(75):
+        expected = 0.005 + 0.5 * (0.5 - 0.005) * (1 + math.cos(math.pi * step / 75))
+        assert short.drop_fraction(step) == pytest.approx(expected)
+    assert [short.drop_fraction(step) for step in range(75, 100)] == [0] * 25
     assert [plan(fraction=0.002).drop_fraction(step) for step in (0, 50, 99)] == [0.002] * 3
     assert [plan(fraction=0).drop_fraction(step) for step in (0, 50, 99)] == [0] * 3
 

@@ -14,7 +14,7 @@ commands() {
         for anneal in True False; do
           echo --er-init-density $start --sparsity $density --anneal $anneal \
             --dataset digits --model vgg11 --width 16 --levels 5 --epochs 3 --batch-size 64 \
-            --lr 1.0 --lr-policy cosine --shuffle --seed $seed \
+            --lr 1.0 --lr-policy cosine --shuffle --sparse-compute on --seed $seed \
             --log-dir runs/slt-digits --result-dir ../results/slt-digits --resume auto
         done
       done

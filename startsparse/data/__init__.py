@@ -20,7 +20,7 @@ from startsparse.data import (
     planetoid,
     tiny_imagenet,
 )
-from startsparse.data.batches import Arrays, Batches
+from startsparse.data.batches import PADDINGS, Arrays, Batches
 from startsparse.data.graphs import Graph, GraphBatches
 from startsparse.data.imagenet import FolderBatches, Folders
 from startsparse.data.modular import Pairs
@@ -29,6 +29,7 @@ from startsparse.errors import OptionError, UserError
 
 __all__ = [
     "OWN_PARTS",
+    "PADDINGS",
     "SETS",
     "SHAPES",
     "AnyBatches",
@@ -150,6 +151,7 @@ def load(
     device: torch.device,
     workers: int = 4,
     augment: bool = True,
+    padding: str = "zeros",
     passes: int = 1,
     modulus: int = 59,
     train_fraction: float = 0.7,
@@ -166,7 +168,9 @@ def load(
         seed: of the run.
         device: where the batches are made.
         workers: processes that decode images; only ImageNet needs any.
-        augment: crop and flip training images at random.
+        augment: crop training images at random, and flip those that are not digits.
+        padding: one of `PADDINGS`: what the crops show beyond the image; those of ImageNet lie
+            inside it. Of no effect without ``augment``.
         passes: over the training set, that are one epoch.
         modulus, train_fraction: of modular-addition, see `modular.load`.
 
@@ -184,6 +188,8 @@ def load(
         raise OptionError(f"--workers: {workers} is negative")
     if passes < 1:
         raise OptionError(f"--passes: {passes} is not at least 1")
+    if padding not in PADDINGS:
+        raise OptionError(f"--padding: {padding!r} is none of {', '.join(PADDINGS)}")
     own = {"modulus": modulus, "train_fraction": train_fraction}
     source = SETS[name](root, mirror, **own if name == "modular-addition" else {})
     rows = () if name in OWN_PARTS else _split(source.examples, valid_split, seed)
@@ -194,6 +200,7 @@ def load(
         device=device,
         workers=workers,
         augment=augment,
+        padding=padding,
     )
     if len(train) == 0:
         raise UserError(

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from startsparse import processes, seeding
 
+PADDINGS = ("zeros", "reflect")
+
 
 def steps(examples: int, batch_size: int, train: bool) -> int:
     """Steps of one epoch; the last batch may be smaller.
@@ -59,7 +61,9 @@ class Batches:
         device: where the set lies and the batches are made.
         seed: the order and the augmentation of an epoch depend on it, on the epoch and on nothing
             else. None: plain order, no augmentation.
-        pad: pixels of black around an image, of which H x W are cut out at a random place.
+        pad: pixels around an image, of which H x W are cut out at a random place; below H.
+        padding: one of `PADDINGS`. zeros: those pixels are black; reflect: the image is mirrored
+            there at its outermost pixels, which are not repeated.
         flip: mirror an image left to right with probability 1/2.
         rows: int64 [M], the examples of ``images`` that belong to this part; None: all of them.
     """
@@ -75,6 +79,7 @@ class Batches:
         device: torch.device,
         seed: int | None = None,
         pad: int = 0,
+        padding: str = "zeros",
         flip: bool = False,
         rows: Tensor | None = None,
     ) -> None:
@@ -97,6 +102,8 @@ class Batches:
         # In pieces: one copy of the chosen rows would be as large as the set.
         for target, chosen in zip(inner.split(4096), rows.split(4096), strict=True):
             target.copy_(images[chosen])
+        if padding == "reflect" and pad:
+            _reflect(padded, pad)
         self._images = padded
         # A line of any crop is W * C bytes that begin at some pixel: all of them, as one view.
         pixels = padded.numel() // channels
@@ -147,6 +154,13 @@ class Batches:
         return pixels.gather(2, self._columns[mirrored].unsqueeze(1).expand_as(pixels))
 
 
+def _reflect(padded: Tensor, pad: int) -> None:
+    """Fill the outer ``pad`` pixels of [N, H, W, C] on every side, as numpy.pad's "reflect"."""
+    for rows in (padded, padded.transpose(1, 2)):
+        rows[:, :pad] = rows[:, pad + 1 : 2 * pad + 1].flip(1)
+        rows[:, -pad:] = rows[:, -2 * pad - 1 : -pad - 1].flip(1)
+
+
 @dataclass
 class Arrays:
     """A set that fits into memory, as its loader read it.
@@ -192,6 +206,7 @@ class Arrays:
         device: torch.device,
         workers: int,  # noqa: ARG002 -- there is nothing for them to do
         augment: bool,
+        padding: str,
     ) -> tuple[Batches, Batches, Batches]:
         """Training, validation and test batches; the rows are indices into ``train``."""
         shared = {
@@ -200,9 +215,9 @@ class Arrays:
             "batch_size": batch_size,
             "device": device,
         }
-        pad, flip = (self.pad, self.flip) if augment else (0, False)
+        crops = {"pad": self.pad, "padding": padding, "flip": self.flip} if augment else {}
         return (
-            Batches(*self.train, **shared, seed=seed, pad=pad, flip=flip, rows=train_rows),
+            Batches(*self.train, **shared, seed=seed, **crops, rows=train_rows),
             Batches(*self.train, **shared, rows=valid_rows),
             Batches(*self.test, **shared),
         )

@@ -159,6 +159,7 @@ class Folders:
         device: torch.device,
         workers: int,
         augment: bool,
+        padding: str,  # noqa: ARG002 -- its crops lie inside the image
     ) -> tuple[FolderBatches, FolderBatches, FolderBatches]:
         """Training, validation and test batches; the rows are indices into ``train``."""
 

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ import torch
 
 from startsparse.atomic import replacing
 from startsparse.errors import UserError
+
+log = logging.getLogger("startsparse")
 
 _FOLDER, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
 _SOURCES = ("products.cpp", "compaction.cpp", "layers.cpp", "planes.cpp", "winograd.cpp")
@@ -64,6 +67,7 @@ def _build(command: list[str], path: Path) -> None:
     """Compile to ``path``; two processes that do so at the same time do not disturb each other."""
     if not shutil.which(command[0]):
         raise NoCompilerError(f"there is no C++ compiler {command[0]} (set CXX, or install g++)")
+    log.info("building the sparse kernels, about 15 s, once")
     path.parent.mkdir(parents=True, exist_ok=True)
     link = ["-shared", f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
     with replacing(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as folder:

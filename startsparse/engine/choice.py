@@ -1,4 +1,8 @@
-"""Which layers compute sparsely, found by trying: ``--sparse-compute auto``."""
+"""Which layers compute sparsely, found by trying: ``--sparse-compute auto``.
+
+Times are CPU seconds of all threads, which other work on the machine hardly changes. Where threads
+spin while they wait that counts too; `threads` lets them sleep.
+"""
 
 import time
 from collections.abc import Callable
@@ -10,14 +14,16 @@ from torch import Tensor, nn
 
 from startsparse.engine import winograd
 from startsparse.engine.layers import Product
-from startsparse.engine.maps import LANES, to_map
+from startsparse.engine.maps import LANES, Space, to_map
 from startsparse.engine.network import SparseForm
 from startsparse.engine.program import DenseProduct, Either
 from startsparse.masks import kept, mask_gradients, masked_weights
 from startsparse.seeding import generator
 
-_TRIES = 3  # at most; the fastest counts, since other work on the machine only adds
-_ENOUGH = 0.2  # seconds that one thing is tried
+_TRIES = 5  # at most; the fastest counts, since other work on the machine only adds
+_ENOUGH = 0.2  # seconds after which one thing is tried no more, if it was twice
+_SHORTEST = 0.002  # seconds of a try: what is shorter is repeated, for the clock's sake
+_AGREE = 1.1  # the second fastest try over the fastest, at most
 _PIXELS = 1024  # positions of a map that a layer is tried on, if one block of images has as many
 _GAIN = 0.95  # a step of the sparse form must take at most this share of a dense one
 _HOPELESS = 0.8  # share of multiplications inside the masks from which nothing is tried
@@ -28,15 +34,30 @@ class Choice:
     """What was found.
 
     Attributes:
-        layers: name -> how many times faster the layer is in the sparse form, tried layers only.
+        layers: name -> how many times faster the layer is in the sparse form than in the masked
+            network, None where repeats disagreed; tried layers only.
         computes: the layers that should compute sparsely; empty if the network is faster dense.
-        share: seconds of a step of the sparse form over those of the masked model, where the
-            network was tried.
+        share: seconds of a step of the sparse form over those of the masked network, where that
+            was tried and repeats agreed.
+        faster: the layers that are faster sparse than dense between others in the sparse form.
     """
 
-    layers: dict[str, float]
+    layers: dict[str, float | None]
     computes: frozenset[str]
     share: float | None
+    faster: frozenset[str] = frozenset()
+
+
+@dataclass
+class Seconds:
+    """CPU time of all threads, the fastest of a few tries, and whether repeats agreed."""
+
+    fastest: float
+    agree: bool = True
+
+    def over(self, other: "Seconds") -> float | None:
+        """The ratio, if it can be trusted."""
+        return self.fastest / other.fastest if self.agree and other.agree else None
 
 
 def choose(
@@ -52,27 +73,34 @@ def choose(
         gain: layers that are known to gain, for they did at a higher density. If there are any,
             the network gains too, and only the other layers are tried.
     """
-    times = {}
+    faster, times = set(gain), {}
     tried = form.layers.keys() - gain if gain or _work(form) <= _HOPELESS else ()
     for name, product in form.layers.items():
         if name not in tried:
             continue
         form.compute_sparsely([name])
+        both = form.program.products[name]
+        most = max(1, _PIXELS // (product.made.height * product.made.width))
+        blocks = min(-(-len(images) // LANES), most)
+        needs_input = product.given is not form.program.spaces[form.program.start]
+        masked = _masked(both, len(images), needs_input)
         with form.within():
-            most = max(1, _PIXELS // (product.made.height * product.made.width))
-            blocks = min(-(-len(images) // LANES), most)
-            needs_input = product.given is not form.program.spaces[form.program.start]
             if name in form.program.effective:
                 form.program.effective[name].compute()
-            times[name] = _ratio(form.program.products[name], blocks, needs_input)
-    chosen = gain.union(name for name, ratio in times.items() if ratio > 1)
-    form.compute_sparsely(chosen)
+            dense, sparse = _between_maps(both, blocks, needs_input)
+        times[name] = masked.over(sparse)
+        if sparse.fastest < dense.fastest:
+            faster.add(name)
+    faster = frozenset(faster)
+    form.compute_sparsely(faster)
     if gain:
-        return Choice(times, chosen, None)
-    share = _share(form, images, classes) if chosen else float("inf")
-    if share > _GAIN:
+        return Choice(times, faster, None, faster)
+    if not faster:
+        return Choice(times, faster, None)
+    masked, sparse = _steps(form, images, classes)
+    if sparse.fastest > _GAIN * masked.fastest:
         form.compute_sparsely([])
-    return Choice(times, form.computes, share)
+    return Choice(times, form.computes, sparse.over(masked), faster)
 
 
 def _work(form: SparseForm) -> float:
@@ -90,37 +118,66 @@ def _work(form: SparseForm) -> float:
     return inside / every
 
 
-def _ratio(both: Either, blocks: int, needs_input: bool) -> float:
-    """Seconds of the dense product over those of the sparse one, whose weights are entered."""
+def _masked(both: Either, images: int, needs_input: bool) -> Seconds:
+    """Of an image, as the masked network computes the layer: with every weight, on the batch.
+
+    On few images PyTorch takes much longer for each than in training, the kernels do not.
+    """
+    dense, window, stride = both.dense, both.dense.window, both.dense.window.stride
+    tensors = _noise(images, dense.given), _noise(images, dense.made), _no_weight(dense)
+    x, d_y, weight = (tensor.to(memory_format=torch.channels_last) for tensor in tensors)
+    if window.kernel == (1, 1) and window.padding == (0, 0):  # as models.resnet.Projection
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+    linear = isinstance(dense.layer, nn.Linear)
+    if linear:
+        x, d_y, weight = x.flatten(1), d_y.flatten(1), weight.flatten(1)
+    x, weight = x.detach().requires_grad_(needs_input), weight.requires_grad_()
+    wanted = [weight, x] if needs_input else [weight]
+
+    def step() -> None:
+        y = F.linear(x, weight) if linear else F.conv2d(x, weight, None, stride, window.padding)
+        torch.autograd.grad(y, wanted, d_y)
+
+    return cpu_seconds(step, images)
+
+
+def _noise(images: int, space: Space) -> Tensor:
+    shape = images, space.channels, space.height, space.width
+    return torch.randn(shape, generator=generator(0, "timing"))
+
+
+def _no_weight(dense: DenseProduct) -> Tensor:
+    return torch.zeros(dense.made.channels, dense.given.channels, *dense.window.kernel)
+
+
+def _between_maps(both: Either, blocks: int, needs_input: bool) -> tuple[Seconds, Seconds]:
+    """Of an image, of the dense product and of the sparse one, whose weights are entered."""
     product, given, made = both.sparse, both.sparse.given, both.sparse.made
-    draw = generator(0, "timing")
-    x, d_y = (
-        to_map(torch.randn(LANES * blocks, s.channels, s.height, s.width, generator=draw), s)
-        for s in (given, made)
-    )
+    images = LANES * blocks
+    x, d_y = (to_map(_noise(images, space), space) for space in (given, made))
     stand_in = nn.Module()
-    shape = made.channels, given.channels, *product.window.kernel
-    stand_in.weight = nn.Parameter(torch.zeros(shape))
+    stand_in.weight = nn.Parameter(_no_weight(both.dense))
     dense = DenseProduct(stand_in, product.window, given, made)
 
-    def run(layer: Product | DenseProduct) -> float:
+    def run(layer: Product | DenseProduct) -> Seconds:
         def step() -> None:
-            _, kept = layer.forward(x, LANES * blocks)
+            _, kept = layer.forward(x, images)
             layer.backward(kept, d_y, [None] if needs_input else None)
 
-        return _fastest(step)
+        return cpu_seconds(step, images)
 
-    return run(dense) / run(product)
+    return run(dense), run(product)
 
 
-def _share(form: SparseForm, images: Tensor, classes: int) -> float:
+def _steps(form: SparseForm, images: Tensor, classes: int) -> tuple[Seconds, Seconds]:
+    """Of a training step of the masked network, and of the sparse form."""
     model = form.model
     training, labels = model.training, torch.arange(len(images)) % classes
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.train()
 
-    def seconds(forward: Callable[[Tensor], Tensor], learning: list[nn.Parameter]) -> float:
-        """Of a training step; the optimizer's, on copies, is a good part of it."""
+    def seconds(forward: Callable[[Tensor], Tensor], learning: list[nn.Parameter]) -> Seconds:
+        """Of one; the optimizer's, on copies, is a good part of it."""
         copies = [nn.Parameter(torch.zeros_like(p)) for p in learning]
         optimizer = torch.optim.SGD(copies, 0.1, momentum=0.9, fused=True)
         masks = {id(weight): mask for _, weight, mask in masked_weights(model)}
@@ -133,7 +190,7 @@ def _share(form: SparseForm, images: Tensor, classes: int) -> float:
                 copy.grad = gradient
             optimizer.step()
 
-        return _fastest(step)
+        return cpu_seconds(step)
 
     def learning(*more: nn.Parameter) -> list[nn.Parameter]:
         return [p for p in (*more, *model.parameters()) if p.requires_grad and p.numel()]
@@ -146,14 +203,26 @@ def _share(form: SparseForm, images: Tensor, classes: int) -> float:
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
-    return sparse / masked
+    return masked, sparse
 
 
-def _fastest(run: Callable[[], object]) -> float:
+def cpu_seconds(run: Callable[[], object], images: int = 1) -> Seconds:
+    """Of an image, once ``run`` has run, on so many: until two tries agree, or for long enough."""
+
+    def once(times: int) -> float:
+        started = time.process_time()
+        for _ in range(times):
+            run()
+        return (time.process_time() - started) / times
+
     run()
-    seconds = []
-    while len(seconds) < _TRIES and sum(seconds) < _ENOUGH:
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    tries = [once(1)]
+    times = max(1, round(_SHORTEST / max(tries[0], 1e-6)))
+    if times > 1:
+        tries = [once(times)]
+    while True:
+        tries.append(once(times))
+        fastest, second, *_ = sorted(tries)
+        agree = second <= _AGREE * fastest
+        if agree or len(tries) == _TRIES or times * sum(tries) > _ENOUGH:
+            return Seconds(fastest / images, agree)

@@ -112,13 +112,16 @@ class Compute:
             self._density = state["density"]
 
     def columns(self, table: pd.DataFrame) -> pd.DataFrame:
-        """A density table with how each layer computes, and how many times faster it is so."""
+        """A density table with how each layer computes, and how many times faster it is so.
+
+        In CPU time, than in the masked network; a layer whose repeats disagreed has no number.
+        """
         if self.form is None or not self.form.computes:
             return table
         computes = ["sparse" if name in self.form.computes else "" for name in table["layer"]]
         table = table.assign(computes=computes)
-        if self.found.layers:
-            table["times_faster"] = table["layer"].map(self.found.layers)
+        if any(self.found.layers.values()):
+            table["times_faster"] = table["layer"].map(pd.Series(self.found.layers, dtype=float))
         return table
 
     @contextmanager
@@ -150,7 +153,7 @@ class Compute:
             return
         layers = f"{len(found.computes)} of {len(self.form.layers)} layers"
         if found.share:
-            layers += f", a step takes {found.share:.2f} of the masked network's time"
+            layers += f", a step takes {found.share:.2f} of the masked network's CPU time"
         log.info("sparse compute: %s", layers)
 
 

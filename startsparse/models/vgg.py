@@ -1,7 +1,8 @@
 """VGG networks (Simonyan and Zisserman 2015, arXiv:1409.1556, table 1) with BatchNorm.
 
-As usual for small images, the three linear layers of the paper are one. A convolution has no bias,
-as BatchNorm follows.
+As usual for small images, the three linear layers of the paper are one, and instead of the last
+max-pooling an average is taken over what is left of the image. A convolution has no bias, as
+BatchNorm follows.
 """
 
 from torch import Tensor, nn
@@ -17,21 +18,22 @@ _RATIOS = (1, 2, 4, 8, 8)
 class VGG(nn.Module):
     """Five blocks, global average, classifier: (N, channels, H, W) -> (N, classes) logits.
 
-    Each block ends in a 2x2 max-pooling, so H and W are 32 at least.
+    There is a 2x2 max-pooling between two blocks, so the average is over 2x2 of 32x32 pixels.
     """
 
     def __init__(self, depth: int, *, classes: int, channels: int, width: int = 64) -> None:
         super().__init__()
         self.features = nn.Sequential()
         inputs = channels
-        for count, ratio in zip(_BLOCKS[depth], _RATIOS, strict=True):
+        for block, (count, ratio) in enumerate(zip(_BLOCKS[depth], _RATIOS, strict=True)):
+            if block:
+                self.features.append(nn.MaxPool2d(2))
             for _ in range(count):
                 outputs = ratio * width
                 self.features.append(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
                 self.features.append(nn.BatchNorm2d(outputs))
                 self.features.append(nn.ReLU())
                 inputs = outputs
-            self.features.append(nn.MaxPool2d(2))
         self.pool = nn.AdaptiveAvgPool2d(1)  # so that any image size fits the classifier
         self.classifier = nn.Linear(inputs, classes)
 
@@ -43,8 +45,8 @@ class VGG(nn.Module):
 def vgg(depth: int, *, classes: int, channels: int, size: int, width: int) -> VGG:
     """VGG-11, 13, 16 or 19; ``width`` is the first block's channels, 0 is the paper's 64.
 
-    Raises `OptionError` for images below 32 pixels: five poolings leave nothing of them.
+    Raises `OptionError` for images below 16 pixels: four poolings leave nothing of them.
     """
-    if size < 32:
-        raise OptionError(f"--arch: vgg{depth} needs images of 32 pixels or more, not {size}")
+    if size < 16:
+        raise OptionError(f"--arch: vgg{depth} needs images of 16 pixels or more, not {size}")
     return VGG(depth, classes=classes, channels=channels, width=width or 64)

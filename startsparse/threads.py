@@ -1,0 +1,95 @@
+"""How the threads of PyTorch wait for one another, and how many there are.
+
+OpenMP's threads spin where they wait: libgomp's for milliseconds, libomp's and libiomp's for 200.
+Beside other work on the same cores, a thread that spins keeps the one that it waits for from its
+core, and training takes several times as long. All three read OMP_WAIT_POLICY when they are loaded,
+and PyTorch loads one of them; so this module comes before torch, and imports nothing that loads it.
+"""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+# Any of these is the user's own word on waiting, or on the number of threads.
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+NUMBER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def sleep_while_waiting() -> None:
+    """Let waiting threads sleep, unless the user has said how they wait or torch is loaded."""
+    if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+def fit() -> None:
+    """Let PyTorch have no more threads than there are `cores`, unless the user has said how many.
+
+    By itself it counts the cores that the process may run on, but not the limit of a container.
+    """
+    import torch
+
+    if not number_is_given() and cores() < torch.get_num_threads():
+        torch.set_num_threads(cores())
+
+
+def number_is_given() -> bool:
+    """Whether the user, or torchrun, has said how many threads there are."""
+    return any(name in os.environ for name in NUMBER)
+
+
+def cores() -> int:
+    """Cores that this process may use: by its affinity, and by the CPU limit of its container.
+
+    A limit of 1.5 cores counts as 2: threads that sleep where they wait share what there is.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    return max(1, math.ceil(min(count, _limit())))
+
+
+def _limit() -> float:
+    """Cores that cgroups allow: the least of this process's and those that it is in."""
+    try:
+        lines = _OWN_CGROUPS.read_text().splitlines()
+    except OSError:  # no Linux
+        return math.inf
+    limits = [math.inf]
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds == "":
+            root, quota_of = _CGROUPS, _quota
+        elif "cpu" in kinds.split(","):
+            root, quota_of = _CGROUPS / "cpu", _quota_of_version_1
+        else:
+            continue
+        own = root / path.strip("/")
+        # In a container its own group may be mounted as the root, whatever its path is called.
+        for group in (own, *own.parents):
+            if group.is_relative_to(root):
+                limits.append(quota_of(group))
+    return min(limits)
+
+
+def _quota(group: Path) -> float:
+    """Of cgroup v2: "max 100000", or microseconds of CPU time and the period that they are for."""
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
+    except OSError:  # no such group here, or no limit can be set
+        return math.inf
+    return math.inf if quota == "max" else int(quota) / int(period)
+
+
+def _quota_of_version_1(group: Path) -> float:
+    """Of cgroup v1: -1 is no limit."""
+    try:
+        quota, period = (
+            int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
+        )
+    except OSError:
+        return math.inf
+    return math.inf if quota < 0 else quota / period
