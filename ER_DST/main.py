@@ -42,9 +42,9 @@ def train(options: DSTOptions) -> None:
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
         model, planned = plan(options, recipe.expected_shape(options))
-        check_flow(model, planned, options)
-
     devices = parallel.choose_devices(options.multigpu)
+    recipe.show_run(options, folder, model, devices)
+    check_flow(model, planned, options)
     images = recipe.load_data(options, devices[0])
     model, requested, spent = network(options, images, devices[0], folder)
     if not planned:

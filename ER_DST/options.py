@@ -8,16 +8,27 @@ import torch
 from ER_DST.initializers import INITS
 from ER_DST.sparse_inits import PRUNER_RATIOS
 from ER_DST.topology import GROWTH, METHODS, PRUNE
-from startsparse import ratios, schedules
-from startsparse.commandline import Truth, called, choice, default_is
+from startsparse import conditions as on
+from startsparse import masks, ratios, schedules
 from startsparse.data import PADDINGS, SETS
 from startsparse.errors import OptionError
+from startsparse.fields import Condition, Truth, called, choice, counts, default_is
 from startsparse.models import MODELS
 from startsparse.options import Options, require_range
 
 FLOW = ("False", "True", "always")
-FLOW_ALIASES = {"no": "False", "0": "False", "yes": "True", "1": "True"}
+FLOW_ALIASES = dict.fromkeys(("no", "0", "off"), "False")
+FLOW_ALIASES |= dict.fromkeys(("yes", "1", "on"), "True")
 SPARSE_INITS = (*ratios.METHODS, "snip", *PRUNER_RATIOS)
+
+# When options count, see `startsparse.fields.Condition`.
+SPARSE = Condition(lambda o: o.sparse, "without --sparse")
+MOVES = Condition(lambda o: o.is_prune, "with --is-prune False")
+PRUNES = Condition(lambda o: METHODS[o.method].prune is not None, "with --method {o.method}")
+GROWS = Condition(lambda o: METHODS[o.method].grow, "with --method {o.method}")
+RANDOM = Condition(lambda o: o.er_sparse_method != "snip", "with --er-sparse-method snip")
+IMP = Condition(lambda o: o.er_sparse_method == "ER_imp", "without --er-sparse-method ER_imp")
+SEARCHES = Condition(lambda o: not o.er_sparsity_file, "with --er-sparsity-file")
 
 
 @dataclasses.dataclass
@@ -25,14 +36,32 @@ class DSTOptions(Options):
     """Dynamic sparse training: the mask moves, and may get sparser, while the network trains."""
 
     file_methods: ClassVar[tuple[str, ...]] = ("network", *PRUNER_RATIOS)
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "run": Options.groups["run"],
+        "data": Options.groups["data"],
+        "network": (*Options.groups["network"], "ortho_repair"),
+        "initial mask": ("sparse", *Options.groups["random mask"], "imp_epochs"),
+        "moving mask": (
+            *("method", "final_density", "update_frequency", "stop_updates", "init_prune_epoch"),
+            *("final_prune_epoch", "prune", "growth", "prune_rate", "is_prune"),
+            *("grow_within_init", "flow_preservation"),
+        ),
+        "training": Options.groups["training"],
+        "hardware": Options.groups["hardware"],
+    }
 
     log_dir: Annotated[str, called("log-dir", "--save")] = "runs"
     """Folder that holds the run folders: <log-dir>/<config>/<name>/seed-<seed>"""
     set: Annotated[choice(SETS), called("data")] = "digits"
     """Data set"""
-    data: Annotated[str, called("data-dir"), default_is("$STARTSPARSE_DATA, else ./data")] = ""
+    data: Annotated[
+        str,
+        called("data-dir"),
+        default_is("$STARTSPARSE_DATA, else data/ at the root"),
+        counts(on.FILES),
+    ] = ""
     """Folder of the data sets"""
-    padding: choice(PADDINGS) = "reflect"
+    padding: Annotated[choice(PADDINGS), counts(on.IMAGES, on.AUGMENTED, on.PADDED)] = "reflect"
     """What random crops show beyond the border of an image: black, or the image mirrored; crops of
     imagenet lie inside it"""
     arch: Annotated[choice(MODELS), called("model")] = "resnet20"
@@ -44,64 +73,89 @@ class DSTOptions(Options):
     fan_in; normal, uniform or bimodal, scaled by the density of the layer; looks-linear: mirrored
     orthogonal blocks, with which a dense mlp begins linear; random masks are not mirrored and break
     that"""
-    er_sparse_method: Annotated[choice(SPARSE_INITS, ratios.ALIASES), called("sparse-init")] = "ERK"
+    er_sparse_method: Annotated[
+        choice(SPARSE_INITS, ratios.ALIASES), called("sparse-init"), counts(on.MASK)
+    ] = "ERK"
     """Initial mask: random with this layer-wise ratio; snip: the mask that SNIP finds; ER_snip,
     ER_synflow, ER_imp: random with the layer-wise ratio that this pruner finds"""
-    er_sparse_init: Annotated[float, called("init-density")] = 0.5
+    er_sparse_init: Annotated[float, called("init-density"), counts(on.MASK)] = 0.5
     """Density of the initial mask, in (0, 1]: kept weights of all weights"""
-    er_sparsity_file: Annotated[str, called("ratios-from"), default_is("none")] = ""
+    er_sparsity_file: Annotated[
+        str, called("ratios-from"), default_is("none"), counts(on.MASK, on.FILE)
+    ] = ""
     """Run folder, checkpoint or JSON of layer densities whose ratio is taken: by --sparse-init
     network, and by ER_snip, ER_synflow and ER_imp instead of pruning here. Of a run that found a
     ratio by a pruner it is that one (ratios.json), else that of its network (layers.json)"""
+    er_budget: Annotated[choice(ratios.BUDGETS), counts(on.MASK, RANDOM, on.CLIPS)] = "exact"
+    """exact: the density asked for; clip: the clipped, lower one of the paper's research code"""
+    er_sampling: Annotated[choice(masks.SAMPLINGS), counts(on.MASK, RANDOM)] = "bernoulli"
+    """bernoulli: each weight is drawn by itself; exact: a fixed number of weights per layer"""
     weight_decay: Annotated[float, called("l2", "--wd", "--weight-decay")] = 5e-4
     """Weight decay"""
-    batch_size: Annotated[int, called("batch-size", "-b")] = 100
+    batch_size: Annotated[int, called("batch-size", "-b"), counts(on.BATCHES)] = 100
     """Images, or other examples, per step; a graph is always one batch"""
     lr_policy: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "multistep"
     """Schedule of the learning rate; multistep divides by 10 at 1/2 and 3/4"""
-    nesterov: bool = True
+    nesterov: Annotated[bool, counts(on.SGD)] = True
     """Nesterov momentum of SGD"""
 
     sparse: bool = False
     """Train a sparse network; without it, a dense one"""
-    method: choice(METHODS) = "GraNet"
+    method: Annotated[choice(METHODS), counts(SPARSE, MOVES)] = "GraNet"
     """GraNet: prune from --init-density to --final-density, drop and grow each time; GMP: prune
     only; DST: drop and grow at --init-density; _uniform: prune every layer to the same density"""
-    final_density: float = 0.05
+    final_density: Annotated[float, counts(SPARSE, MOVES, PRUNES)] = 0.05
     """Density that GraNet and GMP prune to"""
-    prune: choice(PRUNE) = "magnitude"
+    prune: Annotated[choice(PRUNE), counts(SPARSE, MOVES)] = "magnitude"
     """What decides which weights go"""
-    growth: choice(GROWTH) = "gradient"
+    growth: Annotated[choice(GROWTH), counts(SPARSE, MOVES, GROWS)] = "gradient"
     """What decides which weights come: chance, the largest gradients, or the largest sums of past
     gradients with the factor --momentum, whatever the optimizer"""
-    prune_rate: float = 0.5
+    prune_rate: Annotated[float, counts(SPARSE, MOVES, GROWS)] = 0.5
     """Share of a layer's weights that is dropped and grown; falls to 0.005 as a cosine, until the
     end of the training or --stop-updates"""
-    update_frequency: int = 100
+    update_frequency: Annotated[int, counts(SPARSE, MOVES)] = 100
     """Steps between changes of the mask; the end of the pruning is one too"""
-    stop_updates: float = 1.0
+    stop_updates: Annotated[float, counts(SPARSE, MOVES, GROWS)] = 1.0
     """Share of the training, in (0, 1], after which nothing is dropped and grown any more, and at
     which --prune-rate has fallen to 0.005 (RigL: 0.75); pruning goes on to its own end"""
-    init_prune_epoch: int = 0
+    init_prune_epoch: Annotated[int, counts(SPARSE, MOVES, PRUNES)] = 0
     """Epochs after which pruning starts"""
-    final_prune_epoch: Annotated[int | None, default_is("110/160 of --epochs")] = None
+    final_prune_epoch: Annotated[
+        int | None, default_is("110/160 of --epochs"), counts(SPARSE, MOVES, PRUNES)
+    ] = None
     """Epochs after which --final-density is reached"""
-    is_prune: Truth = True
+    is_prune: Annotated[Truth, counts(SPARSE)] = True
     """False: the mask stays as it was drawn"""
-    grow_within_init: bool = False
+    grow_within_init: Annotated[bool, counts(SPARSE, MOVES, GROWS)] = False
     """Grow only weights of the initial mask; --flow-preservation always may still add others"""
-    flow_preservation: choice(FLOW, FLOW_ALIASES) = "False"
+    flow_preservation: Annotated[choice(FLOW, FLOW_ALIASES), counts(SPARSE)] = "False"
     """True: give every unit without an incoming or outgoing edge a random one, at the same density,
     in the initial mask; always: also after every update, which may leave units without again"""
-    ortho_repair: Truth = False
+    ortho_repair: Annotated[Truth, counts(SPARSE)] = False
     """Bring the initial weights of each layer that has a mask as near to orthogonal as it allows"""
-    imp_epochs: int = 2
+    imp_epochs: Annotated[int, counts(SPARSE, IMP, SEARCHES)] = 2
     """Epochs before each pruning by a fifth, from dense, that find the ratios of ER_imp here"""
 
     @property
     def masked(self) -> bool:
         """Whether the network has masks."""
         return self.sparse
+
+    @property
+    def draws_mask(self) -> bool:
+        """Whether there is an initial mask."""
+        return self.sparse
+
+    @property
+    def no_mask(self) -> str:
+        """What leaves the network dense."""
+        return "without --sparse"
+
+    @property
+    def uses_momentum(self) -> bool:
+        """Whether something is averaged with --momentum: growth as well."""
+        return super().uses_momentum or (self.grows and self.growth == "momentum")
 
     @property
     def draws_singly(self) -> bool:

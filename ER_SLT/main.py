@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ER_SLT.edge_popup import plain_state, popup, set_density
-from ER_SLT.initializers import has_batchnorm, init_weights
+from ER_SLT.initializers import init_weights
 from ER_SLT.levels import (
     TICKET,
     densities,
@@ -27,7 +27,7 @@ from ER_SLT.levels import (
 from ER_SLT.options import SLTOptions
 from ER_SLT.ticket import load_ticket, put_in_place
 from startsparse import checkpoint, data, er, flops, masks, parallel, recipe, runs, training
-from startsparse.commandline import from_flags, from_values, own_names, parse
+from startsparse.commandline import from_values, glance, own_names, parse
 from startsparse.errors import OptionError, UserError
 from startsparse.processes import run_script
 from startsparse.trainer import Trainer
@@ -36,14 +36,15 @@ CONFIGS = Path(__file__).parent / "configs"
 log = logging.getLogger("startsparse")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, kind: type[SLTOptions] = SLTOptions) -> None:
     """One run, from options to report; or the accuracy of a ticket."""
-    options = parse(SLTOptions, CONFIGS, argv)
-    with own_names(SLTOptions):
-        if options.evaluate:
-            evaluate(Path(options.evaluate), list(sys.argv[1:] if argv is None else argv))
-        else:
-            train(options)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if path := glance(kind, argv).evaluate:
+        evaluate(Path(path), argv)
+        return
+    options = parse(kind, CONFIGS, argv)
+    with own_names(kind):
+        train(options)
 
 
 def train(options: SLTOptions) -> None:
@@ -52,9 +53,10 @@ def train(options: SLTOptions) -> None:
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
-        plan(options, recipe.expected_shape(options))
+        planned, _ = plan(options, recipe.expected_shape(options))
 
     devices = parallel.choose_devices(options.multigpu)
+    recipe.show_run(options, folder, planned, devices)
     images = recipe.load_data(options, devices[0])
     model, requested = plan(options, images.shape)
     er.attach_er_masks(model, requested, options)
@@ -83,11 +85,6 @@ def train(options: SLTOptions) -> None:
 def plan(options: SLTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, float]]:
     """The network, not yet initialised, and the density of each layer of its random mask."""
     model = recipe.build(options, shape)
-    if options.weight_scale != 1 and has_batchnorm(model):
-        raise OptionError(
-            f"--weight-scale: {options.weight_scale:g} should be 1 for {options.arch}: its "
-            "BatchNorm takes a factor of the weights back"
-        )
     requested = er.requested_densities(model, options)
     sizes = {name: layer.weight.numel() for name, layer in masks.sparse_layers(model).items()}
     inside = sum(requested[name] * size for name, size in sizes.items()) / sum(sizes.values())
@@ -122,8 +119,9 @@ def evaluate(path: Path, argv: list[str]) -> None:
     except KeyError as missing:
         raise OptionError(f"--evaluate: {path}: the ticket does not tell its {missing}") from None
     saved = from_values(SLTOptions, stored, path)
-    options = from_flags(SLTOptions, argv, saved)
-    runs.check_same(options, saved, f"the ticket {path} was found")
+    options = parse(SLTOptions, CONFIGS, argv, saved)
+    with own_names(SLTOptions):
+        runs.check_same(options, saved, f"the ticket {path} was found")
 
     device = parallel.choose_devices(options.multigpu)[0]
     images = recipe.load_data(options, device)

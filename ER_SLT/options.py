@@ -1,21 +1,46 @@
 """The options of ER_SLT/main.py."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from ER_SLT.edge_popup import SCORE_INITS
 from ER_SLT.initializers import INITS
+from startsparse import conditions as on
 from startsparse import ratios, schedules
-from startsparse.commandline import Truth, called, choice, default_is
 from startsparse.data import SETS
 from startsparse.errors import OptionError
+from startsparse.fields import Condition, Truth, called, choice, counts, default_is
 from startsparse.models import MODELS
 from startsparse.options import Options, require_range
+
+# When options count, see `startsparse.fields.Condition`.
+BIASES = Condition(lambda o: INITS[o.init][1] not in ("none", "signed"), "with --init {o.init}")
+SCALED = Condition(lambda o: o.sparsity < 1, "with --sparsity 1")
+LEVELS = Condition(lambda o: o.levels > 1, "with --levels 1")
+ANNEALS = Condition(lambda o: o.anneal, "with --anneal False")
+GLOBAL = Condition(lambda o: o.per_layer or o.global_ranking, "when taken back without --global")
+NORMLESS = Condition(
+    lambda o: o.arch in ("gcn", "algorithmic"), "with --arch {o.arch}: its BatchNorm takes it back"
+)
+NO_NORM = Condition(lambda _: False, "in ER_SLT: BatchNorm has no parameters here")
 
 
 @dataclasses.dataclass
 class SLTOptions(Options):
     """Strong lottery tickets: which weights are used is learned, the weights are not."""
+
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "run": (*Options.groups["run"], "save_model", "shuffle"),
+        "data": Options.groups["data"],
+        "network": (*Options.groups["network"], "bfac", "scale_fan", "weight_scale"),
+        "random mask": Options.groups["random mask"],
+        "ticket": (
+            *("sparsity", "anneal", "sparsity_start", "levels", "score_init", "per_layer"),
+            "global_ranking",
+        ),
+        "training": tuple(name for name in Options.groups["training"] if name != "no_bn_decay"),
+        "hardware": Options.groups["hardware"],
+    }
 
     name: Annotated[str, called("save-file", "--name"), default_is("the network and densities")] = (
         ""
@@ -25,9 +50,9 @@ class SLTOptions(Options):
     """Do not train: print the test accuracy of this ticket file, or that of this run folder; the
     ticket says with which options"""
 
-    set: Annotated[choice(SETS), called("dataset")] = "cifar10"
+    set: Annotated[choice(SETS), called("dataset")] = "digits"
     """Data set"""
-    augment: bool = False
+    augment: Annotated[bool, counts(on.IMAGES)] = False
     """Crop training images at random, and flip them unless they are digits"""
     arch: Annotated[choice(MODELS), called("model")] = "resnet18"
     """Network"""
@@ -35,34 +60,36 @@ class SLTOptions(Options):
     """How the frozen weights and biases are drawn. kn: normal, ortho: mirrored orthogonal blocks,
     signed-const: + or - one value per layer; without biases, with biases of the same kind, or
     special: biases that undo one another"""
-    bfac: float = 0.05
+    bfac: Annotated[float, counts(BIASES)] = 0.05
     """Factor of the standard deviation of biases; signed-const-with-bias has none"""
-    scale_fan: bool = False
+    scale_fan: Annotated[bool, counts(SCALED)] = False
     """Divide the weights of each layer by the square root of the density that it computes with in
     the ticket: --sparsity, or that of its random mask where that is lower"""
 
-    weight_scale: float = 1.0
+    weight_scale: Annotated[float, counts(NORMLESS)] = 1.0
     """Factor of all frozen weights, for networks without BatchNorm (gcn, algorithmic): it sets the
     size of the logits. With inputs as small as the features of a graph the loss stays at chance
     if it is 1"""
 
-    er_sparse_method: choice(ratios.METHODS, ratios.ALIASES) = "uniform"
+    no_bn_decay: Annotated[bool, counts(NO_NORM)] = False
+    """Of no effect: BatchNorm has no parameters"""
+    er_sparse_method: Annotated[choice(ratios.METHODS, ratios.ALIASES), counts(on.MASK)] = "uniform"
     """Layer-wise ratio of the random mask; network: the ratio of --er-sparsity-file"""
     er_sparse_init: Annotated[float, called("er-init-density", "--er-sparse-init")] = 0.5
     """Density of the random mask, in (0, 1]: kept weights of all weights"""
-    first_layer_dense: bool = False
+    first_layer_dense: Annotated[bool, counts(on.DENSE)] = False
     """No random mask in the first layer, whose weights count towards the density; the ticket has
     --sparsity there too"""
-    last_layer_dense: bool = False
+    last_layer_dense: Annotated[bool, counts(on.DENSE)] = False
     """No random mask in the last layer, whose weights count towards the density; the ticket has
     --sparsity there too"""
     sparsity: float = 0.2
     """Density of the ticket, in (0, 1]: weights and biases used, of all; of a layer whose random
     mask has fewer, all of those"""
-    anneal: Truth = True
+    anneal: Annotated[Truth, counts(LEVELS)] = True
     """Go from --sparsity-start to --sparsity by the same factor each level; False: every level
     has --sparsity"""
-    sparsity_start: float = 0.6
+    sparsity_start: Annotated[float, counts(LEVELS, ANNEALS)] = 0.6
     """Density that annealing starts from, above the first level's"""
     levels: int = 5
     """Number of levels"""
@@ -71,12 +98,12 @@ class SLTOptions(Options):
     score_init: choice(SCORE_INITS) = "kaiming"
     """Initial scores: all 0.5, with an excess below 0.0001 to break ties, or uniform in
     +-1/sqrt(fan_in)"""
-    per_layer: Annotated[bool, default_is("yes, without --global")] = False
+    per_layer: Annotated[bool, default_is("yes, without --global"), counts(GLOBAL)] = False
     """Rank the scores of each layer by themselves: every layer has the same density"""
     global_ranking: Annotated[bool, called("global")] = False
     """Rank the scores of all layers together, so that layers differ in density"""
 
-    batch_size: Annotated[int, called("batch-size", "-b")] = 128
+    batch_size: Annotated[int, called("batch-size", "-b"), counts(on.BATCHES)] = 128
     """Images, or other examples, per step; a graph is always one batch"""
     lr_policy: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "every30"
     """Schedule of each level; every30 divides by 10 every 30 epochs and every60 (step) every 60,
@@ -90,6 +117,16 @@ class SLTOptions(Options):
     """Also keep weights and scores of each level, in levels/; tickets are kept in any case"""
 
     @property
+    def draws_mask(self) -> bool:
+        """Whether the random mask leaves something out."""
+        return self.er_sparse_init < 1
+
+    @property
+    def no_mask(self) -> str:
+        """What makes the network dense."""
+        return "with --er-sparse-init 1, a dense network"
+
+    @property
     def ranking(self) -> str:
         """One of `edge_popup.RANKINGS`."""
         return "global" if self.global_ranking else "layer"
@@ -99,6 +136,12 @@ class SLTOptions(Options):
         name = f"{self.arch}-{self.er_sparse_method}-{self.er_sparse_init:g}-{self.sparsity:g}"
         return name + ("-anneal" if self.anneal else "")
 
+    def derive(self) -> None:
+        """Scores are ranked --per-layer unless they are ranked in --global."""
+        if self.per_layer and self.global_ranking:
+            raise OptionError("--global: not with --per-layer, which --no-per-layer takes back")
+        self.per_layer = not self.global_ranking
+
     def check(self) -> None:
         """Raise `OptionError` for values that cannot be meant; names the option."""
         super().check()
@@ -106,9 +149,6 @@ class SLTOptions(Options):
         require_range(self, "levels", low=1)
         for name in ("bfac", "weight_scale"):
             require_range(self, name, low=0, open_low=True)
-        if self.per_layer and self.global_ranking:
-            raise OptionError("--global: not with --per-layer, which --no-per-layer takes back")
-        self.per_layer = not self.global_ranking
         if self.sparsity > self.er_sparse_init:
             raise OptionError(
                 f"--sparsity: {self.sparsity:g} should be at most the --er-sparse-init of "
@@ -126,3 +166,11 @@ class SLTOptions(Options):
         """Raise `OptionError` where --evaluate comes with --resume."""
         if self.evaluate and self.resume:
             raise OptionError("--evaluate: names a ticket or run folder itself; omit --resume")
+
+
+@dataclasses.dataclass
+class CIFAROptions(SLTOptions):
+    """Strong lottery tickets on CIFAR10, where nothing else is said."""
+
+    set: Annotated[choice(SETS), called("dataset")] = "cifar10"
+    """Data set"""

@@ -30,9 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
-        plan(options, recipe.expected_shape(options))
+        planned, _ = plan(options, recipe.expected_shape(options))
 
     devices = parallel.choose_devices(options.multigpu)
+    recipe.show_run(options, folder, planned, devices)
     images = recipe.load_data(options, devices[0])
     model, requested = network(options, images.shape)
     if options.start_from:

@@ -2,15 +2,16 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from torch import nn
 
 from startsparse import runs, schedules, scores
-from startsparse.commandline import choice, default_is
 from startsparse.errors import OptionError
-from startsparse.models import RESNET_TYPES
-from startsparse.options import Options, require_range
+from startsparse.fields import Condition, choice, counts, default_is
+from startsparse.models import MODELS, RESNET_TYPES
+from startsparse.models.init import INITS
+from startsparse.options import FALLING, Options, require_range
 from startsparse.pruning import PRUNERS
 from STR.rewinds import REWINDS
 from STR.thresholds import FUNCTIONS
@@ -18,11 +19,45 @@ from STR.thresholds import FUNCTIONS
 PRUNER_NAMES = (*PRUNERS, "mask-ref")
 CONV_TYPES = ("DenseConv", "ConvMask", "STRConv", "STRConvER")
 
+# When options count, see `startsparse.fields.Condition`.
+ARCH = Condition(lambda o: not o.resnet_type, "with --resnet-type {o.resnet_type}")
+OWN_WEIGHTS = Condition(
+    lambda o: not o.start_from, "with --start-from, whose weights it begins with"
+)
+SOFT = Condition(lambda o: o.soft, "with --conv-type {o.conv_type}")
+PRUNES = Condition(lambda o: bool(o.threshold_list), "without --threshold-list", "threshold_list")
+GRASP = Condition(lambda o: o.pruner == "grasp", "without --pruner grasp")
+TARGET = Condition(lambda o: o.pruner == "mask-ref", "without --pruner mask-ref")
+
 
 @dataclasses.dataclass
 class STROptions(Options):
     """Random ER networks: trained as they are, pruned on, or with soft thresholds."""
 
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "run": (*Options.groups["run"], "expt_setup"),
+        "data": Options.groups["data"],
+        "network": ("arch", "resnet_type", "width", "init", "conv_type", "start_from"),
+        "random mask": Options.groups["random mask"],
+        "iterative pruning": (
+            *(
+                "threshold_list",
+                "pruner",
+                "grasp_temperature",
+                "target_expt_name",
+                "final_prune_epoch",
+            ),
+            *("prune_scheduler", "rewind", "reset_weights", "warmup_epochs"),
+        ),
+        "soft thresholds": ("sparse_function", "sInit_value", "st_decay"),
+        "training": Options.groups["training"],
+        "hardware": Options.groups["hardware"],
+    }
+
+    arch: Annotated[choice(MODELS), counts(ARCH)] = "resnet20"
+    """Network"""
+    init: Annotated[choice(INITS), counts(OWN_WEIGHTS)] = "kaiming_normal"
+    """Initialisation of the weights"""
     conv_type: choice(CONV_TYPES, {"ConvER": "ConvMask"}) = "ConvMask"
     """DenseConv: no mask; ConvMask (or ConvER): a fixed ER mask; STRConv: soft thresholds;
     STRConvER: soft thresholds inside an ER mask"""
@@ -32,33 +67,35 @@ class STROptions(Options):
     expt_setup: Annotated[str, default_is("none")] = ""
     """A label for results.csv; it has no other effect"""
 
-    sparse_function: choice(FUNCTIONS) = "sigmoid"
+    sparse_function: Annotated[choice(FUNCTIONS), counts(SOFT)] = "sigmoid"
     """g in the threshold g(s) of a layer"""
-    sInit_value: float = -200.0  # noqa: N815 - the name that people know
+    sInit_value: Annotated[float, counts(SOFT)] = -200.0  # noqa: N815 - the name that people know
     """Initial s of every layer; very negative is dense"""
-    st_decay: Annotated[float | None, default_is("--weight-decay")] = None
+    st_decay: Annotated[float | None, default_is("--weight-decay"), counts(SOFT)] = None
     """Weight decay of s, which drives the sparsity"""
 
     threshold_list: Annotated[tuple[float, ...], default_is("no pruning")] = ()
     """Densities to prune to, one after the other"""
-    pruner: choice(PRUNER_NAMES) = "mag"
+    pruner: Annotated[choice(PRUNER_NAMES), counts(PRUNES)] = "mag"
     """What decides which weights go; mask-ref takes the masks of the run --target-expt-name"""
-    grasp_temperature: float = scores.TEMPERATURE
+    grasp_temperature: Annotated[float, counts(PRUNES, GRASP)] = scores.TEMPERATURE
     """Logits are divided by this for --pruner grasp; 1 is the loss of the training"""
-    target_expt_name: Annotated[str, default_is("none")] = ""
+    target_expt_name: Annotated[str, default_is("none"), counts(PRUNES, TARGET)] = ""
     """Run folder whose masks, level by level, --pruner mask-ref takes"""
     start_from: Annotated[str, default_is("none")] = ""
     """Finished run whose tested weights and masks this run begins with: its folder. The density
     asked for there takes the place of --er-sparse-init"""
-    final_prune_epoch: int = 150
+    final_prune_epoch: Annotated[int, counts(PRUNES)] = 150
     """Epochs before each pruning of --threshold-list; the final --epochs come after the last"""
-    rewind: choice(REWINDS) = "none"
+    rewind: Annotated[choice(REWINDS), counts(PRUNES)] = "none"
     """What is taken back after each pruning to where it was after --warmup-epochs: none
     (learning-rate rewinding), weights (all of them: IMP), bn, amplitudes (signs stay), signs
     (magnitudes stay)"""
-    reset_weights: bool = False
+    reset_weights: Annotated[bool, counts(PRUNES)] = False
     """The same as --rewind weights"""
-    prune_scheduler: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "cosine"
+    prune_scheduler: Annotated[
+        choice(schedules.LEARNING_RATES, schedules.ALIASES), counts(PRUNES)
+    ] = "cosine"
     """Schedule of the learning rate before each pruning, begun anew each time; step is every60"""
     warmup_epochs: int = 0
     """Epochs before anything else in which the learning rate rises linearly to --lr; --rewind goes
@@ -73,6 +110,37 @@ class STROptions(Options):
     def soft(self) -> bool:
         """Whether the network has soft thresholds."""
         return self.conv_type in ("STRConv", "STRConvER")
+
+    @property
+    def network_name(self) -> str:
+        """What the network is called."""
+        return f"--resnet-type {self.resnet_type}" if self.resnet_type else self.arch
+
+    @property
+    def draws_mask(self) -> bool:
+        """Whether the --er-* options draw a mask; with --start-from it is that of another run."""
+        return self.masked and not self.start_from
+
+    @property
+    def no_mask(self) -> str:
+        """What leaves no mask to draw."""
+        return f"with --conv-type {self.conv_type}" if not self.masked else "with --start-from"
+
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether there are layers with a mask or a threshold."""
+        return self.masked or self.soft
+
+    @property
+    def may_clip(self) -> bool:
+        """Whether --er-budget can make a difference: to levels above the first mask as well."""
+        return super().may_clip or bool(self.threshold_list)
+
+    @property
+    def falls(self) -> bool:
+        """Whether some learning rate falls to --lr-min."""
+        before = bool(self.threshold_list) and self.prune_scheduler in FALLING
+        return super().falls or before
 
     @property
     def s_decay(self) -> float:
@@ -109,18 +177,22 @@ class STROptions(Options):
         """Weight decay of a parameter; thresholds have --st-decay."""
         return self.s_decay if parameter == "threshold_logit" else super().decay(module, parameter)
 
-    def check(self) -> None:
-        """Raise `OptionError` for values that cannot be meant; names the option."""
+    def derive(self) -> None:
+        """The density of the run --start-from; --reset-weights is --rewind weights."""
         if self.start_from:
             result = runs.summary(runs.source(self, "start_from"))
             if result is None:
                 raise OptionError(f"--start-from: {self.start_from} is no folder of a finished run")
-            self.er_sparse_init = result["requested"]
-        super().check()
+            if self.masked:
+                self.er_sparse_init = result["requested"]
         if self.reset_weights:
             if self.rewind not in ("none", "weights"):
                 raise OptionError(f"--reset-weights: means weights, --rewind says {self.rewind}")
             self.rewind = "weights"
+
+    def check(self) -> None:
+        """Raise `OptionError` for values that cannot be meant; names the option."""
+        super().check()
         require_range(self, "warmup_epochs", low=0)
         require_range(self, "final_prune_epoch", low=1)
         require_range(self, "grasp_temperature", low=0, open_low=True)
@@ -128,10 +200,8 @@ class STROptions(Options):
             require_range(self, "st_decay", low=0)
         if self.threshold_list and self.conv_type != "ConvMask":
             raise OptionError("--threshold-list: prunes masks; it needs --conv-type ConvMask")
-        if (self.pruner == "mask-ref") != bool(self.target_expt_name):
-            raise OptionError(
-                "--target-expt-name: goes with --pruner mask-ref, and that pruner needs it"
-            )
+        if self.pruner == "mask-ref" and not self.target_expt_name:
+            raise OptionError("--pruner: mask-ref needs a --target-expt-name")
         density = self.er_sparse_init
         for level in self.threshold_list:
             if not 0 < level <= density:

@@ -15,17 +15,19 @@ from typing import Annotated
 
 import pandas as pd
 
-from startsparse import plots, processes, report, results, runs
+from startsparse import effects, plots, processes, report, results, runs
 from startsparse.atomic import write_text
-from startsparse.commandline import choice, default_is, from_flags, normal, parse
+from startsparse.commandline import from_flags, named, parse
 from startsparse.data import SETS
 from startsparse.errors import OptionError, UserError
+from startsparse.fields import Condition, choice, counts, default_is, normal
 from startsparse.options import require_gpus, require_range
 from startsparse.schedules import geometric
 from STR.jobs import Job, run_all
 from STR.main import CONFIGS
 from STR.options import STROptions
 
+POWERS = Condition(lambda o: not o.densities, "with --densities")
 KEYS = ["er_sparse_method", "er_sparse_init", "pruner", "rewind"]  # what makes a setting
 
 
@@ -51,9 +53,9 @@ class SweepOptions:
     in runs/imp/digits/{method}-{init}-mag-weights/seed-{seed}"""
     rewind: tuple[str, ...] = ("weights",)
     """What goes back after each pruning; --rewind of main.py"""
-    keep: float = 0.8
+    keep: Annotated[float, counts(POWERS)] = 0.8
     """Share of the weights that a level keeps; the last level goes on to --target"""
-    target: float = 0.01
+    target: Annotated[float, counts(POWERS)] = 0.01
     """Density of the last level, of round(log(target / density of the random mask) / log(keep))"""
     densities: Annotated[tuple[float, ...], default_is("from --keep and --target")] = ()
     """Densities of the levels, instead of --keep and --target; those not below the density of
@@ -234,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
     options = from_flags(SweepOptions, argv[:split], SweepOptions())
+    effects.refuse_named(options, named(SweepOptions, argv[:split]))
     options.check()
     jobs = plan(options, argv[split + 1 :])
     require_distinct(jobs)

@@ -1,5 +1,7 @@
 """Errors that a user can cause: always one line, never a traceback."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -30,7 +32,15 @@ def run_script(main: Callable[[], int | None], say: Callable[[str], None] = say)
     """
     threads.fit()
     try:
-        sys.exit(main() or 0)
+        try:
+            code = main() or 0
+        except SystemExit as stop:  # --help
+            code = stop.code
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # whoever reads has read enough: head, for one
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         say(f"error: {error}")
         sys.exit(error.exit_code)

@@ -19,9 +19,10 @@ import yaml
 from torch import Tensor, nn
 
 from startsparse import checkpoint, data, footprint, models, runs
-from startsparse.commandline import choice, default_is, from_flags
+from startsparse.commandline import from_flags
 from startsparse.compact import compact
 from startsparse.errors import OptionError, UserError, run_script
+from startsparse.fields import choice, default_is
 from startsparse.formats import (
     KIND,
     PACKAGES,

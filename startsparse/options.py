@@ -8,13 +8,23 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import nn
 
-from startsparse import masks, processes, ratios, schedules
-from startsparse.commandline import also, choice, default_is, flag
-from startsparse.data import OWN_PARTS, PADDINGS, SETS, SHAPES, modular
+from startsparse import conditions as on
+from startsparse import data_flag, masks, processes, ratios, schedules
+from startsparse.data import OWN_PARTS, PADDINGS, SETS, SHAPES, data_root, modular
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
+from startsparse.fields import (
+    also,
+    choice,
+    counts,
+    default_is,
+    flag,
+)
 from startsparse.models import MODELS
 from startsparse.models.init import INITS
+
+FALLING = ("cosine", "multistep")
+"""Schedules that look at --lr-min."""
 
 
 @dataclasses.dataclass
@@ -23,6 +33,52 @@ class Options:
 
     # the methods of --er-sparse-method that take their ratio from --er-sparsity-file
     file_methods: ClassVar[tuple[str, ...]] = ("network",)
+
+    # What the three scripts call an option: taken by all, where it is no other option's name.
+    other_names: ClassVar[dict[str, tuple[str, ...]]] = {
+        "set": ("set", "dataset"),
+        "data": ("data-dir",),
+        "arch": ("arch", "model"),
+        "init": ("init", "init-method", "initBias"),
+        "er_sparse_method": ("er-sparse-method", "sparse-init"),
+        "er_sparse_init": ("er-sparse-init", "init-density", "er-init-density"),
+        "er_sparsity_file": ("er-sparsity-file", "ratios-from"),
+        "weight_decay": ("weight-decay", "wd", "l2"),
+        "log_dir": ("log-dir", "save"),
+        "name": ("name", "save-file"),
+    }
+
+    # of --help: title -> fields
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "run": (
+            *("config", "name", "seed", "log_dir", "result_dir", "resume", "evaluate"),
+            "save_every",
+        ),
+        "data": (
+            *(
+                "set",
+                "data",
+                "mirror",
+                "valid_split",
+                "workers",
+                "augment",
+                "padding",
+                "modulus",
+                "train_fraction",
+            ),
+        ),
+        "network": ("arch", "width", "init"),
+        "random mask": (
+            *("er_sparse_method", "er_sparse_init", "er_sparsity_file", "er_budget"),
+            *("er_sampling", "first_layer_dense", "last_layer_dense"),
+        ),
+        "training": (
+            *("epochs", "passes", "batch_size", "optimizer", "lr", "lr_min", "lr_policy"),
+            *("warmup_length", "weight_decay", "no_bn_decay", "momentum", "nesterov"),
+            *("label_smoothing", "clip_norm", "select"),
+        ),
+        "hardware": ("multigpu", "amp", "compile", "sparse_compute"),
+    }
 
     config: Annotated[str, default_is("configs/<set>.yaml, if there")] = ""
     """YAML file with options; the command line wins"""
@@ -43,24 +99,26 @@ class Options:
 
     set: choice(SETS) = "digits"
     """Data set"""
-    data: Annotated[str, default_is("$STARTSPARSE_DATA, else ./data")] = ""
+    data: Annotated[
+        str, default_is("$STARTSPARSE_DATA, else data/ at the root"), counts(on.FILES)
+    ] = ""
     """Folder of the data sets"""
-    mirror: Annotated[str, default_is("none")] = ""
+    mirror: Annotated[str, default_is("none"), counts(on.FETCHED)] = ""
     """URL of a folder to download from instead of the data set's own site"""
-    valid_split: float = 0.1
+    valid_split: Annotated[float, counts(on.HELD_OUT)] = 0.1
     """Share of the training set held out for validation; graphs and modular-addition have a
-    validation part of their own, and ignore it"""
-    workers: int = 4
+    validation part of their own"""
+    workers: Annotated[int, counts(on.IMAGENET)] = 4
     """Processes that decode images (imagenet only; small sets are held on the device)"""
-    augment: bool = True
+    augment: Annotated[bool, counts(on.IMAGES)] = True
     """Crop training images at random, and flip them unless they are digits"""
-    padding: choice(PADDINGS) = "zeros"
+    padding: Annotated[choice(PADDINGS), counts(on.IMAGES, on.AUGMENTED, on.PADDED)] = "zeros"
     """What random crops show beyond the border of an image: black, or the image mirrored; crops of
     imagenet lie inside it"""
 
-    modulus: int = 59
+    modulus: Annotated[int, counts(on.MODULAR)] = 59
     """p of a + b mod p; modular-addition only"""
-    train_fraction: float = 0.7
+    train_fraction: Annotated[float, counts(on.MODULAR)] = 0.7
     """Share of all pairs to train on, in (0, 1); the rest is half validation, half test;
     modular-addition only"""
 
@@ -72,22 +130,24 @@ class Options:
     init: choice(INITS) = "kaiming_normal"
     """Initialisation of the weights"""
 
-    er_sparse_method: choice(ratios.METHODS, ratios.ALIASES) = "balanced"
+    er_sparse_method: Annotated[choice(ratios.METHODS, ratios.ALIASES), counts(on.MASK)] = (
+        "balanced"
+    )
     """Layer-wise ratio of the random mask; network: the ratio of --er-sparsity-file"""
-    er_sparse_init: float = 0.2
+    er_sparse_init: Annotated[float, counts(on.MASK)] = 0.2
     """Density of the random mask, in (0, 1]: kept weights of all weights"""
-    er_sparsity_file: Annotated[str, default_is("none")] = ""
+    er_sparsity_file: Annotated[str, default_is("none"), counts(on.MASK, on.FILE)] = ""
     """Run folder, checkpoint or JSON of layer densities that --er-sparse-method network copies; of
     a run that found a ratio by a pruner it is that one (ratios.json), not its last (layers.json)"""
-    er_budget: choice(ratios.BUDGETS) = "exact"
+    er_budget: Annotated[choice(ratios.BUDGETS), counts(on.MASK, on.CLIPS)] = "exact"
     """exact: the density asked for; clip: the clipped, lower one of the paper's research code, in
     which levels above it prune nothing"""
-    er_sampling: choice(masks.SAMPLINGS) = "bernoulli"
+    er_sampling: Annotated[choice(masks.SAMPLINGS), counts(on.MASK)] = "bernoulli"
     """bernoulli: each weight is drawn by itself, so that the density is met on average; exact: a
     fixed number of weights per layer"""
-    first_layer_dense: bool = False
+    first_layer_dense: Annotated[bool, counts(on.DENSE)] = False
     """Keep the first layer dense; its weights count towards the density"""
-    last_layer_dense: bool = False
+    last_layer_dense: Annotated[bool, counts(on.DENSE)] = False
     """Keep the last layer dense; its weights count towards the density"""
 
     epochs: int = 160
@@ -95,13 +155,13 @@ class Options:
     passes: int = 1
     """Passes over the training set that are one epoch; for sets so small that what follows every
     epoch, validation and a checkpoint, takes longer than the epoch"""
-    batch_size: Annotated[int, also("-b")] = 256
+    batch_size: Annotated[int, also("-b"), counts(on.BATCHES)] = 256
     """Images, or other examples, per step; a graph is always one batch"""
     optimizer: choice(("sgd", "adam")) = "sgd"
     """Optimizer"""
     lr: float = 0.1
     """Learning rate, before its schedule"""
-    lr_min: float = 0.0
+    lr_min: Annotated[float, counts(on.FALLS)] = 0.0
     """Learning rate at the end of a cosine; multistep does not go below it, and every30, every60
     and constant do not look at it"""
     lr_policy: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "cosine"
@@ -112,11 +172,11 @@ class Options:
     count them"""
     weight_decay: Annotated[float, also("--wd")] = 1e-4
     """Weight decay"""
-    no_bn_decay: bool = False
+    no_bn_decay: Annotated[bool, counts(on.DECAYS, on.NORMED)] = False
     """No weight decay on the parameters of BatchNorm"""
-    momentum: float = 0.9
+    momentum: Annotated[float, counts(on.MOMENTUM)] = 0.9
     """Momentum of SGD"""
-    nesterov: bool = False
+    nesterov: Annotated[bool, counts(on.SGD)] = False
     """Nesterov momentum of SGD"""
     label_smoothing: float = 0.0
     """Label smoothing of the training loss, in [0, 1)"""
@@ -132,9 +192,59 @@ class Options:
     """bf16 autocast; auto: on GPUs that have it"""
     compile: bool = False
     """torch.compile the network"""
-    sparse_compute: choice(MODES) = "auto"
+    sparse_compute: Annotated[choice(MODES), counts(on.SPARSE_FORM)] = "auto"
     """Compute and store only what is inside the masks, on CPUs, and of that compute only what soft
     thresholds and edge-popup use; auto: the layers that are faster so, found by trying"""
+
+    @property
+    def network_name(self) -> str:
+        """What the network is called."""
+        return self.arch
+
+    @property
+    def draws_mask(self) -> bool:
+        """Whether a random mask is drawn by the --er-* options."""
+        return True
+
+    @property
+    def no_mask(self) -> str:
+        """Which option says that none is: "with --option value"."""
+        return ""
+
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether there are sparse layers, of which some can be kept dense."""
+        return self.draws_mask
+
+    @property
+    def may_clip(self) -> bool:
+        """Whether --er-budget can make a difference."""
+        return self.er_sparse_method not in ("uniform", "pyramidal")
+
+    @property
+    def takes_file(self) -> str:
+        """The methods that take their ratio from --er-sparsity-file."""
+        return " or ".join(self.file_methods)
+
+    @property
+    def falls(self) -> bool:
+        """Whether some learning rate falls to --lr-min."""
+        return self.lr_policy in FALLING
+
+    @property
+    def uses_momentum(self) -> bool:
+        """Whether something is averaged with --momentum."""
+        return self.optimizer == "sgd"
+
+    @property
+    def obstacle(self) -> str:
+        """Why --sparse-compute is out of the question on a CPU, if it is."""
+        return self.no_sparse_compute(torch.device("cpu"))
+
+    @classmethod
+    def understood(cls, argv: list[str]) -> list[str]:
+        """Flags as they are meant, see `data_flag`."""
+        return data_flag.understood(cls, argv)
 
     @property
     def draws_singly(self) -> bool:
@@ -165,8 +275,16 @@ class Options:
             return "--amp bf16 computes in a format that it does not have"
         return "--compile has a form of its own" if self.compile else ""
 
+    def check_places(self) -> None:
+        """Raise `OptionError` for a folder that is not there; asked before anything else."""
+        data_root(self.data)
+
+    def derive(self) -> None:
+        """Set the options that follow from others."""
+
     def check(self) -> None:
         """Raise `OptionError` for values that cannot be meant; names the option."""
+        self.derive()
         require_range(self, "er_sparse_init", low=0, high=1, open_low=True)
         require_range(self, "valid_split", low=0, high=1, open_high=True)
         require_range(self, "label_smoothing", low=0, high=1, open_high=True)
@@ -184,7 +302,7 @@ class Options:
             "save_every",
         ):
             require_range(self, name, low=0)
-        if self.nesterov and self.momentum == 0:
+        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise OptionError("--nesterov: needs a --momentum above 0")
         modular.check(self.modulus, self.train_fraction)
         if self.valid_split == 0 and self.select == "best" and self.set not in OWN_PARTS:
@@ -197,9 +315,6 @@ class Options:
         if processes.count() > 1:
             self.check_processes()
         self.check_evaluate()
-        takes = " or ".join(self.file_methods)
-        if self.er_sparsity_file and self.er_sparse_method not in self.file_methods:
-            raise OptionError(f"--er-sparsity-file: goes with --er-sparse-method {takes}")
         if self.er_sparse_method == "network" and not self.er_sparsity_file:
             raise OptionError("--er-sparse-method: network needs an --er-sparsity-file")
 

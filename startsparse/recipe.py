@@ -7,7 +7,9 @@ import pandas as pd
 import torch
 
 from startsparse import data, flops, masks, models, plots, processes, report, runs
+from startsparse.effects import differing
 from startsparse.errors import OptionError
+from startsparse.fields import flag, shown, text
 from startsparse.options import Options
 from startsparse.trainer import Trainer
 
@@ -26,6 +28,33 @@ def already_done(options: Options, folder: Path | None) -> bool:
     elif not options.evaluate:
         runs.check_results(options)
     return bool(done)
+
+
+def show_run(
+    options: Options, folder: Path | None, model: torch.nn.Module, devices: list[torch.device]
+) -> None:
+    """The first lines of a run: what it is, before anything that takes long.
+
+    Args:
+        folder: of a run that is continued; None: a new one.
+        model: the network as planned.
+    """
+    own = shown(type(options))
+    said = {name: value for name, value in differing(options).items() if name != "config"}
+    words = [
+        flag(own[name]) + ("" if value is True else f" {text(value)}")
+        for name, value in said.items()
+    ]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    device = ", ".join(map(str, devices))
+    if devices[0].type == "cpu":
+        threads = torch.get_num_threads()
+        device += f", {threads} thread" + "s" * (threads > 1)
+    log.info("config   %s", options.config or "none")
+    log.info("run      %s", folder or runs.next_folder(options))
+    log.info("network  %s, %s parameters", options.network_name, f"{count:,}")
+    log.info("device   %s", device)
+    log.info("options  %s", " ".join(words) or "all at their defaults")
 
 
 def expected_shape(options: Options) -> data.Shape:

@@ -17,9 +17,9 @@ from scipy.special import stdtrit
 
 from startsparse import plots, results
 from startsparse.atomic import write_text
-from startsparse.commandline import default_is
 from startsparse.console import decimals, number
 from startsparse.errors import OptionError, UserError, run_script, say
+from startsparse.fields import default_is
 from startsparse.runs import FREE
 
 SEEDS_AND_NAMES = {"seed", "name", "expt_setup"}  # no part of what a run computes

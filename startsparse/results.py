@@ -18,8 +18,8 @@ from typing import Any
 import pandas as pd
 
 from startsparse.atomic import replacing
-from startsparse.commandline import normal
 from startsparse.errors import OptionError, UserError
+from startsparse.fields import normal
 
 # Columns that are text also where every cell looks like a number.
 TEXT = {"run", "name", "expt_setup", "er_sparsity_file", "start_from", "target_expt_name"}

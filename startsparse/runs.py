@@ -22,6 +22,7 @@
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import logging
 import math
@@ -30,7 +31,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,12 @@ import pandas as pd
 import torch
 
 import startsparse
-from startsparse import processes, results
+from startsparse import effects, processes, results
 from startsparse.atomic import write_text
-from startsparse.commandline import flag, read_values, read_yaml, run_folder, write_yaml
+from startsparse.commandline import read_values, read_yaml, run_folder, write_yaml
 from startsparse.console import log, number
 from startsparse.errors import OptionError, UserError
+from startsparse.fields import flag
 from startsparse.options import Options
 from startsparse.processes import by_first
 
@@ -194,6 +196,7 @@ def find_run(options: Options) -> Path | None:
         raise OptionError(f"--evaluate: there is no run in {_base(options)} yet")
     if folder is not None:
         saved = read_yaml(type(options), folder / "options.yaml")
+        effects.settle(saved)
         check_same(options, saved, f"the run in {folder} was started")
     return folder
 
@@ -270,18 +273,26 @@ def _newest(options: Options) -> Path | None:
     return max(found)[1] if found else None
 
 
+def next_folder(options: Options) -> Path:
+    """The folder that a new run gets, unless another process is faster."""
+    return next(folder for folder in _folders(_base(options)) if not folder.exists())
+
+
+def _folders(base: Path) -> Iterator[Path]:
+    """``base``, and the same with -2, -3 ...: no run ever overwrites another."""
+    yield base
+    for count in itertools.count(2):
+        yield base.with_name(f"{base.name}-{count}")
+
+
 @by_first
 def _create(base: Path) -> Path:
-    """``base``, or with -2, -3 ... where that exists: no run ever overwrites another."""
     base.parent.mkdir(parents=True, exist_ok=True)
-    folder, number = base, 1
-    while True:
-        try:
+    for folder in _folders(base):
+        with suppress(FileExistsError):
             folder.mkdir()
             return folder
-        except FileExistsError:
-            number += 1
-            folder = base.with_name(f"{base.name}-{number}")
+    raise AssertionError
 
 
 def _git(folder: Path, *command: str) -> str:

@@ -16,7 +16,7 @@ from startsparse import masks
 from startsparse.data import digits
 
 DEMO = [
-    *("--config", str(ROOT / "ER_SLT/configs/demo.yaml"), "--width", "4"),
+    *("--config", str(ROOT / "ER_SLT/configs/digits.yaml"), "--width", "4"),
     *("--epochs", "2", "--batch-size", "256", "--sparse-compute", "off"),
 ]
 MLP = [

@@ -11,8 +11,9 @@ from test_readme import SCRIPTS, shown_names
 import ER_DST.main
 import STR.main
 from startsparse import flops, recipe, tabular
-from startsparse.commandline import from_flags, normal, parse
+from startsparse.commandline import from_flags, parse
 from startsparse.data import SHAPES
+from startsparse.fields import normal
 from startsparse.masks import sparse_layers
 from startsparse.models import build
 from startsparse.ratios import layer_densities

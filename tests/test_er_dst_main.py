@@ -1,5 +1,6 @@
 """ER_DST/main.py from end to end: names, what a run leaves behind, FLOPs, the published command."""
 
+import dataclasses
 import json
 
 import pandas as pd
@@ -18,11 +19,13 @@ from startsparse import data, models, ratios
 from startsparse.commandline import from_flags
 from startsparse.masks import sparse_layers
 
-DEMO = ["--config", str(ROOT / "ER_DST/configs/demo.yaml"), "--width", "4", "--epochs", "2"]
-MLP = [
-    *("--sparse", "--model", "mlp", "--width", "16", "--epochs", "1", "--batch-size", "128"),
-    *("--update-frequency", "3", "--final-density", "0.1"),
+DEMO = ["--config", str(ROOT / "ER_DST/configs/digits.yaml"), "--width", "4", "--epochs", "2"]
+STATIC = [
+    *("--sparse", "--sparse-init", "ERK", "--init-density", "0.5"),
+    *("--model", "mlp", "--width", "16", "--epochs", "1", "--batch-size", "128"),
 ]
+MOVING = [*STATIC, "--update-frequency", "3"]
+MLP = [*MOVING, "--final-density", "0.1"]
 # 3072 -> 16 -> 16 -> 16 -> 10
 SIZES = {"hidden.0": 49_152, "hidden.3": 256, "hidden.6": 256, "classifier": 160}
 
@@ -71,7 +74,8 @@ def test_every_name_is_taken_in_any_capitalisation(spelling):
 )
 @pytest.mark.parametrize("images", ["cifar10", "cifar100", "tiny_imagenet", "mnist", "digits"])
 def test_every_network_is_planned_for_every_set(model, images):
-    asked = parsed("--sparse", "--model", model.upper(), "--data", images)
+    start = ["--sparse-init", "ERK", "--init-density", "0.5"]
+    asked = parsed("--sparse", *start, "--model", model.upper(), "--data", images)
     shape = data.SHAPES[asked.set]
     with torch.device("meta"):
         planned, requested = script.plan(asked, shape)
@@ -87,8 +91,8 @@ def test_every_network_is_planned_for_every_set(model, images):
 
 def test_no_arguments_are_the_demo():
     shown = parsed()
-    named = parsed("--config", str(script.CONFIGS / "demo.yaml"))
-    assert shown == named
+    assert shown == parsed("--config", str(script.CONFIGS / "digits.yaml"))
+    assert parsed("--seed", "2") == dataclasses.replace(shown, seed=2)
     assert (shown.arch, shown.set, shown.sparse, shown.method) == (
         "resnet20",
         "digits",
@@ -106,7 +110,7 @@ def test_the_demo_leaves_a_whole_run(run_dst, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = run_dst(*DEMO)
-    assert folder.parts[-3:] == ("demo", "resnet20-GraNet-balanced-0.2-0.05", "seed-1")
+    assert folder.parts[-3:] == ("digits", "resnet20-GraNet-balanced-0.2-0.05", "seed-1")
     files = "options.yaml environment.json log.txt epochs.csv density.csv topology.csv layers.json"
     for name in (*files.split(), "curves.png", "best.pt", "checkpoint.pt"):
         assert (folder / name).stat().st_size > 0
@@ -171,7 +175,7 @@ def densities_of(folder):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_flops_of_a_static_mask_by_hand(run_dst):
-    folder = run_dst(*MLP, "--is-prune", "False", "--epochs", "2")
+    folder = run_dst(*STATIC, "--is-prune", "False", "--epochs", "2")
     summary, (forward, both) = result(folder), hand_share(densities_of(folder))
     assert summary["inference_flops_share"] == pytest.approx(forward)
     assert summary["training_flops_share"] == pytest.approx(both)
@@ -188,7 +192,7 @@ def test_flops_of_a_static_mask_by_hand(run_dst):
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("growth", ["random", "gradient", "momentum"])
 def test_flops_of_moving_masks_by_hand(run_dst, growth):
-    argv = [*MLP, "--method", "DST", "--growth", growth, "--epochs", "2"]
+    argv = [*MOVING, "--method", "DST", "--growth", growth, "--epochs", "2"]
     folder = run_dst(*argv)
     densities = densities_of(folder)  # of each layer, always
     forward, both = hand_share(densities)
@@ -205,8 +209,8 @@ def test_flops_of_moving_masks_by_hand(run_dst, growth):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_without_sparse_the_network_is_dense(run_dst):
-    argv = [flag for flag in MLP if flag != "--sparse"]
-    folder = run_dst(*argv, "--method", "DST", "--flow-preservation", "True")
+    argv = ["--model", "mlp", "--width", "16", "--epochs", "1", "--batch-size", "128"]
+    folder = run_dst(*argv, "--no-sparse")
     summary = result(folder)
     assert (summary["density"], summary["requested"]) == (1.0, 1.0)
     assert (summary["inference_flops_share"], summary["training_flops_share"]) == (1.0, 1.0)
@@ -251,7 +255,7 @@ def test_the_test_set_is_used_once(run_dst, monkeypatch):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_er_imp_prunes_here_and_its_ratio_can_be_read_from_the_run(run_dst, tmp_path, capsys):
-    static = [*MLP, "--is-prune", "False", "--init-density", "0.5", "--er-sampling", "exact"]
+    static = [*STATIC, "--is-prune", "False", "--er-sampling", "exact"]
     imp = run_dst(*static, "--sparse-init", "ER_imp", "--imp-epochs", "1", where="imp")
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ER_imp")]
     assert [line.split()[-1] for line in said] == ["0.8000", "0.6400", "0.5000"]

@@ -245,7 +245,7 @@ def test_another_accuracy_is_told_from_that_of_the_ticket(demo, capsys, monkeypa
 def test_a_ticket_is_evaluated_as_it_was_found(demo):
     folder, _, _ = demo
     here = ["--evaluate", str(folder)]
-    script.main([*here, "--dataset", "digits", "--width", "4", "--workers", "0", "--data", "x"])
+    script.main([*here, "--dataset", "digits", "--width", "4", "--save-every", "3"])
     with pytest.raises(OptionError, match=r"--sparsity: 0.1, but the ticket .* was found with 0.2"):
         script.main([*here, "--sparsity", "0.1"])
     with pytest.raises(
@@ -267,7 +267,9 @@ COMBINATIONS = [
 @pytest.mark.parametrize(("how", "score_init", "ranking"), COMBINATIONS)
 def test_every_initialisation_and_ranking(run_slt, capsys, how, score_init, ranking):  # noqa: F811
     flag = {"layer": "--per-layer", "global": "--global"}[ranking]
-    argv = ["--initBias", how, "--score-init", score_init, "--bfac", "0.5"]
+    argv = ["--initBias", how, "--score-init", score_init]
+    if INITS[how][1] not in ("none", "signed"):
+        argv += ["--bfac", "0.5"]
     folder = run_slt(*MLP, *argv, flag, "--scale-fan")
     for level, density in enumerate((0.6 / 3**0.5, 0.2), 1):
         found = ticket(folder, level)

@@ -1,5 +1,6 @@
 """Options of ER_SLT/main.py: names, defaults, the levels they mean, and bad ones."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from ER_SLT import main as script
 from ER_SLT.edge_popup import RANKINGS, SCORE_INITS
 from ER_SLT.initializers import INITS
 from ER_SLT.levels import densities
-from ER_SLT.options import SLTOptions
+from ER_SLT.options import CIFAROptions, SLTOptions
 from startsparse import models
 from startsparse.commandline import write_yaml
 from startsparse.data import SHAPES
@@ -26,7 +27,12 @@ def parsed(*argv):
     return script.parse(SLTOptions, script.CONFIGS, argv)
 
 
-def planned(*argv):
+def cifar(*argv):
+    """The options of cifar_main.py."""
+    return script.parse(CIFAROptions, script.CONFIGS, argv)
+
+
+def planned(*argv, parsed=parsed):
     """Options, network and requested densities, as they are before data is touched."""
     options = parsed(*argv)
     with torch.device("meta"), script.own_names(SLTOptions):
@@ -37,7 +43,7 @@ def planned(*argv):
 
 
 def test_the_published_command_means_what_it_says():
-    options, model, requested = planned(*PUBLISHED)
+    options, model, requested = planned(*PUBLISHED, parsed=cifar)
     assert (options.arch, options.set, options.init) == ("resnet18", "cifar10", "kn-zero-bias")
     assert (options.er_sparse_init, options.sparsity, options.anneal) == (0.5, 0.2, False)
     assert (options.levels, options.epochs, options.lr, options.seed) == (5, 100, 0.1, 2)
@@ -49,7 +55,9 @@ def test_the_published_command_means_what_it_says():
 
 
 def test_defaults_are_those_of_the_published_recipe():
-    options = parsed("--seed", "1")
+    options = cifar()
+    assert options == dataclasses.replace(cifar("--seed", "2", "--augment"), seed=1, augment=False)
+    assert (options.set, options.arch, options.config) == ("cifar10", "resnet18", "")
     assert (options.batch_size, options.momentum, options.weight_decay) == (128, 0.9, 5e-4)
     assert (options.lr, options.lr_policy, options.optimizer) == (0.1, "every30", "sgd")
     assert (options.levels, options.epochs, options.sparsity_start) == (5, 100, 0.6)
@@ -72,11 +80,13 @@ def test_images_are_cropped_where_that_is_asked_for():
     assert found == [(0, True), (4, False), (4, True)]
 
 
-def test_without_arguments_the_demo_is_run():
+def test_without_arguments_it_is_digits_and_one_argument_changes_one_thing():
     options = script.parse(SLTOptions, script.CONFIGS, [])
-    assert options.config.endswith("demo.yaml")
+    assert options.config.endswith("configs/digits.yaml")
     assert (options.set, options.er_sparse_init, options.sparsity) == ("digits", 0.5, 0.2)
-    assert options.anneal
+    assert (options.arch, options.anneal, options.levels) == ("resnet20", True, 3)
+    assert parsed("--seed", "2") == dataclasses.replace(options, seed=2)
+    assert parsed("--sparsity", "0.1") == dataclasses.replace(options, sparsity=0.1)
 
 
 @pytest.mark.parametrize("spell", [str.lower, str.upper, str.capitalize])
@@ -166,11 +176,11 @@ def test_help_names_the_options(capsys):
         (["--er-init-density", "0.2"], [0.2] * 5),
         (["--sparsity", "0.3", "--sparsity-start", "0.3"], [0.3] * 5),
         (["--levels", "1"], [0.2]),
-        (["--anneal", "False", "--levels", "3", "--sparsity-start", "0.1"], [0.2] * 3),
+        (["--anneal", "False", "--levels", "3"], [0.2] * 3),
     ],
 )
 def test_annealing_schedule(argv, expected):
-    options = parsed("--seed", "1", *argv)
+    options = cifar(*argv)
     found = densities(options)
     assert found == pytest.approx(expected, abs=5e-5)
     assert found[-1] == options.sparsity
@@ -189,8 +199,9 @@ def test_annealing_schedule(argv, expected):
         (["--sparsity_start", "1.2"], "--sparsity-start: 1.2 should be above 0 and at most 1"),
         (["--levels", "0"], "--levels: 0 should be at least 1"),
         (["--epochs", "0"], "--epochs: 0 should be at least 1"),
-        (["--bfac", "0"], "--bfac: 0.0 should be above 0"),
-        (["--weight-scale", "0"], "--weight-scale: 0.0 should be above 0"),
+        (["--bfac", "0", "--initBias", "kn-nonzero-bias"], "--bfac: 0.0 should be above 0"),
+        (["--bfac", "0.1"], "--bfac: has no effect with --initBias kn-zero-bias"),
+        (["--dataset", "cora", "--weight-scale", "0"], "--weight-scale: 0.0 should be above 0"),
         (["--er-init-density", "1.5"], "--er-init-density: 1.5 should be above 0 and at most 1"),
         (["--wd", "-1"], "--wd: -1.0 should be at least 0"),
         (["--per-layer", "--global"], "--global: not with --per-layer, which --no-per-layer takes"),
@@ -217,9 +228,7 @@ def test_bad_plans_are_found_before_data(monkeypatch, tmp_path):
     with pytest.raises(
         OptionError, match=r"--sparsity: 0.3 should be at most 0.26\d*, the density"
     ):
-        script.main([*argv, "--sparsity", "0.3", "--er-budget", "clip"])
-    with pytest.raises(OptionError, match="--weight-scale: 20 should be 1 for mlp: its BatchNorm"):
-        script.main([*argv, "--dataset", "cora", "--model", "mlp"])
+        script.main([*argv, "--dataset", "cifar10", "--sparsity", "0.3", "--er-budget", "clip"])
     with pytest.raises(OptionError, match="--model: no network is called 'mlp' for ImageNet"):
         script.main([*argv, "--dataset", "imagenet", "--model", "mlp"])
     assert not (tmp_path / "runs").exists()

@@ -25,7 +25,7 @@ RUNS = {
     "soft": (st, "--arch mlp --width 12 --conv-type STRConvER --select last --warmup-length 0"),
     "DST": (
         dst,
-        "--model resnet20 --width 4 --sparse --init-density 0.1 --final-density 0.03 "
+        "--model resnet20 --width 4 --sparse-init ERK --init-density 0.1 --final-density 0.03 "
         "--update-frequency 1 --final-prune-epoch 1 --warmup-length 0 --growth momentum",
     ),
     "SLT": (
@@ -57,7 +57,8 @@ class Finished:
             patch.setitem(data.SETS, "digits", few_digits)
             soft = SOFT if name == "soft" else []
             folders = ["--log-dir", f"{where}/runs", "--result-dir", str(where)]
-            script.main([*argv.split(), *soft, *SMALL, *folders])
+            small = SMALL[:2] if name == "graph" else SMALL  # a graph is one batch
+            script.main([*argv.split(), *soft, *small, *folders])
         self.folder = newest(where)
         self.model, self.shape = seen[-1]
         batch = 1 if self.shape.nodes else 9

@@ -14,8 +14,9 @@ import ER_DST.main
 import ER_SLT.main
 import STR.main
 from ER_DST.options import DSTOptions
-from ER_SLT.options import SLTOptions
-from startsparse.commandline import normal, parse
+from ER_SLT.options import CIFAROptions, SLTOptions
+from startsparse.commandline import parse
+from startsparse.fields import normal
 from STR import run_imp
 from STR.options import STROptions
 
@@ -57,10 +58,13 @@ def shown_names(kind):
     return names, choices
 
 
-def needs(script, value):
-    if value in ("network", "str-induced-er"):
-        return ["--er-sparsity-file" if script == "STR" else "--ratios-from", "layers.json"]
-    return ["--target-expt-name", "some-run"] if value == "mask-ref" else []
+NEEDS = {  # what an option, or a value of one, counts beside
+    **{o: ["--threshold-list", "0.1"] for o in ("--pruner", "--rewind", "--prune-scheduler")},
+    "--sparse-function": ["--conv-type", "STRConv"],
+    "network": ["--er-sparsity-file", "layers.json"],
+    "str-induced-er": ["--er-sparsity-file", "layers.json"],
+    "mask-ref": ["--target-expt-name", "some-run"],
+}
 
 
 ROWS = [(script, *row) for script in SCRIPTS for row in table(script)]
@@ -72,7 +76,7 @@ def test_every_value_of_the_tables_is_taken(script, option, value):
     names, _ = shown_names(kind)
     taken = {
         getattr(
-            parse(kind, configs, [option, spelling, *needs(script, value)]),
+            parse(kind, configs, [option, spelling, *NEEDS.get(option, []), *NEEDS.get(value, [])]),
             names[normal(option.strip("-"))],
         )
         for spelling in (value, value.upper(), value.replace("_", "-"))
@@ -96,11 +100,12 @@ def test_the_table_is_complete(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_command_is_understood(script, monkeypatch):
     monkeypatch.chdir(ROOT / script)
-    commands = re.findall(r"^python (?:cifar_)?main\.py(.*)$", section(script), re.MULTILINE)
+    commands = re.findall(r"^python (cifar_)?main\.py(.*)$", section(script), re.MULTILINE)
     assert len(commands) == {"STR": 3, "ER_DST": 2, "ER_SLT": 2}[script]
     kind, configs = SCRIPTS[script]
-    for command in commands:
-        assert parse(kind, configs, command.split()).set == ("cifar10" if command else "digits")
+    for cifar, command in commands:
+        options = parse(CIFAROptions if cifar else kind, configs, command.split())
+        assert options.set == ("cifar10" if command else "digits")
 
 
 def test_the_commands_for_graphs_and_algorithms_are_understood(monkeypatch):

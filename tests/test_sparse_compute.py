@@ -15,6 +15,7 @@ from torch import nn
 from ER_DST.topology import remember, update
 from startsparse import checkpoint, trainer
 from startsparse.engine import build, choice, compute
+from startsparse.errors import OptionError
 from startsparse.masks import attach_masks, keep_inside, masked_weights
 from startsparse.trainer import Trainer
 
@@ -131,8 +132,8 @@ def test_edge_popup_resumed_in_either_form(run_slt, monkeypatch, then):  # noqa:
 def test_masks_that_move(run_dst, growth):
     folder = run_dst(
         *("--sparse", "--model", "mlp", "--width", "16", "--epochs", "2", "--batch-size", "128"),
-        *("--update-frequency", "4", "--init-density", "0.3", "--final-density", "0.1"),
-        *("--growth", growth, "--sparse-compute", "on"),
+        *("--update-frequency", "4", "--sparse-init", "ERK", "--init-density", "0.3"),
+        *("--final-density", "0.1", "--growth", growth, "--sparse-compute", "on"),
     )
     topology = pd.read_csv(folder / "topology.csv")
     assert topology["step"].tolist() == [4, 8, 12, 15, 16, 20]
@@ -233,12 +234,14 @@ def test_it_is_said_before_the_kernels_are_built(caplog, monkeypatch, tmp_path):
 
 def test_momentum_growth_stays_dense(run_dst, caplog):
     caplog.set_level(logging.INFO, "startsparse")
-    run_dst(
-        *("--sparse", "--model", "mlp", "--width", "16", "--epochs", "1", "--batch-size", "256"),
-        *("--growth", "momentum", "--sparse-compute", "on"),
-    )
+    argv = ["--sparse", "--model", "mlp", "--width", "16", "--epochs", "1", "--batch-size", "256"]
+    argv += ["--growth", "momentum"]
+    run_dst(*argv)
     (line,) = said(caplog)
-    assert "--growth momentum needs the gradients outside" in line
+    why = "--growth momentum needs the gradients outside"
+    assert why in line
+    with pytest.raises(OptionError, match=f"--sparse-compute: has no effect as on: {why}"):
+        run_dst(*argv, "--sparse-compute", "on")
 
 
 @pytest.mark.parametrize("agree", [True, False])

@@ -157,16 +157,23 @@ BAD = {
     "--lr: 0.0 should be above 0": ["--lr", "0"],
     "--lrr: unknown option; did you mean --lr": ["--lrr", "3"],
     "--st-decay: 'abc' is not a number": ["--st-decay", "abc"],
-    "--st-decay: -1.0 should be at least 0": ["--st-decay", "-1"],
+    "--st-decay: -1.0 should be at least 0": ["--st-decay", "-1", "--conv-type", "STRConv"],
     "--epochs: '1.5' is not a whole number": ["--epochs", "1.5"],
     "--conv-type: 'Conv' is none of DenseConv, ConvMask": ["--conv-type", "Conv"],
     "--er-sparse-init: 1.5 should be above 0 and at most 1": ["--er-sparse-init", "1.5"],
     "--threshold-list: 0.3 should be above 0 and at most 0.2": ["--threshold-list", "0.3"],
     "--threshold-list: prunes masks": ["--threshold-list", "0.1", "--conv-type", "STRConv"],
-    "--grasp-temperature: 0.0 should be above 0": ["--grasp-temperature", "0"],
+    "--grasp-temperature: 0.0 should be above 0": [
+        *("--grasp-temperature", "0", "--pruner", "grasp", "--threshold-list", "0.1")
+    ],
     "--er-sparse-method: network needs an --er-sparsity-file": ["--er-sparse-method", "network"],
-    "--er-sparsity-file: goes with --er": ["--er-sparsity-file", "x.json"],
-    "--reset-weights: means weights, --rewind says bn": ["--reset-weights", "--rewind", "bn"],
+    "--er-sparsity-file: has no effect without --er-sparse-method network": [
+        "--er-sparsity-file",
+        "x.json",
+    ],
+    "--reset-weights: means weights, --rewind says bn": [
+        *("--reset-weights", "--rewind", "bn", "--threshold-list", "0.1")
+    ],
     "--width: --resnet-type small-dense needs it": ["--resnet-type", "small-dense"],
     "--width: the ImageNet ResNets": ["--set", "imagenet", "--width", "8"],
     "--arch: .*ImageNet": ["--set", "imagenet", "--arch", "vgg16"],

@@ -9,8 +9,10 @@ cd "$(dirname "$0")/../../ER_DST"
 export OMP_NUM_THREADS=1 # two runs at the same time on two cores
 
 run() { # epochs, steps between updates, flow preservation; of the row: name init density method
+  local every="--update-frequency $2"
+  if [[ $method == *is-prune* ]]; then every=; fi # masks that stay
   echo --config configs/digits-dst.yaml --name $name --sparse-init $init --init-density $density \
-    --method $method --epochs $1 --update-frequency $2 --flow-preservation $3 --seed $seed \
+    $method --epochs $1 $every --flow-preservation $3 --seed $seed \
     --sparse-compute on --log-dir runs/dst-digits/$init-$3-$1 \
     --result-dir ../results/dst-digits --resume auto
 }
@@ -22,31 +24,31 @@ commands() {
         run 12 20 $flow
       done
     done <<'END'
-GraNet ERK 0.5 GraNet
-GraNet pyramidal 0.1 GraNet
-GraNet balanced 0.05 GraNet
-GMP ERK 0.5 GMP
-GMP pyramidal 0.1 GMP
-GMP balanced 0.05 GMP
-DST-gradient ERK 0.01 DST --growth gradient
-DST-gradient pyramidal 0.01 DST --growth gradient
-DST-gradient balanced 0.01 DST --growth gradient
-DST-random ERK 0.01 DST --growth random
-DST-random pyramidal 0.01 DST --growth random
-DST-random balanced 0.01 DST --growth random
-static ERK 0.01 DST --is-prune False
-static pyramidal 0.01 DST --is-prune False
-static balanced 0.01 DST --is-prune False
+GraNet ERK 0.5 --method GraNet
+GraNet pyramidal 0.1 --method GraNet
+GraNet balanced 0.05 --method GraNet
+GMP ERK 0.5 --method GMP
+GMP pyramidal 0.1 --method GMP
+GMP balanced 0.05 --method GMP
+DST-gradient ERK 0.01 --method DST --growth gradient
+DST-gradient pyramidal 0.01 --method DST --growth gradient
+DST-gradient balanced 0.01 --method DST --growth gradient
+DST-random ERK 0.01 --method DST --growth random
+DST-random pyramidal 0.01 --method DST --growth random
+DST-random balanced 0.01 --method DST --growth random
+static ERK 0.01 --is-prune False
+static pyramidal 0.01 --is-prune False
+static balanced 0.01 --is-prune False
 END
     while read -r name init density method; do
       run 60 100 False
     done <<'END'
-DST-gradient ERK 0.01 DST --growth gradient
-DST-gradient balanced 0.01 DST --growth gradient
-DST-random ERK 0.01 DST --growth random
-DST-random balanced 0.01 DST --growth random
-static ERK 0.01 DST --is-prune False
-static balanced 0.01 DST --is-prune False
+DST-gradient ERK 0.01 --method DST --growth gradient
+DST-gradient balanced 0.01 --method DST --growth gradient
+DST-random ERK 0.01 --method DST --growth random
+DST-random balanced 0.01 --method DST --growth random
+static ERK 0.01 --is-prune False
+static balanced 0.01 --is-prune False
 END
   done
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import startsparse
 from startsparse import processes, seeding
 from startsparse.data import (
     cifar,
@@ -28,10 +29,12 @@ from startsparse.data.rows import Repeated, Rows
 from startsparse.errors import OptionError, UserError
 
 __all__ = [
+    "NOT_FETCHED",
     "OWN_PARTS",
     "PADDINGS",
     "SETS",
     "SHAPES",
+    "WITHOUT_FILES",
     "AnyBatches",
     "Arrays",
     "Batches",
@@ -69,6 +72,13 @@ SETS: dict[str, Loader] = {
 
 OWN_PARTS = ("karate", "cora", "citeseer", "pubmed", "modular-addition")
 """Sets that come with a validation part, so that none is held out of their training part."""
+
+
+WITHOUT_FILES = ("digits", "karate", "modular-addition")
+"""Sets that are made, or come with a package: there is no folder that they are read from."""
+
+NOT_FETCHED = (*WITHOUT_FILES, "imagenet")
+"""Sets that are never downloaded."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +146,17 @@ class Data:
 
 
 def data_root(option: str) -> Path:
-    """Where the sets lie: the --data option if given, else $STARTSPARSE_DATA, else ./data."""
-    return Path(option or os.environ.get("STARTSPARSE_DATA") or "data").expanduser()
+    """Where the sets lie: --data if given, else $STARTSPARSE_DATA, else data/ beside the package.
+
+    Raises:
+        OptionError: --data names no folder.
+    """
+    if option and not Path(option).expanduser().is_dir():
+        raise OptionError(
+            f"--data: '{option}' is no folder; name, or make, the one that holds the sets"
+        )
+    beside = Path(startsparse.__file__).parents[1] / "data"
+    return Path(option or os.environ.get("STARTSPARSE_DATA") or beside).expanduser()
 
 
 def load(

@@ -1,0 +1,169 @@
+"""What an option's type says of it besides the type: its names, its values, and when it counts.
+
+Options are fields of a dataclass. Inside, each has one name; where the users of a script know it by
+another one, its type says so (`called`), and a class may list further names in ``other_names``.
+"""
+
+import functools
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+
+def normal(name: str) -> str:
+    """The form in which names are compared: case, dashes and underscores make no difference."""
+    return name.lower().replace("_", "-")
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+# --- types ----------------------------------------------------------------------------------------
+
+
+def choice(names: Iterable[str], aliases: Mapping[str, str] | None = None) -> Any:
+    """The type of an option that takes one of ``names``, or an alias of one."""
+    names = tuple(names)
+    table = {normal(name): name for name in names}
+    table.update({normal(alias): name for alias, name in (aliases or {}).items()})
+
+    def convert(strings: list[str]) -> str:
+        if normal(strings[0]) not in table:
+            raise ValueError(f"'{strings[0]}' is none of {', '.join(n or repr(n) for n in names)}")
+        return table[normal(strings[0])]
+
+    spec = PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(filter(None, names)) + "}",
+        instance_from_str=convert,
+        is_instance=lambda value: value in names,
+        str_from_instance=lambda value: [value],
+    )
+    return Annotated[str, spec]
+
+
+def also(*flags: str) -> Any:
+    """Other flags of the same option."""
+    return tyro.conf.arg(aliases=flags)
+
+
+def called(name: str, *others: str) -> Any:
+    """The name of an option on the command line and in YAML, if it is not the field's; aliases."""
+    return tyro.conf.arg(name=name, aliases=others or None)
+
+
+def default_is(text: str) -> Any:
+    """What the help says instead of an empty default."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
+
+
+def truth(strings: list[str]) -> bool:
+    """The value of a switch; named without one it is on."""
+    word = strings[0].lower() if strings else "true"
+    words = {"true": True, "1": True, "yes": True, "on": True}
+    words |= {"false": False, "0": False, "no": False, "off": False}
+    if word not in words:
+        raise ValueError(f"'{strings[0]}' should be True or False")
+    return words[word]
+
+
+TRUTH = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="{True,False}",
+    instance_from_str=truth,
+    is_instance=lambda value: isinstance(value, bool),
+    str_from_instance=lambda value: [str(value)],
+)
+Truth = Annotated[tyro.conf.FlagConversionOff[bool], TRUTH]
+"""The type of a switch that is written out: ``--anneal False``."""
+
+
+# --- when an option counts ------------------------------------------------------------------------
+
+
+class Condition(NamedTuple):
+    """What has to hold for an option to have an effect."""
+
+    when: Callable[[Any], bool]
+    """Of the options; never raises."""
+
+    otherwise: str
+    """Ends "--option has no effect ..."; names what makes it so, with ``{o.field}`` for values."""
+
+    excused_by: str = ""
+    """A field that, named and empty, says this itself: options at their defaults pass beside it."""
+
+
+class Counts(tuple):
+    """The `Condition`s of an option, of which the first that fails is said."""
+
+
+def counts(*conditions: Condition) -> Counts:
+    """When an option has an effect: where all of these hold. Part of its Annotated type."""
+    return Counts(conditions)
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def extras(kind: type) -> dict[str, tuple]:
+    """Field -> what its Annotated type says besides the type."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: get_args(hints[name])[1:] for name in kind.__dataclass_fields__}
+
+
+@functools.cache
+def shown(kind: type) -> dict[str, str]:
+    """Field -> its name on the command line, without dashes in front."""
+    return {
+        field: next((extra.name for extra in found if getattr(extra, "name", None)), field)
+        for field, found in extras(kind).items()
+    }
+
+
+@functools.cache
+def names(kind: type) -> dict[str, str]:
+    """Every name of an option on the command line, normalised -> field."""
+    found = {normal(name): field for field, name in shown(kind).items()}
+    for field, own in extras(kind).items():
+        for extra in own:
+            for alias in getattr(extra, "aliases", None) or ():
+                found[normal(alias.lstrip("-"))] = field
+    for field, others in getattr(kind, "other_names", {}).items():
+        for other in others:
+            found.setdefault(normal(other), field)
+    return found
+
+
+@functools.cache
+def opposites(kind: type) -> dict[str, str]:
+    """no-NAME of every bare flag, normalised -> field; of no-bn-decay it is bn-decay."""
+    found = {}
+    for name, field in names(kind).items():
+        if is_flag(kind, field):
+            opposite = name.removeprefix("no-") if name.startswith("no-") else f"no-{name}"
+            if opposite not in names(kind):
+                found[opposite] = field
+    return found
+
+
+def is_flag(kind: type, field: str) -> bool:
+    """Whether the option needs no value."""
+    default = kind.__dataclass_fields__[field].default
+    return isinstance(default, bool) and TRUTH not in extras(kind)[field]
+
+
+def default(kind: type, field: str) -> Any:
+    """The value of an option that nothing names."""
+    return kind.__dataclass_fields__[field].default
+
+
+def text(value: Any) -> str:
+    """A value as the command line has it."""
+    return shlex.join(map(str, value if isinstance(value, tuple) else [value]))

@@ -1,0 +1,57 @@
+"""--help in named groups, with the defaults that count with this YAML file or set."""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+from typing import Annotated, Any, NoReturn, get_type_hints
+
+import tyro
+from tyro.constructors import ConstructorRegistry
+
+from startsparse.fields import default, text
+
+FLAGS = ("-h", "--help")
+
+
+def docstrings(kind: type) -> dict[str, str]:
+    """Field -> the string below it in the source, of the class that says it last."""
+    found = {}
+    for parent in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(parent):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0].body
+        for field, below in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                found[field.target.id] = " ".join(ast.literal_eval(below.value).split())
+    return found
+
+
+def show(kind: type, options: Any, registry: ConstructorRegistry) -> NoReturn:
+    """Print the options of ``kind``, with the values of ``options`` as defaults, and exit.
+
+    A class says in ``groups`` which fields belong together: title -> fields.
+    """
+    hints, texts = get_type_hints(kind, include_extras=True), docstrings(kind)
+    groups = []
+    for title, fields in kind.groups.items():
+        typed = []
+        for name in fields:
+            value, told = getattr(options, name), {"help": texts[name]}
+            if value != default(kind, name):  # what the type says is of the option's own default
+                told["help_behavior_hint"] = f"(default: {text(value)})"
+            typed.append((name, Annotated[hints[name], tyro.conf.arg(**told)], value))
+        group = dataclasses.make_dataclass(title.title().replace(" ", ""), typed)
+        group.__doc__ = ""  # not its signature
+        named = Annotated[group, tyro.conf.arg(name=title)]
+        groups.append((title.replace(" ", "_"), named, dataclasses.field(default_factory=group)))
+    nested = dataclasses.make_dataclass("Options", groups)
+    tyro.cli(
+        nested,
+        args=["--help"],
+        description=kind.__doc__,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        registry=registry,
+    )
+    raise AssertionError("tyro exits after --help")
