@@ -177,6 +177,11 @@ class STROptions(Options):
         """Weight decay of a parameter; thresholds have --st-decay."""
         return self.s_decay if parameter == "threshold_logit" else super().decay(module, parameter)
 
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """The density of the run --start-from."""
+        return ("er_sparse_init",) if self.start_from and self.masked else ()
+
     def derive(self) -> None:
         """The density of the run --start-from; --reset-weights is --rewind weights."""
         if self.start_from:

@@ -279,6 +279,11 @@ class Options:
         """Raise `OptionError` for a folder that is not there; asked before anything else."""
         data_root(self.data)
 
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """Options of no effect of their own whose value `derive` sets."""
+        return ()
+
     def derive(self) -> None:
         """Set the options that follow from others."""
 

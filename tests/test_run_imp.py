@@ -113,7 +113,7 @@ def test_a_sweep_reports_and_is_not_run_again(tmp_path, monkeypatch, capsys):
     assert run_imp.main(sweep) == 0
 
     # The masks of each seed's run, in the same table; the runs in this process, to save time.
-    def launch(job, _device):
+    def launch(job, *_):
         script.main(job.argv)
         return SimpleNamespace(poll=lambda: 0, returncode=0)
 
@@ -137,7 +137,7 @@ def in_this_process(monkeypatch):
     """Runs of a sweep in this process, to save time; returns those that were started."""
     started = []
 
-    def launch(job, _device):
+    def launch(job, *_):
         started.append(job.title)
         script.main(job.argv)
         return SimpleNamespace(poll=lambda: 0, returncode=0)
