@@ -124,7 +124,7 @@ def test_torchrun_is_asked_to_stop(tmp_path):
     finally:
         process.kill()
     folder = newest(tmp_path)
-    assert said.count("embedding") == said.count("epoch   1  final") == 1
+    assert said.count("\nembedding") == said.count("epoch   1  final") == 1
     assert errors.count(f"--resume {folder} continues\n") == 1
     assert checkpoint.load(folder / "checkpoint.pt")["place"]["epoch"] > 0
     assert json.loads((folder / "environment.json").read_text())["processes"] == 2

@@ -126,7 +126,11 @@ def test_names_and_labels_are_kept(run):
     )
     assert folder.parts[-3:] == ("digits", "mine", "seed-1")
     row = pd.read_csv(folder.parents[3] / "results.csv").iloc[0]
-    assert (row["name"], row["expt_setup"], row["run"]) == ("mine", "rml", str(folder))
+    assert (row["name"], row["expt_setup"], row["run"]) == (
+        "mine",
+        "rml",
+        "runs/digits/mine/seed-1",
+    )
 
 
 @pytest.mark.parametrize(
