@@ -7,11 +7,12 @@ from typing import Annotated, ClassVar
 from torch import nn
 
 from startsparse import runs, schedules, scores
+from startsparse.conditions import FALLING
 from startsparse.errors import OptionError
 from startsparse.fields import Condition, choice, counts, default_is
 from startsparse.models import MODELS, RESNET_TYPES
 from startsparse.models.init import INITS
-from startsparse.options import FALLING, Options, require_range
+from startsparse.options import Options, require_range
 from startsparse.pruning import PRUNERS
 from STR.rewinds import REWINDS
 from STR.thresholds import FUNCTIONS
