@@ -7,11 +7,12 @@ from typing import Annotated, ClassVar
 from torch import nn
 
 from startsparse import runs, schedules, scores
+from startsparse.conditions import FALLING
 from startsparse.errors import OptionError
 from startsparse.fields import Condition, choice, counts, default_is
 from startsparse.models import MODELS, RESNET_TYPES
 from startsparse.models.init import INITS
-from startsparse.options import FALLING, Options, require_range
+from startsparse.options import Options, require_range
 from startsparse.pruning import PRUNERS
 from STR.rewinds import REWINDS
 from STR.thresholds import FUNCTIONS
@@ -176,6 +177,11 @@ class STROptions(Options):
     def decay(self, module: nn.Module, parameter: str) -> float:
         """Weight decay of a parameter; thresholds have --st-decay."""
         return self.s_decay if parameter == "threshold_logit" else super().decay(module, parameter)
+
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """The density of the run --start-from."""
+        return ("er_sparse_init",) if self.start_from and self.masked else ()
 
     def derive(self) -> None:
         """The density of the run --start-from; --reset-weights is --rewind weights."""

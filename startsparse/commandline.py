@@ -91,7 +91,7 @@ def parse(
     if any(word in help_text.FLAGS for word in argv):
         help_text.show(kind, base, _plain)
     said = [_own_name(kind, word) for word in argv]
-    words = kind.understood(said)
+    words = _understood(kind, said)
     if words != said:
         log.info("--data: there is no such folder; read as the set, %s", given.set)
     options = dataclasses.replace(from_flags(kind, words, base), config=base.config)
@@ -106,7 +106,7 @@ def parse(
 def glance(kind: type[T], argv: Sequence[str]) -> T:
     """What the command line alone says, whatever is in files; --help is overlooked."""
     words = [_own_name(kind, word) for word in argv if word not in help_text.FLAGS]
-    return from_flags(kind, kind.understood(words), kind())
+    return from_flags(kind, _understood(kind, words), kind())
 
 
 @contextlib.contextmanager
@@ -148,7 +148,7 @@ def from_values(kind: type[T], content: Mapping[str, Any], path: Path) -> T:
         seen[field] = key
         argv += _as_flags(kind, field, value, path)
     try:
-        return from_flags(kind, kind.understood(argv), kind())
+        return from_flags(kind, _understood(kind, argv), kind())
     except OptionError as error:
         raise OptionError(f"{path}: {error}") from None
 
@@ -224,6 +224,10 @@ def from_flags(kind: type[T], argv: Sequence[str], base: T) -> T:
             raise OptionError(f"{word}: unknown option{_near(word, kind, '--')}")
         raise OptionError(f"'{word}': a value without an option that takes it")
     return options
+
+
+def _understood(kind: type, argv: list[str]) -> list[str]:
+    return kind.understood(argv) if hasattr(kind, "understood") else argv
 
 
 def _own_name(kind: type, word: str) -> str:

@@ -1,5 +1,9 @@
 """When the options that all scripts share count; how that is said is in `fields.Condition`."""
 
+from typing import ClassVar
+
+import torch
+
 from startsparse.data import NOT_FETCHED, OWN_PARTS, SHAPES, WITHOUT_FILES
 from startsparse.fields import Condition
 
@@ -34,3 +38,99 @@ NORMED = Condition(
 FALLS = Condition(lambda o: o.falls, "with --lr-policy {o.lr_policy}")
 MOMENTUM = Condition(lambda o: o.uses_momentum, "with --optimizer {o.optimizer}")
 SPARSE_FORM = Condition(lambda o: o.sparse_compute != "on" or not o.obstacle, "as on: {o.obstacle}")
+
+FALLING = ("cosine", "multistep")
+"""Schedules that look at --lr-min."""
+
+
+class Meaning:
+    """What is asked of options to know which count, and how they are called and grouped."""
+
+    # the methods of --er-sparse-method that take their ratio from --er-sparsity-file
+    file_methods: ClassVar[tuple[str, ...]] = ("network",)
+
+    # What the three scripts call an option: taken by all, where it is no other option's name.
+    other_names: ClassVar[dict[str, tuple[str, ...]]] = {
+        "set": ("set", "dataset"),
+        "data": ("data-dir",),
+        "arch": ("arch", "model"),
+        "init": ("init", "init-method", "initBias"),
+        "er_sparse_method": ("er-sparse-method", "sparse-init"),
+        "er_sparse_init": ("er-sparse-init", "init-density", "er-init-density"),
+        "er_sparsity_file": ("er-sparsity-file", "ratios-from"),
+        "weight_decay": ("weight-decay", "wd", "l2"),
+        "log_dir": ("log-dir", "save"),
+        "name": ("name", "save-file"),
+    }
+
+    # of --help: title -> fields
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "run": (
+            *("config", "name", "seed", "log_dir", "result_dir", "resume", "evaluate"),
+            "save_every",
+        ),
+        "data": (
+            *(
+                "set",
+                "data",
+                "mirror",
+                "valid_split",
+                "workers",
+                "augment",
+                "padding",
+                "modulus",
+                "train_fraction",
+            ),
+        ),
+        "network": ("arch", "width", "init"),
+        "random mask": (
+            *("er_sparse_method", "er_sparse_init", "er_sparsity_file", "er_budget"),
+            *("er_sampling", "first_layer_dense", "last_layer_dense"),
+        ),
+        "training": (
+            *("epochs", "passes", "batch_size", "optimizer", "lr", "lr_min", "lr_policy"),
+            *("warmup_length", "weight_decay", "no_bn_decay", "momentum", "nesterov"),
+            *("label_smoothing", "clip_norm", "select"),
+        ),
+        "hardware": ("multigpu", "amp", "compile", "sparse_compute"),
+    }
+
+    @property
+    def draws_mask(self) -> bool:
+        """Whether a random mask is drawn by the --er-* options."""
+        return True
+
+    @property
+    def no_mask(self) -> str:
+        """Which option says that none is: "with --option value"."""
+        return ""
+
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether there are sparse layers, of which some can be kept dense."""
+        return self.draws_mask
+
+    @property
+    def may_clip(self) -> bool:
+        """Whether --er-budget can make a difference."""
+        return self.er_sparse_method not in ("uniform", "pyramidal")
+
+    @property
+    def takes_file(self) -> str:
+        """The methods that take their ratio from --er-sparsity-file."""
+        return " or ".join(self.file_methods)
+
+    @property
+    def falls(self) -> bool:
+        """Whether some learning rate falls to --lr-min."""
+        return self.lr_policy in FALLING
+
+    @property
+    def uses_momentum(self) -> bool:
+        """Whether something is averaged with --momentum."""
+        return self.optimizer == "sgd"
+
+    @property
+    def obstacle(self) -> str:
+        """Why --sparse-compute is out of the question on a CPU, if it is."""
+        return self.no_sparse_compute(torch.device("cpu"))

@@ -34,9 +34,13 @@ def idle(options: Any) -> dict[str, Condition]:
 
 
 def settle(options: Any) -> None:
-    """Put options that have no effect back to their defaults."""
+    """Put options that have no effect back to their defaults; those that follow stay."""
     kind = type(options)
-    while changed := [f for f in idle(options) if getattr(options, f) != default(kind, f)]:
+    while changed := [
+        field
+        for field in idle(options)
+        if field not in options.derived and getattr(options, field) != default(kind, field)
+    ]:
         for field in changed:
             setattr(options, field, default(kind, field))
 

@@ -3,13 +3,14 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
 from startsparse import conditions as on
 from startsparse import data_flag, masks, processes, ratios, schedules
+from startsparse.conditions import Meaning
 from startsparse.data import OWN_PARTS, PADDINGS, SETS, SHAPES, data_root, modular
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
@@ -23,62 +24,10 @@ from startsparse.fields import (
 from startsparse.models import MODELS
 from startsparse.models.init import INITS
 
-FALLING = ("cosine", "multistep")
-"""Schedules that look at --lr-min."""
-
 
 @dataclasses.dataclass
-class Options:
+class Options(Meaning):
     """Options of every script."""
-
-    # the methods of --er-sparse-method that take their ratio from --er-sparsity-file
-    file_methods: ClassVar[tuple[str, ...]] = ("network",)
-
-    # What the three scripts call an option: taken by all, where it is no other option's name.
-    other_names: ClassVar[dict[str, tuple[str, ...]]] = {
-        "set": ("set", "dataset"),
-        "data": ("data-dir",),
-        "arch": ("arch", "model"),
-        "init": ("init", "init-method", "initBias"),
-        "er_sparse_method": ("er-sparse-method", "sparse-init"),
-        "er_sparse_init": ("er-sparse-init", "init-density", "er-init-density"),
-        "er_sparsity_file": ("er-sparsity-file", "ratios-from"),
-        "weight_decay": ("weight-decay", "wd", "l2"),
-        "log_dir": ("log-dir", "save"),
-        "name": ("name", "save-file"),
-    }
-
-    # of --help: title -> fields
-    groups: ClassVar[dict[str, tuple[str, ...]]] = {
-        "run": (
-            *("config", "name", "seed", "log_dir", "result_dir", "resume", "evaluate"),
-            "save_every",
-        ),
-        "data": (
-            *(
-                "set",
-                "data",
-                "mirror",
-                "valid_split",
-                "workers",
-                "augment",
-                "padding",
-                "modulus",
-                "train_fraction",
-            ),
-        ),
-        "network": ("arch", "width", "init"),
-        "random mask": (
-            *("er_sparse_method", "er_sparse_init", "er_sparsity_file", "er_budget"),
-            *("er_sampling", "first_layer_dense", "last_layer_dense"),
-        ),
-        "training": (
-            *("epochs", "passes", "batch_size", "optimizer", "lr", "lr_min", "lr_policy"),
-            *("warmup_length", "weight_decay", "no_bn_decay", "momentum", "nesterov"),
-            *("label_smoothing", "clip_norm", "select"),
-        ),
-        "hardware": ("multigpu", "amp", "compile", "sparse_compute"),
-    }
 
     config: Annotated[str, default_is("configs/<set>.yaml, if there")] = ""
     """YAML file with options; the command line wins"""
@@ -201,46 +150,6 @@ class Options:
         """What the network is called."""
         return self.arch
 
-    @property
-    def draws_mask(self) -> bool:
-        """Whether a random mask is drawn by the --er-* options."""
-        return True
-
-    @property
-    def no_mask(self) -> str:
-        """Which option says that none is: "with --option value"."""
-        return ""
-
-    @property
-    def keeps_dense(self) -> bool:
-        """Whether there are sparse layers, of which some can be kept dense."""
-        return self.draws_mask
-
-    @property
-    def may_clip(self) -> bool:
-        """Whether --er-budget can make a difference."""
-        return self.er_sparse_method not in ("uniform", "pyramidal")
-
-    @property
-    def takes_file(self) -> str:
-        """The methods that take their ratio from --er-sparsity-file."""
-        return " or ".join(self.file_methods)
-
-    @property
-    def falls(self) -> bool:
-        """Whether some learning rate falls to --lr-min."""
-        return self.lr_policy in FALLING
-
-    @property
-    def uses_momentum(self) -> bool:
-        """Whether something is averaged with --momentum."""
-        return self.optimizer == "sgd"
-
-    @property
-    def obstacle(self) -> str:
-        """Why --sparse-compute is out of the question on a CPU, if it is."""
-        return self.no_sparse_compute(torch.device("cpu"))
-
     @classmethod
     def understood(cls, argv: list[str]) -> list[str]:
         """Flags as they are meant, see `data_flag`."""
@@ -278,6 +187,11 @@ class Options:
     def check_places(self) -> None:
         """Raise `OptionError` for a folder that is not there; asked before anything else."""
         data_root(self.data)
+
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """Options of no effect of their own whose value `derive` sets."""
+        return ()
 
     def derive(self) -> None:
         """Set the options that follow from others."""
