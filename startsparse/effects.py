@@ -62,9 +62,10 @@ def refuse_file(options: Any, path: Path) -> None:
 
 
 def differing(options: Any) -> Mapping[str, Any]:
-    """Field -> value, of the options that are not at their defaults."""
-    kind = type(options)
-    return {f: v for f, v in vars(options).items() if v != default(kind, f)}
+    """Field -> value, of the options that are not as they are without any argument or file."""
+    plain = type(options)()
+    plain.derive()
+    return {f: v for f, v in vars(options).items() if v != getattr(plain, f)}
 
 
 def _sentence(field: str, condition: Condition, options: Any) -> str:

@@ -9,4 +9,4 @@ python run_imp.py --config configs/digits-imp.yaml --seeds 1 2 3 --jobs 2 \
   --er-sparse-methods balanced ERK uniform pyramidal --er-sparse-inits 1 0.5 0.2 \
   --densities 0.5 0.2 0.1 0.05 0.02 0.01 --rewind weights none \
   --log-dir runs/imp-digits --result-dir ../results/imp-digits \
-  -- --final_prune_epoch 6
+  -- --final_prune_epoch 6 --sparse-compute on
