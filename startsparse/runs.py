@@ -196,7 +196,9 @@ def find_run(options: Options) -> Path | None:
         raise OptionError(f"--evaluate: there is no run in {_base(options)} yet")
     if folder is not None:
         saved = read_yaml(type(options), folder / "options.yaml")
+        saved.resume = str(folder)  # what other runs gave it is there
         effects.settle(saved)
+        saved.derive()
         check_same(options, saved, f"the run in {folder} was started")
     return folder
 
