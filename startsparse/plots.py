@@ -10,6 +10,7 @@ import pandas as pd
 
 from startsparse.atomic import replacing
 from startsparse.errors import OptionError, UserError
+from startsparse.fields import normal
 from startsparse.processes import by_first
 from startsparse.results import OTHER_NAMES
 
@@ -45,7 +46,7 @@ DENSITIES = {"density", "requested", "er_sparse_init", "final_density", "sparsit
 
 def label(name: str) -> str:
     """A column in the field's words; accuracies are in percent."""
-    own = OTHER_NAMES.get(name, name)
+    own = OTHER_NAMES.get(normal(name), name)
     return LABELS.get(own, name.replace("_", " ") + " (%)" * ("accuracy" in name))
 
 
@@ -182,7 +183,7 @@ def plot(means: pd.DataFrame, by: Sequence[str], of: str, path: Path) -> None:
     numbers = pd.api.types.is_numeric_dtype(means[x]) and means[x].dtype != bool
     ticks = sorted(set(means[x]), reverse=True) if numbers else list(dict.fromkeys(means[x]))
     logarithmic = numbers and bool((means[x] > 0).all())
-    falls = OTHER_NAMES.get(x, x) in DENSITIES
+    falls = OTHER_NAMES.get(normal(x), x) in DENSITIES
     places = {value: i for i, value in enumerate(ticks if falls or not numbers else ticks[::-1])}
     gap = min((a / b for a, b in itertools.pairwise(ticks)), default=2.0) if logarithmic else 1
     lines = {}

@@ -20,28 +20,15 @@ import pandas as pd
 from startsparse.atomic import replacing
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import normal
+from startsparse.options import Options
 
 # Columns that are text also where every cell looks like a number.
 TEXT = {"run", "name", "expt_setup", "er_sparsity_file", "start_from", "target_expt_name"}
 
 # Names that options have on the command line of a script -> their names in the code and in tables.
 OTHER_NAMES = {
-    "save": "log_dir",
-    "save_file": "name",
-    "data": "set",
-    "dataset": "set",
-    "data_dir": "data",
-    "model": "arch",
-    "init_method": "init",
-    "initBias": "init",
-    "sparse_init": "er_sparse_method",
-    "init_density": "er_sparse_init",
-    "er_init_density": "er_sparse_init",
-    "ratios_from": "er_sparsity_file",
-    "l2": "weight_decay",
-    "wd": "weight_decay",
-    "global": "global_ranking",
-}
+    normal(name): field for field, names in Options.other_names.items() for name in names
+} | {"data": "set", "global": "global_ranking"}
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -138,7 +125,7 @@ def numbers(table: pd.DataFrame) -> pd.DataFrame:
 
 def column(table: pd.DataFrame, name: str) -> str | None:
     """The column that a name of the command line means, with dashes or underscores, if any."""
-    other = {normal(k): v for k, v in OTHER_NAMES.items()}.get(normal(name))
+    other = OTHER_NAMES.get(normal(name))
     found = {normal(c): c for c in table.columns}
     return other if other in table else found.get(normal(name))
 

@@ -14,6 +14,7 @@ from ER_SLT.options import SLTOptions
 from startsparse import masks, models, plots, report, results
 from startsparse.commandline import plain_values
 from startsparse.errors import OptionError, UserError
+from startsparse.fields import normal
 from startsparse.options import Options
 from STR.options import STROptions
 
@@ -99,7 +100,7 @@ def test_options_are_known_by_the_names_of_the_script(kind):
     table = pd.DataFrame(columns=fields)
     for field, name in zip(fields, plain_values(kind())):
         if field != name:
-            assert results.OTHER_NAMES[name] == field
+            assert results.OTHER_NAMES[normal(name)] == field
             assert results.column(table, name) == field
             assert results.column(table, name.replace("_", "-")) == field
 
