@@ -4,8 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
+import yaml
+
 from startsparse import batched, ratios, results
-from startsparse.commandline import plain_values, read_yaml, write_yaml
+from startsparse.commandline import write_yaml
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
 from startsparse.fields import Truth, choice, default_is, flag
@@ -100,10 +102,10 @@ def check_folder(folder: Path, options: TabularOptions) -> None:
         before = folder / "options.yaml"
         if not before.exists():
             raise OptionError(f"--result-dir: {file} is of an unknown origin; name another folder")
-        theirs, own = plain_values(read_yaml(TabularOptions, before)), plain_values(options)
-        for name in own:
-            if name not in ("data", "result_dir") and theirs[name] != own[name]:
+        theirs, own = (yaml.safe_load(t) for t in (before.read_text(), lasting(options)))
+        for name, value in own.items():
+            if theirs.get(name) != value:
                 raise OptionError(
-                    f"--result-dir: {file} is of a run with {flag(name)} {theirs[name]}, not "
-                    f"{own[name]}; name another folder"
+                    f"--result-dir: {file} is of a run with {flag(name)} {theirs.get(name)}, not "
+                    f"{value}; name another folder"
                 )

@@ -29,7 +29,8 @@ class Crash(BaseException):
 @pytest.mark.parametrize("conv_type", CONV_TYPES)
 def test_resumed_equals_uninterrupted(run, monkeypatch, conv_type):
     """Gone within the first epoch; at its end, with best.pt newer than checkpoint.pt; later."""
-    argv = ["--conv-type", conv_type, *TINY, *SOFT, "--save-every", "4"]
+    soft = SOFT if conv_type.startswith("STR") else []
+    argv = ["--conv-type", conv_type, *TINY, *soft, "--save-every", "4"]
     with steps() as all_of_them:
         whole = run(*argv, where="whole")
     assert len(all_of_them) == 2 * 6
