@@ -60,11 +60,11 @@ def folders(where: Path) -> list[str]:
 
 
 def forms(where: Path) -> list[tuple[ModuleType, list[str]]]:
-    """Script and arguments of every run, in both forms."""
+    """Script and arguments of every run, in both forms; growth by momentum has no sparse one."""
     return [
         (script, [*argv, "--sparse-compute", form, *folders(where / f"{name}, {form}")])
         for name, (script, argv) in RUNS.items()
-        for form in ("on", "off")
+        for form in (("off",) if "momentum" in argv else ("on", "off"))
     ]
 
 

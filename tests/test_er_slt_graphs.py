@@ -44,7 +44,7 @@ def test_frozen_weights_have_to_be_large_enough(run_slt, no_pictures, capsys):  
 def test_the_scale_that_is_advised_makes_logits_of_1(run_slt, no_pictures, capsys):  # noqa: F811
     argv = [*SHORT, "--epochs", "1", "--passes", "1", "--width", "16", "--sparsity", "0.4"]
     run_slt(*argv, "--weight-scale", "0.5")
-    (said,) = (line for line in capsys.readouterr().out.splitlines() if "--weight-scale" in line)
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if "at chance; " in line)
     advised = said.partition("at chance; ")[2].split()[0]
     options = script.parse(SLTOptions, script.CONFIGS, [*argv, "--weight-scale", advised])
     graph = recipe.load_data(options, torch.device("cpu"))

@@ -435,5 +435,5 @@ def test_bad_options_are_one_line_before_data_or_devices(message, monkeypatch):
 
 
 def test_graphs_have_a_validation_part_of_their_own(run, no_pictures):
-    folder = run("--set", "karate", "--epochs", "1", "--valid-split", "0")
+    folder = run("--set", "karate", "--epochs", "1")
     assert pd.read_csv(folder / "epochs.csv")["valid_accuracy"].notna().all()

@@ -289,7 +289,7 @@ def main_of(script, tmp_path, *argv):
             *("--sparsity", "0.02", "--levels", "1"),
         ],
     }
-    own["ER_DST"] += ["--final-density", "0.02"]
+    own["ER_DST"] += [] if "--is-prune" in argv else ["--final-density", "0.02"]
     main, *flags = own[script]
     main([*flags, *small, *folders, *argv])
     return newest(tmp_path)
