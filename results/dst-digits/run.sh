@@ -3,7 +3,7 @@
 # epochs: five methods, three initial masks, with flow preservation after every update and without;
 # GraNet and GMP start at the density named, DST and static masks have 0.01 throughout, and masks
 # move every 20 steps. 18 runs of 60 epochs: DST and static masks, which move every 100 steps.
-# About an hour on two cores. Running it again resumes, and skips what is finished.
+# About 40 minutes on two cores. Running it again resumes, and skips what is finished.
 set -euo pipefail
 cd "$(dirname "$0")/../../ER_DST"
 export OMP_NUM_THREADS=1 # two runs at the same time on two cores

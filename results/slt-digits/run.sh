@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Strong lottery tickets of density 0.2, 0.1 and 0.05 on digits: edge-popup inside a dense network
 # and inside uniform random masks of density 0.8, 0.5 and 0.3, annealed and not, three seeds: 72
-# runs of a narrow VGG11, 27 minutes on two cores beside other work. Afterwards each ticket is tested with its
+# runs of a narrow VGG11, about 15 minutes on two cores. Afterwards each ticket is tested with its
 # masks shuffled. Running it again resumes, and skips what is finished.
 set -euo pipefail
 cd "$(dirname "$0")/../../ER_SLT"
