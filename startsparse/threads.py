@@ -2,8 +2,10 @@
 
 OpenMP's threads spin where they wait: libgomp's for milliseconds, libomp's and libiomp's for 200.
 Beside other work on the same cores, a thread that spins keeps the one that it waits for from its
-core, and training takes several times as long. All three read OMP_WAIT_POLICY when they are loaded,
-and PyTorch loads one of them; so this module comes before torch, and imports nothing that loads it.
+core, and training takes several times as long. Threads that sleep at once cost a small network time
+even alone; a thousand spins, some 20 microseconds, cost nothing there and little beside other work
+(`benchmarks.beside`). The runtimes read this when they are loaded, and PyTorch loads one of them;
+so this module comes before torch, and imports nothing that loads it.
 """
 
 import math
@@ -15,13 +17,16 @@ from pathlib import Path
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 NUMBER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
+# libomp and libiomp know the first only, and then sleep at once.
+SHORTLY = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
+
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-def sleep_while_waiting() -> None:
-    """Let waiting threads sleep, unless the user has said how they wait or torch is loaded."""
+def wait_shortly() -> None:
+    """Let waiting threads sleep soon, unless the user has said how they wait or torch is loaded."""
     if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
-        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ.update(SHORTLY)
 
 
 def fit() -> None:

@@ -1,7 +1,7 @@
 """Which layers compute sparsely, found by trying: ``--sparse-compute auto``.
 
 Times are CPU seconds of all threads, which other work on the machine hardly changes. Where threads
-spin while they wait that counts too; `threads` lets them sleep.
+spin while they wait that counts too; `threads` lets them do so for microseconds.
 """
 
 import time
