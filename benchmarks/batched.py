@@ -10,8 +10,8 @@ import time
 
 import torch
 
-from startsparse import batched, tabular
-from startsparse.data import tables
+from startsparse import tabular
+from startsparse.tabular import batched, tables
 
 EPOCHS, ROUNDS = 1, 5
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from startsparse.batched import Recipe, train_batched, train_loop
 from startsparse.data.rows import Rows
 from startsparse.masks import attach_masks, draw_masks, masked_weights, sparse_layers
 from startsparse.models import build, init_weights
+from startsparse.tabular.batched import Recipe, train_batched, train_loop
 from startsparse.training import NonFiniteLoss
 
 CPU = torch.device("cpu")

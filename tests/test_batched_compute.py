@@ -8,11 +8,11 @@ import torch
 from test_batched import RECIPES, compare, networks, part
 from test_engine_network import clock
 
-from startsparse import batched_compute
-from startsparse.batched import train_loop
-from startsparse.batched_compute import sparse_forms
 from startsparse.engine import build
 from startsparse.engine.choice import Seconds
+from startsparse.tabular import compute
+from startsparse.tabular.batched import train_loop
+from startsparse.tabular.compute import sparse_forms
 
 RECIPE = RECIPES["sgd"]
 
@@ -50,17 +50,17 @@ def test_auto_takes_the_faster_and_leaves_the_networks_as_they_were(
     """Two networks take one second together; one in its sparse form takes ``alone``."""
     caplog.set_level(logging.INFO, "startsparse")
     models, parts = some()
-    before, original, asked = copy.deepcopy(models), batched_compute._seconds, []
+    before, original, asked = copy.deepcopy(models), compute._seconds, []
 
     def seconds(models, parts, recipe, train, **how):
         asked.append((train, len(models)))
         original(models, parts, recipe, train, **how)
         return Seconds(alone if how else 1.0, agree)
 
-    monkeypatch.setattr(batched_compute, "_seconds", seconds)
+    monkeypatch.setattr(compute, "_seconds", seconds)
     clock(monkeypatch, 2.0, 1.0)  # of the layers, and of one network
     forms = sparse_forms(models, parts, RECIPE, mode="auto", form=form)
-    assert asked == [(batched_compute.FORMS[form], 2), (train_loop, 1)]
+    assert asked == [(compute.FORMS[form], 2), (train_loop, 1)]
     (line,) = said(caplog)
     if share < 1:
         assert line.endswith(
@@ -78,7 +78,7 @@ def test_auto_takes_the_faster_and_leaves_the_networks_as_they_were(
 
 def test_auto_does_not_try_dense_networks(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "startsparse")
-    monkeypatch.setattr(batched_compute, "_seconds", lambda *_: pytest.fail("tried"))
+    monkeypatch.setattr(compute, "_seconds", lambda *_: pytest.fail("tried"))
     assert sparse_forms(networks()[:1], [part(1)], RECIPE, mode="auto", form="loop") == []
     assert said(caplog) == ["sparse compute: not at density 1, it would be slower"]
 
@@ -88,7 +88,7 @@ def test_without_a_compiler_it_is_masked_and_said_once(monkeypatch, caplog, tmp_
     caplog.set_level(logging.INFO, "startsparse")
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path))
-    caches = build.library, batched_compute._there_are_kernels
+    caches = build.library, compute._there_are_kernels
     for cache in caches:
         cache.cache_clear()
     for _ in range(2):

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from startsparse import models
-from startsparse.compact import compact, resize
 from startsparse.errors import UserError
+from startsparse.export.compact import compact, resize
 from startsparse.masks import attach_masks, draw_masks, sparse_layers
 
 NODES = 12

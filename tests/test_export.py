@@ -14,8 +14,9 @@ from slt_runs import few_digits
 
 from ER_DST import main as dst
 from ER_SLT import main as slt
-from startsparse import checkpoint, data, export, formats, masks, models, plots
+from startsparse import checkpoint, data, export, masks, models, plots
 from startsparse.errors import OptionError, UserError
+from startsparse.export import command, formats
 from startsparse.trainer import Trainer
 from STR import main as st
 
@@ -95,7 +96,7 @@ def finished(tmp_path_factory):
 
 def exported(run, *argv):
     """The path of an export to the default place."""
-    export.main([str(run.folder), "--repeats", "0", *argv])
+    command.main([str(run.folder), "--repeats", "0", *argv])
     return max((run.folder / "export").iterdir(), key=lambda path: path.stat().st_mtime_ns)
 
 
@@ -212,7 +213,7 @@ def test_onnx(name, more, finished):
 
 def test_what_is_printed(finished, capsys):
     run = finished("soft")
-    export.main([str(run.folder), "--repeats", "2"])
+    command.main([str(run.folder), "--repeats", "2"])
     lines = capsys.readouterr().out.splitlines()
     rows = {line[: line.rfind("  ")].split("  ")[0]: line.split() for line in lines if line}
     layers = [(3 * 32 * 32, 12), (12, 12), (12, 12), (12, 10)]
@@ -234,7 +235,7 @@ def test_what_is_printed(finished, capsys):
         assert float(line.split()[3]) > 0
         assert line.endswith("ms  " + "the same".rjust(len("network.safetensors")))
     assert any(line.startswith("Latencies are of this machine now") for line in lines)
-    export.main([str(run.folder), "--repeats", "2", "--compact"])
+    command.main([str(run.folder), "--repeats", "2", "--compact"])
     (line,) = (x for x in capsys.readouterr().out.splitlines() if "batch 64" in x)
     assert line.split()[-1] == "ms"
     assert all(float(x) > 0 for x in line.split()[3::2])
@@ -242,7 +243,7 @@ def test_what_is_printed(finished, capsys):
 
 def error(kind, *argv):
     with pytest.raises(UserError) as raised:
-        export.main([str(arg) for arg in argv])
+        command.main([str(arg) for arg in argv])
     assert type(raised.value) is kind
     assert "\n" not in str(raised.value)
     return str(raised.value)

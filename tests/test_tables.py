@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from startsparse.data import tables
 from startsparse.errors import OptionError, UserError
+from startsparse.tabular import tables
 
 # Columns of psam_p01.csv (2018), with others between those that are read; 80 replicate weights end
 # it, as they do there.

@@ -7,11 +7,10 @@ import pandas as pd
 import pytest
 import torch
 
-from startsparse import plots, tabular, tabular_report
-from startsparse.data import tables
+from startsparse import plots, tabular
 from startsparse.errors import OptionError, UserError
 from startsparse.masks import masked_weights
-from startsparse.tabular import TabularOptions
+from startsparse.tabular import TabularOptions, experiment, report, tables
 
 TINY = TabularOptions(
     densities=(0.5, 0.3, 0.1), seeds=(1, 2), width=16, epochs=1, final_epochs=2, batch_size=128,
@@ -208,12 +207,12 @@ def test_the_table_says_mean_interval_density_and_cuts():
         rows([0.9, 0.6], start=1.0, requested=0.005, density=0.0105),
         rows([0.6], start=1.0, requested=0.005, density=0.0105, cut=True, empty_layers="hidden.3"),
     ])  # fmt: skip
-    lines = tabular_report.markdown(results).splitlines()
+    lines = report.markdown(results).splitlines()
     assert lines[0] == "| start | reset | flow | 0.1 | 0.005 |"
     # Student's t for two runs: 12.7062 standard deviations / sqrt(2)
     assert lines[2] == "| ER 0.5 | yes | no | 92.0 ± 25.4 |  |"
     assert lines[3] == "| dense | yes | no |  | 70.0 ± 43.0 (at 0.0105, 1 of 3 cut) |"
-    assert tabular_report.collapses(results) == [
+    assert report.collapses(results) == [
         "dense, reset, flow preservation off, density 0.005: 2 of 3 networks are at the majority "
         "class or below, 1 without a path from input to output; empty layers: hidden.3"
     ]
@@ -221,14 +220,14 @@ def test_the_table_says_mean_interval_density_and_cuts():
 
 def test_pictures(outcome, tmp_path, table):
     members, found = outcome
-    figure = tabular_report.accuracy_plot(found)
+    figure = report.accuracy_plot(found)
     titles = [axis.get_title() for axis in figure.axes]
     assert titles == ["no reset", "reset", "no reset, flow preserved", "reset, flow preserved"]
     means = found[~found["flow"] & ~found["reset"] & (found["start"] == 1)]
     wanted = 100 * means.groupby("requested")["test_accuracy"].mean().sort_index(ascending=False)
     drawn = figure.axes[0].containers[0].lines[0].get_ydata()
     assert drawn.tolist() == pytest.approx(wanted.tolist())
-    figure = tabular_report.mask_picture(members[0].first_masks, table.feature_names)
+    figure = report.mask_picture(members[0].first_masks, table.feature_names)
     assert figure.axes[0].get_yticklabels()[0].get_text() == "mean radius"
     assert figure.axes[0].images[0].get_array().shape == (30, 16)
     plots.save(figure, tmp_path / "a/b.png")
@@ -246,7 +245,7 @@ def test_the_program(tmp_path, capsys):
     draw = torch.Generator().manual_seed(0)
     lines = torch.randn(60, 3, generator=draw).tolist()
     wine.write_text("a,b,c,kind\n" + "\n".join(f"{a},{b},{c},{int(a > b)}" for a, b, c in lines))
-    tabular.main(
+    experiment.main(
         [*ARGV, "--tables", "breast-cancer", str(wine), "--label", "kind",
          "--result-dir", str(tmp_path / "out")]
     )  # fmt: skip
@@ -263,23 +262,23 @@ def test_results_of_other_options_are_not_overwritten(tmp_path, monkeypatch):
     assert "results" not in TabularOptions().result_dir  # where the committed ones are
     monkeypatch.setattr(tabular, "run", lambda *_: rows([0.9, 0.8]))
     where = ["--result-dir", str(tmp_path / "out")]
-    tabular.main(where)
+    experiment.main(where)
     first = (tmp_path / "out/results.csv").read_bytes()
     monkeypatch.setattr(tabular, "run", lambda *_: rows([0.7, 0.6]))
     with pytest.raises(OptionError, match=r"^--result-dir: .*results\.csv is of a run with --lr "):
-        tabular.main([*where, "--lr", "0.1"])
+        experiment.main([*where, "--lr", "0.1"])
     assert (tmp_path / "out/results.csv").read_bytes() == first
-    tabular.main([*where, "--data", str(tmp_path)])  # where the data lies changes nothing
+    experiment.main([*where, "--data", str(tmp_path)])  # where the data lies changes nothing
     assert (tmp_path / "out/results.csv").read_bytes() != first
     assert str(tmp_path) not in (tmp_path / "out/options.yaml").read_text()
     (tmp_path / "out/options.yaml").unlink()
     with pytest.raises(OptionError, match=r"results\.csv is of an unknown origin"):
-        tabular.main(where)
+        experiment.main(where)
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setattr(tabular.tables, "load", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(OptionError, match=r"^--result-dir: cannot write .*file"):
-        tabular.main(["--result-dir", str(blocked)])
+        experiment.main(["--result-dir", str(blocked)])
 
 
 @pytest.mark.parametrize(
@@ -299,10 +298,10 @@ def test_results_of_other_options_are_not_overwritten(tmp_path, monkeypatch):
 )
 def test_bad_options(flags, message, tmp_path):
     with pytest.raises(OptionError, match=f"^{message}"):
-        tabular.main([*flags, "--result-dir", str(tmp_path / "out")])
+        experiment.main([*flags, "--result-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
 def test_a_table_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="none.csv: cannot be read"):
-        tabular.main(["--tables", "none.csv", "--label", "a", "--result-dir", str(tmp_path)])
+        experiment.main(["--tables", "none.csv", "--label", "a", "--result-dir", str(tmp_path)])

@@ -4,12 +4,13 @@
 tabular.ipynb shows the same step by step. The setting is that of Gadhikar et al. (2023,
 arXiv:2210.02412): an MLP of four layers and width 256, BatchNorm after ReLU, Adam 0.01, batch 64,
 10 epochs at each density and 20 at the last. All networks that exist at a density train there
-together (`startsparse.batched`).
+together (`batched`).
 """
 
 import copy
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,17 +19,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from startsparse import batched, batched_compute, flow, parallel, plots, pruning, training
+from startsparse import flow, parallel, plots, pruning, training
 from startsparse.atomic import write_text
 from startsparse.commandline import from_flags
-from startsparse.data import data_root, tables
+from startsparse.data import data_root
 from startsparse.data.rows import Rows
-from startsparse.data.tables import Table
-from startsparse.errors import run_script
 from startsparse.masks import attach_masks, density_table, draw_masks, keep_inside, sparse_layers
 from startsparse.models import build, init_weights
 from startsparse.ratios import layer_densities
-from startsparse.tabular_options import TabularOptions, check_folder, lasting
+from startsparse.tabular import batched, compute, tables
+from startsparse.tabular.options import TabularOptions, check_folder, lasting
+from startsparse.tabular.tables import Table
 
 
 @dataclasses.dataclass
@@ -134,7 +135,7 @@ def run(members: Sequence[Member], options: TabularOptions) -> pd.DataFrame:
             change_masks(member, density, level)
         epochs = options.final_epochs if density == levels[-1] else options.epochs
         models, parts = [m.model for m in present], [m.train for m in present]
-        forms = batched_compute.sparse_forms(
+        forms = compute.sparse_forms(
             models, parts, recipe, mode=options.sparse_compute, form=options.form
         )
         if forms:
@@ -191,9 +192,11 @@ def connected(masks: Sequence[Tensor]) -> bool:
 
 def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) -> None:
     """The experiment on each table; the tables and a picture of the results."""
-    from startsparse import tabular_report  # matplotlib is slow to import
+    from startsparse.tabular import report  # matplotlib is slow to import
 
-    options = from_flags(TabularOptions, list(argv), TabularOptions())
+    options = from_flags(
+        TabularOptions, list(sys.argv[1:] if argv is None else argv), TabularOptions()
+    )
     options.check()
     folder, found = Path(options.result_dir), []
     check_folder(folder, options)
@@ -211,13 +214,7 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
     rows = pd.concat(found, ignore_index=True)
     write_text(folder / "options.yaml", lasting(options))
     write_text(folder / "results.csv", rows.to_csv(index=False))
-    markdown = tabular_report.markdown(rows)
+    markdown = report.markdown(rows)
     write_text(folder / "table.md", markdown)
-    plots.save(tabular_report.accuracy_plot(rows), folder / "plot.png")
+    plots.save(report.accuracy_plot(rows), folder / "plot.png")
     say(markdown)
-
-
-if __name__ == "__main__":
-    import sys
-
-    run_script(lambda: main(sys.argv[1:]))

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import yaml
 
-from startsparse import batched, ratios, results
+from startsparse import ratios, results
 from startsparse.commandline import write_yaml
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
 from startsparse.fields import Truth, choice, default_is, flag
 from startsparse.models import INITS
 from startsparse.options import require_distinct, require_range
+from startsparse.tabular import batched
 
 
 @dataclasses.dataclass

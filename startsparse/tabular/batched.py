@@ -4,7 +4,7 @@ Parameters and buffers of the networks are stacked, and `torch.func.vmap` runs a
 one. Every network has its own weights, masks, data and order. Optimizers work on each number by
 itself, so one of them on the stacked tensors does what one for each network would do.
 `train_loop` does the same with one network after the other, in the project's own training loop,
-where they may compute in their sparse forms (`batched_compute`).
+where they may compute in their sparse forms (`compute`).
 """
 
 import contextlib

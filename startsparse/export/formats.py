@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from startsparse import checkpoint, models
 from startsparse.atomic import replacing
-from startsparse.compact import keep_units, resize
 from startsparse.errors import UserError
+from startsparse.export.compact import keep_units, resize
 from startsparse.masks import sparse_layers
 
 KIND = "startsparse network 1"

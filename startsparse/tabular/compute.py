@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from startsparse.batched import FORMS, Recipe, train_loop
 from startsparse.console import log
 from startsparse.data.rows import Rows
 from startsparse.engine.build import NoCompilerError, library
 from startsparse.engine.choice import Seconds, choose, cpu_seconds
 from startsparse.engine.network import SparseForm
 from startsparse.masks import density_table
+from startsparse.tabular.batched import FORMS, Recipe, train_loop
 
 _STEPS = 4  # of each network, that a form is tried for
 

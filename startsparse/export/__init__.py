@@ -1,0 +1,12 @@
+"""A finished run -> its tested network as a file that others can read.
+
+``python -m startsparse.export RUN --format safetensors|csr|onnx [--compact]`` (`command`) writes
+what `formats` describes, for the network that `trained` reads from a run folder. `load` makes a
+network of the first two formats again. `compact` leaves dead units out; `footprint` is what a
+network costs.
+"""
+
+from startsparse.export.formats import load, load_csr
+from startsparse.export.trained import Trained, read_run
+
+__all__ = ["Trained", "load", "load_csr", "read_run"]

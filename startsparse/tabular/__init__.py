@@ -1,0 +1,28 @@
+"""Tables: many small networks that start sparse, trained at once.
+
+`experiment` is the whole, ``python -m startsparse.tabular`` and tabular.ipynb; `options` are its
+options, `tables` its data, `report` its tables and pictures. `batched` trains networks of one shape
+as one, `compute` decides whether they train in their sparse forms instead.
+"""
+
+from startsparse.tabular.experiment import (
+    Member,
+    accuracy,
+    change_masks,
+    connected,
+    make_member,
+    make_members,
+    run,
+)
+from startsparse.tabular.options import TabularOptions
+
+__all__ = [
+    "Member",
+    "TabularOptions",
+    "accuracy",
+    "change_masks",
+    "connected",
+    "make_member",
+    "make_members",
+    "run",
+]
