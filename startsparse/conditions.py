@@ -2,8 +2,6 @@
 
 from typing import ClassVar
 
-import torch
-
 from startsparse.data import NOT_FETCHED, OWN_PARTS, SHAPES, WITHOUT_FILES
 from startsparse.fields import Condition
 
@@ -45,6 +43,10 @@ FALLING = ("cosine", "multistep")
 
 class Meaning:
     """What is asked of options to know which count, and how they are called and grouped."""
+
+    er_sparse_method: str
+    lr_policy: str
+    optimizer: str
 
     # the methods of --er-sparse-method that take their ratio from --er-sparsity-file
     file_methods: ClassVar[tuple[str, ...]] = ("network",)
@@ -129,8 +131,3 @@ class Meaning:
     def uses_momentum(self) -> bool:
         """Whether something is averaged with --momentum."""
         return self.optimizer == "sgd"
-
-    @property
-    def obstacle(self) -> str:
-        """Why --sparse-compute is out of the question on a CPU, if it is."""
-        return self.no_sparse_compute(torch.device("cpu"))

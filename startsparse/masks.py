@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from startsparse.console import number
@@ -22,14 +23,16 @@ from startsparse.seeding import generator
 
 SAMPLINGS = ("bernoulli", "exact")
 
+SparseLayer = nn.Conv2d | nn.Linear
+"""A layer that can be sparse."""
 
-def sparse_layers(model: nn.Module) -> dict[str, nn.Module]:
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """The layers that can be sparse, name -> module, in forward order."""
-    kinds = (nn.Conv2d, nn.Linear)
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLayer)}
 
 
-def masked_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+def masked_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(layer name, weight, mask) of every layer that has a mask, in forward order.
 
     Everything that reads or changes topology goes through this.
@@ -66,12 +69,12 @@ def draw_masks(
     return masks
 
 
-def round_to_total(expected: Sequence[float]) -> np.ndarray:
-    """Whole numbers next to ``expected`` with total round(sum): largest remainders go up."""
-    expected = np.asarray(expected, float)
-    counts = np.floor(expected).astype(int)
-    missing = round(float(expected.sum())) - counts.sum()
-    counts[np.argsort(counts - expected, kind="stable")[:missing]] += 1
+def round_to_total(expected: ArrayLike) -> np.ndarray:
+    """Whole numbers next to ``expected`` [n] with total round(sum): largest remainders go up."""
+    exact = np.asarray(expected, float)
+    counts = np.floor(exact).astype(int)
+    missing = round(float(exact.sum())) - counts.sum()
+    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
     return counts
 
 
@@ -98,7 +101,7 @@ def keep_inside(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 
 
 @torch.no_grad()
-def mask_gradients(gradients: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+def mask_gradients(gradients: list[Tensor], masks: Sequence[Tensor]) -> None:
     """Zero the gradients outside the masks, in place, by one foreach multiply."""
     if gradients:
         torch._foreach_mul_(gradients, [_factor(mask) for mask in masks])

@@ -184,6 +184,11 @@ class Options(Meaning):
             return "--amp bf16 computes in a format that it does not have"
         return "--compile has a form of its own" if self.compile else ""
 
+    @property
+    def obstacle(self) -> str:
+        """Why --sparse-compute is out of the question on a CPU, if it is."""
+        return self.no_sparse_compute(torch.device("cpu"))
+
     def check_places(self) -> None:
         """Raise `OptionError` for a folder that is not there; asked before anything else."""
         data_root(self.data)

@@ -1,9 +1,10 @@
 """Pictures of runs, of tables over settings, and of curves over epochs."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -53,9 +54,10 @@ def label(name: str) -> str:
 def shown(value: object) -> str:
     """A value of an option as people write it."""
     if isinstance(value, float | np.floating):
-        if np.isnan(value):
+        x = float(value)
+        if math.isnan(x):
             return ""
-        return f"{value:.0f}" if abs(value) < 10**15 and value == round(value) else f"{value:.4g}"
+        return f"{x:.0f}" if abs(x) < 10**15 and x == round(x) else f"{x:.4g}"
     return str(value)
 
 
@@ -222,7 +224,7 @@ def plot(means: pd.DataFrame, by: Sequence[str], of: str, path: Path) -> None:
 
 
 def _x_ticks(axis: "Axes", ticks: list, places: dict, logarithmic: bool, falls: bool) -> None:
-    crowded = {"rotation": 60, "fontsize": 7} if len(ticks) > 8 else {}
+    crowded: dict[str, Any] = {"rotation": 60, "fontsize": 7} if len(ticks) > 8 else {}
     if not logarithmic:
         axis.set_xticks(list(places.values()), [shown(place) for place in places], **crowded)
         axis.set_xlim(-0.5, len(places) - 0.5)

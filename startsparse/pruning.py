@@ -136,18 +136,18 @@ def layer_counts(
         left: weights that each layer has; at least ``count`` in all.
     """
     sizes = np.array([math.prod(shape) for shape in shapes], dtype=float)
-    left = np.asarray(left, dtype=float)
-    counts, free = left.copy(), np.ones(len(sizes), dtype=bool)
+    has = np.asarray(left, dtype=float)
+    counts, free = has.copy(), np.ones(len(sizes), dtype=bool)
     while free.any():
-        rest = count - left[~free].sum()
+        rest = count - has[~free].sum()
         if rest <= 0:
             counts[free] = 0
             break
         own = [shape for shape, is_free in zip(shapes, free) if is_free]
         density = min(1.0, rest / sizes[free].sum())
         counts[free] = layer_densities(ratio, own, density) * sizes[free]
-        short = free & (counts > left)
-        counts[short] = left[short]
+        short = free & (counts > has)
+        counts[short] = has[short]
         free &= ~short
         if not short.any():
             break

@@ -162,7 +162,8 @@ def selected_weights(folder: Path, select: str) -> Path:
 
 def tested_weights(folder: Path) -> Path:
     """The same by what the run's options.yaml says."""
-    return selected_weights(folder, read_values(folder / "options.yaml").get("select", "best"))
+    select = read_values(folder / "options.yaml").get("select", "best")
+    return selected_weights(folder, str(select))
 
 
 def results_csv(options: Options) -> Path:

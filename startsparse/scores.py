@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ def grasp(
         gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
         inside = [kept(layer) for layer in sparse_layers(model).values()]
         fixed = [g.detach().where(mask, 0) for g, mask in zip(gradients, inside)]
-        along = sum((g * direction).sum() for g, direction in zip(gradients, fixed))
+        along = reduce(torch.add, ((g * along).sum() for g, along in zip(gradients, fixed)))
         products = torch.autograd.grad(along, leaves, materialize_grads=True)
     curvatures = dict(zip(weights, products))
     return {name: weight.detach() * curvatures[name] for name, weight, _ in masked_weights(model)}
@@ -208,7 +209,8 @@ def shrink(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], count: int
         for name, mask in masks.items():
             mask.logical_and_(scores[name].to(values.dtype) >= last)
         return
-    missing, ties = count, []
+    missing: Tensor | int = count
+    ties = []
     for name, mask in masks.items():
         score = scores[name].to(values.dtype)
         ties.append((score == last) & mask)
