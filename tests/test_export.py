@@ -54,7 +54,7 @@ class Finished:
                 return result
 
             patch.setattr(Trainer, "test", watch)
-            patch.setattr(plots, "plot_run", lambda *_: None)
+            patch.setattr(plots, "plot_run_by_rank_0", lambda *_: None)
             patch.setitem(data.SETS, "digits", few_digits)
             soft = SOFT if name == "soft" else []
             folders = ["--log-dir", f"{where}/runs", "--result-dir", str(where)]

@@ -12,7 +12,7 @@ from test_engine_network import batch, clock, network, optimizer_of, sparse_form
 from test_str_resume import Crash, crashing
 from torch import nn
 
-from ER_DST.topology import remember, update
+from ER_DST.dynamic import remember, update
 from startsparse import checkpoint, trainer
 from startsparse.engine import build, choice, compute
 from startsparse.errors import OptionError
@@ -149,7 +149,7 @@ def test_the_same_masks_for_fifty_updates_in_float64():
     sparse = copy.deepcopy(masked)
     pairs = [(m, optimizer_of(m, "sgd")) for m in (masked, sparse)]
     for model, _ in pairs:
-        remember(model, momentum=False)
+        remember(model, None)
     form = sparse_form(sparse)
     images, labels = batch(32)
     start = {name: mask.clone() for name, _, mask in masked_weights(masked)}
