@@ -109,15 +109,15 @@ def train_epoch(
         NonFiniteLoss: names the step, and the layer that went first if it can be told. On the CPU
             at once; on a GPU, where looking means waiting, within about a second.
     """
-    model, optimizer = learner.model, learner.optimizer
-    model.train()
-    pairs = [(weight, mask) for _, weight, mask in masked_weights(model) if weight.requires_grad]
+    learner.model.train()
+    found = masked_weights(learner.model)
+    masked = [(weight, mask) for _, weight, mask in found if weight.requires_grad]
     hidden = processes.rank() > 0 or None
     bar = tqdm(total=len(batches), initial=start, desc=title, leave=False, disable=hidden)
     shown = time.monotonic()
     with bar:
         for step, (inputs, labels) in enumerate(batches.epoch(epoch, start), start):
-            for group in optimizer.param_groups:
+            for group in learner.optimizer.param_groups:
                 group["lr"] = learning_rate(step)
             learner.before_step(method, first + step)
             if learner.seed is not None:
@@ -127,17 +127,9 @@ def train_epoch(
                 loss = _forward(learner, inputs, labels, sums, step)
                 if late or sums.device.type == "cpu":
                     _stop_if_bad(sums, inputs, learner)
-                optimizer.zero_grad()
+                learner.optimizer.zero_grad()
                 loss.backward()
-            learning = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
-            learner.average_gradients(learning, len(labels))
-            method.after_backward(first + step, model, optimizer)
-            # Layers that compute only inside their mask have no gradient outside it, or here.
-            dense = [(w.grad, mask) for w, mask in pairs if w.grad is not None]
-            mask_gradients([gradient for gradient, _ in dense], [mask for _, mask in dense])
-            if learner.clip_norm:
-                nn.utils.clip_grad_norm_(learning, learner.clip_norm)
-            optimizer.step()
+            _move_weights(learner, method, first + step, len(labels), masked)
             bar.update()
             if late:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in means(sums).items()}, refresh=False)
@@ -154,6 +146,26 @@ def _forward(learner: Learner, inputs: Tensor, labels: Tensor, sums: Tensor, ste
         loss = F.cross_entropy(logits, labels, label_smoothing=learner.label_smoothing)
     _add(sums, loss.detach(), logits.detach(), labels, step)
     return loss
+
+
+def _move_weights(
+    learner: Learner,
+    method: Method,
+    step: int,
+    examples: int,
+    masked: list[tuple[nn.Parameter, Tensor]],
+) -> None:
+    """From the gradients of this process's part of a batch to the weights after the step."""
+    optimizer = learner.optimizer
+    learning = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    learner.average_gradients(learning, examples)
+    method.after_backward(step, learner.model, optimizer)
+    # Layers that compute only inside their mask have no gradient outside it, or here.
+    dense = [(weight.grad, mask) for weight, mask in masked if weight.grad is not None]
+    mask_gradients([gradient for gradient, _ in dense], [mask for _, mask in dense])
+    if learner.clip_norm:
+        nn.utils.clip_grad_norm_(learning, learner.clip_norm)
+    optimizer.step()
 
 
 @torch.inference_mode()
