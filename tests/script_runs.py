@@ -10,6 +10,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from startsparse import checkpoint
+from startsparse.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,6 +70,24 @@ def same(one: Path, other: Path) -> bool:
     for result in results:
         result.pop("seconds")
     return equal and epochs[0].equals(epochs[1]) and results[0] == results[1]
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+def crashing(when, count, save=Trainer.save):
+    """A `Trainer.save` whose ``count``-th call ends the process before or after it saved."""
+    calls = []
+
+    def crash(trainer):
+        calls.append(1)
+        if when == "after" or len(calls) < count:
+            save(trainer)
+        if len(calls) == count:
+            raise Crash
+
+    return crash
 
 
 def original_commands():

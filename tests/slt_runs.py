@@ -2,10 +2,8 @@
 
 import json
 import shlex
-from functools import partial
 from pathlib import Path
 
-import pytest
 import torch
 from script_runs import ROOT, newest
 
@@ -34,12 +32,6 @@ def slt(where: Path, *argv: str) -> Path:
     """A run of ER_SLT/main.py in this process; its folder."""
     script.main([*argv, "--log-dir", f"{where}/runs", "--result-dir", str(where)])
     return newest(where)
-
-
-@pytest.fixture
-def run_slt(tmp_path):
-    """`slt`, in a folder of its own."""
-    return partial(slt, tmp_path)
 
 
 def ticket(folder: Path, level: int | None = None) -> Ticket:
