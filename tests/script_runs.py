@@ -1,7 +1,7 @@
 """What the tests of main.py share: small runs, how to compare them, the original commands."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from startsparse import checkpoint
+from startsparse.data import digits
+from startsparse.data.batches import Arrays
 from startsparse.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +90,18 @@ def crashing(when, count, save=Trainer.save):
             raise Crash
 
     return crash
+
+
+def few_digits(train: int, test: int) -> Callable[..., Arrays]:
+    """A loader of the digits, cut down to so many images."""
+
+    def load(*where) -> Arrays:
+        arrays = digits.load(*where)
+        arrays.train = tuple(tensor[:train] for tensor in arrays.train)
+        arrays.test = tuple(tensor[:test] for tensor in arrays.test)
+        return arrays
+
+    return load
 
 
 def original_commands():

@@ -11,13 +11,13 @@ import pandas as pd
 import pytest
 import torch
 from data_files import write_cifar10
-from script_runs import ROOT, weights
+from engine_runs import clock
+from script_runs import ROOT, few_digits, weights
 from slt_runs import (
     DEMO,
     MLP,
     PUBLISHED,
     asked,
-    few_digits,
     is_inside,
     random_masks,
     result,
@@ -235,7 +235,7 @@ def test_a_ticket_of_any_level_and_a_run_folder_can_be_evaluated(demo, capsys):
 
 
 def test_another_accuracy_is_told_from_that_of_the_ticket(demo, capsys, monkeypatch):
-    monkeypatch.setitem(script.data.SETS, "digits", few_digits)
+    monkeypatch.setitem(script.data.SETS, "digits", few_digits(64, 20))
     script.main(["--evaluate", str(demo[0])])
     told = result(demo[0])["test_accuracy"]
     assert f", but {told!r} is what the ticket says)" in capsys.readouterr().out
@@ -335,7 +335,8 @@ def test_layers_that_are_short_are_named_before_training(run_slt, capsys):
 
 
 def test_the_published_command_finishes(run_slt, monkeypatch):
-    monkeypatch.setitem(script.data.SETS, "digits", few_digits)
+    monkeypatch.setitem(script.data.SETS, "digits", few_digits(16, 8))
+    clock(monkeypatch, dense=2.0, sparse=1.0)  # each thing is tried once
     folder = run_slt(*PUBLISHED, "--dataset", "DIGITS", "--epochs", "1", "--levels", "2")
     assert folder.parts[-3:] == ("digits", "runs-strong-tick-anneal-lr-0.1-2", "seed-2")
     size = (folder / "ticket.safetensors").stat().st_size
