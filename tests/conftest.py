@@ -1,11 +1,13 @@
 """Settings of all tests."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import settings
 from script_runs import newest
+from slt_runs import slt
 
 from ER_DST import main as dst_main
 from startsparse import plots
@@ -30,6 +32,12 @@ def run(tmp_path):
 def run_dst(tmp_path):
     """The same for ER_DST/main.py."""
     return in_process(dst_main.main, tmp_path)
+
+
+@pytest.fixture
+def run_slt(tmp_path):
+    """`slt`, in a folder of its own."""
+    return partial(slt, tmp_path)
 
 
 @pytest.fixture

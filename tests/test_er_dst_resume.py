@@ -5,7 +5,7 @@ import signal
 
 import pandas as pd
 import pytest
-from script_runs import same
+from script_runs import Crash, same
 
 from ER_DST import main as script
 from startsparse import checkpoint
@@ -31,10 +31,6 @@ RUNS = {
     "stop, momentum": [*FINAL, "--stop-updates", "0.6", "--growth", "momentum"],
     "ER_snip, GMP_uniform": [*FINAL, "--sparse-init", "ER_snip", "--method", "GMP_uniform"],
 }
-
-
-class Crash(BaseException):
-    """The process is gone."""
 
 
 @pytest.fixture(scope="module")

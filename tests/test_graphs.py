@@ -10,11 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from data_files import loaded, put, python2_pickle
+from file_server import Broken, content, serve
 from graph_files import python2_csr, python2_defaultdict, write_planetoid
 from scipy.sparse import csr_matrix
-from script_runs import same, weights
-from test_data_files import Broken, content, serve
-from test_str_resume import Crash, crashing
+from script_runs import Crash, crashing, same, weights
 
 from startsparse import data, models, parallel, scores
 from startsparse.data import SETS, SHAPES, Shape

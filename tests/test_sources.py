@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from script_runs import MLP, same
+from script_runs import MLP, Crash, same
 
 from ER_DST import main as dst
 from startsparse import checkpoint
@@ -16,10 +16,6 @@ from STR import main as script
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 LEVELS = ["--threshold-list", "0.1", "0.05", "--final_prune_epoch", "1"]
-
-
-class Crash(BaseException):
-    """The process is gone."""
 
 
 @pytest.fixture(scope="module")

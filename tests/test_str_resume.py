@@ -11,7 +11,7 @@ import time
 import pandas as pd
 import pytest
 import torch
-from script_runs import MLP, ROOT, SOFT, TINY, newest, same, steps, weights
+from script_runs import MLP, ROOT, SOFT, TINY, Crash, crashing, newest, same, steps, weights
 
 from startsparse import checkpoint
 from startsparse.errors import OptionError
@@ -20,10 +20,6 @@ from STR import main as script
 from STR.options import CONV_TYPES
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-
-
-class Crash(BaseException):
-    """The process is gone."""
 
 
 @pytest.mark.parametrize("conv_type", CONV_TYPES)
@@ -45,20 +41,6 @@ def test_resumed_equals_uninterrupted(run, monkeypatch, conv_type):
         assert len(rest) == left
         assert len(list(parts.parent.iterdir())) == 1
         assert same(whole, parts)
-
-
-def crashing(when, count, save=Trainer.save):
-    """A `Trainer.save` whose ``count``-th call ends the process before or after it saved."""
-    calls = []
-
-    def crash(trainer):
-        calls.append(1)
-        if when == "after" or len(calls) < count:
-            save(trainer)
-        if len(calls) == count:
-            raise Crash
-
-    return crash
 
 
 def test_resume_while_density_leaves_the_best_epochs(run, monkeypatch):

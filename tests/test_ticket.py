@@ -10,6 +10,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from ticket_networks import images, plain, rebuild
 from torch import nn
 
 from ER_SLT.edge_popup import RANKINGS, found_masks, popup, popup_layers, set_density
@@ -26,28 +27,11 @@ import sys
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[3])
-from test_ticket import images, plain, rebuild
+from ticket_networks import images, plain, rebuild
 from ER_SLT.ticket import load_ticket
 ticket = load_ticket(Path(sys.argv[1]))
 torch.save(rebuild(ticket)(images()), sys.argv[2])
 """
-
-
-def plain():
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 6, 3, stride=2),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(6 * 3 * 3, 5),
-    )
-
-
-def images():
-    return torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(1))
 
 
 def trained(ranking="layer", steps=3):
@@ -64,16 +48,6 @@ def trained(ranking="layer", steps=3):
     for _ in range(steps):
         model(images()).square().mean().backward()
         optimizer.step()
-    return model.eval()
-
-
-def rebuild(ticket, ranking="layer"):
-    """The network of a ticket, from nothing else."""
-    model, given = plain(), ticket.description
-    attach_masks(model, ticket.er_masks)
-    init_weights(model, given["initBias"], given["seed"], given["bfac"])
-    popup(model, given["seed"], "constant", ranking)
-    put_in_place(model, ticket)
     return model.eval()
 
 
