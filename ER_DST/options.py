@@ -7,7 +7,7 @@ import torch
 
 from ER_DST.initializers import INITS
 from ER_DST.sparse_inits import PRUNER_RATIOS
-from ER_DST.topology import GROWTH, METHODS, PRUNE
+from ER_DST.topology import GROWTH, METHODS, PRUNE, Growth
 from startsparse import conditions as on
 from startsparse import masks, ratios, schedules
 from startsparse.data import PADDINGS, SETS
@@ -157,7 +157,8 @@ class DSTOptions(Options):
     @property
     def uses_momentum(self) -> bool:
         """Whether something is averaged with --momentum: growth as well."""
-        return super().uses_momentum or (self.grows and self.growth == "momentum")
+        rule = self.growth_rule
+        return super().uses_momentum or bool(rule and rule.accumulate)
 
     @property
     def draws_singly(self) -> bool:
@@ -186,6 +187,11 @@ class DSTOptions(Options):
         return self.moves and METHODS[self.method].grow
 
     @property
+    def growth_rule(self) -> Growth | None:
+        """What says which weights come; None: nothing grows."""
+        return GROWTH[self.growth] if self.grows else None
+
+    @property
     def prune_end(self) -> float:
         """Epochs after which the final density is reached."""
         last = self.final_prune_epoch
@@ -200,8 +206,8 @@ class DSTOptions(Options):
 
     def no_sparse_compute(self, device: torch.device) -> str:
         """Why --sparse-compute is out of the question, if it is."""
-        if self.grows and self.growth == "momentum":
-            return "--growth momentum needs the gradients outside the masks in every step"
+        if self.growth_rule and self.growth_rule.dense_gradients == "always":
+            return f"--growth {self.growth} needs the gradients outside the masks in every step"
         return super().no_sparse_compute(device)
 
     def default_name(self) -> str:

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None, kind: type[SLTOptions] = SLTOptions)
 
 def train(options: SLTOptions) -> None:
     """The run that ``options`` describe."""
-    folder = runs.find_run(options)
+    folder = runs.find_run_by_rank_0(options)
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
@@ -75,7 +75,7 @@ def train(options: SLTOptions) -> None:
         trainer.run_phases(phases(options))
 
         result = record_level(trainer, level=options.levels)
-        checkpoint.save(run.folder / "dense_weights.pt", {"model": plain_state(model)})
+        checkpoint.save_by_rank_0(run.folder / "dense_weights.pt", {"model": plain_state(model)})
         if options.shuffle:
             result |= try_shuffles(trainer)
         asked = dict.fromkeys(requested, options.sparsity)

@@ -26,7 +26,7 @@ log = logging.getLogger("startsparse")
 def main(argv: Sequence[str] | None = None) -> None:
     """One run, from options to report."""
     options = parse(STROptions, CONFIGS, argv)
-    folder = runs.find_run(options)
+    folder = runs.find_run_by_rank_0(options)
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         levels = len(options.threshold_list)
         result = record_level(trainer, level=levels) if levels else trainer.test()
         if options.soft:
-            checkpoint.save(run.folder / "dense_weights.pt", {"model": plain_state(model)})
+            checkpoint.save_by_rank_0(
+                run.folder / "dense_weights.pt", {"model": plain_state(model)}
+            )
             if line := why_dense(model, options.sInit_value, options.s_decay):
                 log.warning("warning: %s", line)
         recipe.finish(trainer, options.requested, requested, result, layer_table(model))

@@ -23,6 +23,7 @@ from startsparse.fields import (
 )
 from startsparse.models import MODELS
 from startsparse.models.init import INITS
+from startsparse.optimizers import OPTIMIZERS, decay_groups, make_optimizer
 
 
 @dataclasses.dataclass
@@ -106,7 +107,7 @@ class Options(Meaning):
     epoch, validation and a checkpoint, takes longer than the epoch"""
     batch_size: Annotated[int, also("-b"), counts(on.BATCHES)] = 256
     """Images, or other examples, per step; a graph is always one batch"""
-    optimizer: Annotated[str, choice(("sgd", "adam"))] = "sgd"
+    optimizer: Annotated[str, choice(OPTIMIZERS)] = "sgd"
     """Optimizer"""
     lr: float = 0.1
     """Learning rate, before its schedule"""
@@ -176,6 +177,16 @@ class Options(Meaning):
         bare = self.no_bn_decay and isinstance(module, nn.modules.batchnorm._BatchNorm)
         return 0.0 if bare else self.weight_decay
 
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer for the parameters of ``model``, each with its `decay`."""
+        return make_optimizer(
+            self.optimizer,
+            decay_groups(model, self.decay),
+            lr=self.lr,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+        )
+
     def no_sparse_compute(self, device: torch.device) -> str:
         """Why --sparse-compute is out of the question, if it is."""
         if device.type != "cpu":
@@ -221,7 +232,7 @@ class Options(Meaning):
             "save_every",
         ):
             require_range(self, name, low=0)
-        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
+        if OPTIMIZERS[self.optimizer].momentum and self.nesterov and self.momentum == 0:
             raise OptionError("--nesterov: needs a --momentum above 0")
         modular.check(self.modulus, self.train_fraction)
         if self.valid_split == 0 and self.select == "best" and self.set not in OWN_PARTS:
@@ -231,7 +242,7 @@ class Options(Meaning):
             raise OptionError("--compile: works on one device; name one GPU in --multigpu")
         if "," in self.multigpu and SHAPES[self.set].nodes:
             raise OptionError(f"--multigpu: {self.set} is one batch; name one GPU")
-        if processes.count() > 1:
+        if processes.world_size() > 1:
             self.check_processes()
         self.check_evaluate()
         if self.er_sparse_method == "network" and not self.er_sparsity_file:
@@ -246,10 +257,10 @@ class Options(Meaning):
             )
         if SHAPES[self.set].nodes:
             raise OptionError(f"--set: {self.set} is one batch; start one process without torchrun")
-        if self.batch_size < 2 * processes.count():
+        least = 2 * processes.world_size()
+        if self.batch_size < least:
             raise OptionError(
-                f"--batch-size: {self.batch_size} should be at least {2 * processes.count()}, two "
-                "for each process"
+                f"--batch-size: {self.batch_size} should be at least {least}, two for each process"
             )
 
     def check_evaluate(self) -> None:

@@ -26,7 +26,7 @@ def already_done(options: Options, folder: Path | None) -> bool:
     if done:
         log.info("%s", report.text(done, folder))
     elif not options.evaluate:
-        runs.check_results(options)
+        runs.check_results_by_rank_0(options)
     return bool(done)
 
 
@@ -91,7 +91,7 @@ def build(options: Options, shape: data.Shape, resnet_type: str = "") -> torch.n
 
 def load_data(options: Options, device: torch.device) -> data.Data:
     """The data set of --set, on ``device``."""
-    with processes.first_goes_ahead():  # it fetches and unpacks what is missing
+    with processes.all_after_rank_0():  # it fetches and unpacks what is missing
         return data.load(
             options.set,
             root=data.data_root(options.data),
@@ -162,7 +162,7 @@ def finish(
     run.write_table("density.csv", trainer.compute.columns(table))
     own = {name: {"density": density} for name, density in flops.densities(model).items()}
     run.write_json("layers.json", layers or own)
-    plots.plot_run(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
+    plots.plot_run_by_rank_0(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
     summary = report.summary(asked, table, result | trainer.costs(), trainer.seconds)
     run.finish(summary)
     log.info("%s", report.text(summary, run.folder))

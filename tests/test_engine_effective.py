@@ -4,13 +4,13 @@ import copy
 from functools import partial
 from unittest.mock import patch
 
+import engine_runs
 import pytest
-import test_engine_network
 import torch
 import torch.nn.functional as F
+from engine_runs import clock, equal_states, optimizer_of, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine_network import clock, equal_states, optimizer_of, step
 from torch import nn
 
 from ER_SLT.edge_popup import popup, set_density
@@ -55,8 +55,8 @@ def network(kind, biases=True, dtype=torch.float64):
     return model.to(dtype, memory_format=torch.channels_last)
 
 
-batch = partial(test_engine_network.batch, shape=SHAPE)
-sparse_form = partial(test_engine_network.sparse_form, shape=SHAPE)
+batch = partial(engine_runs.batch, shape=SHAPE)
+sparse_form = partial(engine_runs.sparse_form, shape=SHAPE)
 
 
 def optimizer_state(optimizer):

@@ -21,7 +21,6 @@ from ER_SLT.options import SLTOptions
 from startsparse import scores
 from startsparse.masks import attach_masks, draw_masks, mask_gradients, masked_weights
 from startsparse.pruning import prune
-from startsparse.trainer import make_optimizer
 from STR.options import STROptions
 from STR.thresholds import soften
 
@@ -180,7 +179,7 @@ def batches(steps):
 
 def train(model, options, steps):
     """Steps as `training.train_epoch` takes them, in float64."""
-    optimizer = make_optimizer(model, options)
+    optimizer = options.make_optimizer(model)
     for images, labels in batches(steps):
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()

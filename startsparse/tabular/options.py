@@ -12,6 +12,7 @@ from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
 from startsparse.fields import Truth, choice, default_is, flag
 from startsparse.models import INITS
+from startsparse.optimizers import OPTIMIZERS
 from startsparse.options import require_distinct, require_range
 from startsparse.tabular import batched
 
@@ -50,7 +51,7 @@ class TabularOptions:
     """Units of the hidden layers"""
     init: Annotated[str, choice(INITS)] = "kaiming_normal"
     """Initialisation of the weights"""
-    optimizer: Annotated[str, choice(("adam", "sgd"))] = "adam"
+    optimizer: Annotated[str, choice(OPTIMIZERS)] = "adam"
     """Optimizer; it starts anew at each density"""
     lr: float = 0.01
     """Learning rate"""
