@@ -37,7 +37,7 @@ class SweepOptions:
 
     config: str = str(CONFIGS / "largescale/resnet18-cifar-str-1.yaml")
     """YAML file of the runs"""
-    set: Annotated[choice(("", *SETS)), default_is("the config's")] = ""
+    set: Annotated[str, choice(("", *SETS)), default_is("the config's")] = ""
     """Data set"""
     seeds: tuple[int, ...] = (1,)
     """Seeds"""
