@@ -31,7 +31,7 @@ def phases(options: STROptions) -> list[Phase]:
     policy |= {"keeps_momentum": keeps_momentum}
     rise = options.warmup_epochs
     warm_up = Phase(
-        "warm-up", rise, "constant", warmup=rise, drifts=options.soft, then=keep_rewind_point
+        "warm-up", rise, "constant", warmup=rise, drifts=options.effective, then=keep_rewind_point
     )
     levels = [
         Phase(
@@ -47,7 +47,7 @@ def phases(options: STROptions) -> list[Phase]:
         options.epochs,
         options.lr_policy,
         options.lr_min,
-        drifts=options.soft,
+        drifts=options.effective,
         keeps_momentum=keeps_momentum,
     )
     return [warm_up, *levels, final] if rise else [*levels, final]

@@ -14,11 +14,11 @@ from startsparse.models import MODELS, RESNET_TYPES
 from startsparse.models.init import INITS
 from startsparse.options import Options, require_range
 from startsparse.pruning import PRUNERS
+from STR.conv_types import CONV_TYPES
 from STR.rewinds import REWINDS
-from STR.thresholds import FUNCTIONS
+from STR.thresholds import FUNCTIONS, SoftThresholded
 
 PRUNER_NAMES = (*PRUNERS, "mask-ref")
-CONV_TYPES = ("DenseConv", "ConvMask", "STRConv", "STRConvER")
 
 # When options count, see `startsparse.fields.Condition`.
 ARCH = Condition(lambda o: not o.resnet_type, "with --resnet-type {o.resnet_type}")
@@ -105,12 +105,17 @@ class STROptions(Options):
     @property
     def masked(self) -> bool:
         """Whether the network has a random mask."""
-        return self.conv_type in ("ConvMask", "STRConvER")
+        return CONV_TYPES[self.conv_type].masked
+
+    @property
+    def effective(self) -> bool:
+        """Whether layers compute with another weight, whose density may change by training."""
+        return CONV_TYPES[self.conv_type].formula is not None
 
     @property
     def soft(self) -> bool:
         """Whether the network has soft thresholds."""
-        return self.conv_type in ("STRConv", "STRConvER")
+        return CONV_TYPES[self.conv_type].formula is SoftThresholded
 
     @property
     def network_name(self) -> str:
@@ -129,8 +134,8 @@ class STROptions(Options):
 
     @property
     def keeps_dense(self) -> bool:
-        """Whether there are layers with a mask or a threshold."""
-        return self.masked or self.soft
+        """Whether there are layers with a mask or a formula."""
+        return self.masked or self.effective
 
     @property
     def may_clip(self) -> bool:

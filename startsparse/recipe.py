@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from startsparse import data, flops, masks, models, plots, processes, report, runs
+from startsparse import checkpoint, data, flops, masks, models, plots, processes, report, runs
+from startsparse.effective import effective_layers, plain_state
 from startsparse.effects import differing
 from startsparse.errors import OptionError
 from startsparse.fields import flag, shown, text
@@ -151,6 +152,9 @@ def finish(
 ) -> None:
     """Tables, picture and summary of a run whose tested weights are in place.
 
+    Where layers compute with another weight than their own, also the weights of the ordinary
+    network that computes the same.
+
     Args:
         asked: the density asked for.
         requested: the density asked of each layer at the start.
@@ -158,6 +162,8 @@ def finish(
         layers: layer -> density and more, for layers.json (default: the densities).
     """
     run, model = trainer.run, trainer.model
+    if effective_layers(model):
+        checkpoint.save_by_rank_0(run.folder / runs.PLAIN_WEIGHTS, {"model": plain_state(model)})
     table = masks.density_table(model, requested)
     run.write_table("density.csv", trainer.compute.columns(table))
     own = {name: {"density": density} for name, density in flops.densities(model).items()}

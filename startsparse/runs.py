@@ -5,7 +5,7 @@
     environment.json  versions, git state, machine, command line
     log.txt           what was said
     checkpoint.pt     the run as it stands; best.pt: weights of the best validation epoch;
-                      best-EPOCH.pt: of what may take its place (soft thresholds), until the end
+                      best-EPOCH.pt: of what may take its place (`candidates`), until the end
     epochs.csv        one row per epoch; tensorboard/ shows the same
     topology.csv      one row per change of the masks in dynamic sparse training
     levels.csv        one row per density of an iteratively pruned run; levels/: masks, weights
@@ -14,9 +14,10 @@
     density.csv       one row per layer; layers.json: the same for --er-sparsity-file
     ratios.json       the layer-wise ratio that a pruner found in this run; search.json: its FLOPs
     curves.png        curves, and the density per layer
-    dense_weights.pt  soft thresholds, edge-popup: the weights as a plain network has them
+    dense_weights.pt  the weights as a plain network has them, where layers compute with others
+                      than their own (`effective`)
     export/           what startsparse.export writes
-    sources/          what --start-from, --er-sparsity-file and --target-expt-name gave, by option
+    sources/          what other runs and files gave, by option
     summary.json      the result; a run that has it is finished
 """
 
@@ -55,6 +56,7 @@ FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "
 FREE |= {"workers", "multigpu", "compile", "sparse_compute"}
 
 SOURCES = "sources"  # folder in the run folder
+PLAIN_WEIGHTS = "dense_weights.pt"
 
 
 class Run:

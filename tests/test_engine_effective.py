@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ER_SLT.edge_popup import popup, set_density
+from startsparse.effective import replace_layers
 from startsparse.engine import choice, winograd
 from startsparse.engine.choice import choose
 from startsparse.engine.compaction import CompactedProduct, nonzero
@@ -22,7 +23,7 @@ from startsparse.engine.layers import Product
 from startsparse.engine.maps import Space, to_map
 from startsparse.engine.network import SparseForm
 from startsparse.masks import attach_masks, draw_masks, kept, masked_weights, sparse_layers
-from STR.thresholds import soften
+from STR.thresholds import SoftThresholded
 
 SHAPE = 3, 6, 6
 KINDS = ("soft", "soft in a mask", "popup", "popup in a mask", "popup in a mask, global")
@@ -47,7 +48,7 @@ def network(kind, biases=True, dtype=torch.float64):
         attach_masks(model, draw_masks(shapes, [0.5] * len(shapes), 1, "bernoulli"))
     masks = {name: mask for name, _, mask in masked_weights(model)}
     if "soft" in kind:
-        soften(model, -2.5, "sigmoid")
+        replace_layers(model, SoftThresholded, -2.5, "sigmoid")
         attach_masks(model, masks)
     else:
         popup(model, 1, ranking="global" if "global" in kind else "layer")
