@@ -13,6 +13,7 @@ from startsparse import flow
 from startsparse.errors import UserError
 from startsparse.masks import (
     density_table,
+    gradient,
     keep_inside,
     mask_gradients,
     masked_weights,
@@ -96,7 +97,7 @@ class DynamicSparse(Method):
     def after_backward(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """An update, where one is due."""
         options, fraction = self.options, self.drop_fraction(step)
-        if fraction > 0 and self.growth.accumulate:
+        if fraction > 0 and self.growth and self.growth.accumulate:
             self.growth.accumulate(model, options.momentum)
         if not self.moves_masks(step):
             return
@@ -118,9 +119,9 @@ class DynamicSparse(Method):
         if options.flow_preservation == "always":
             preserve_flow(model, options.seed, step)
         for name, _, mask in masked_weights(model):
-            model.get_submodule(name).ever_active |= mask
+            model.get_submodule(name).get_buffer("ever_active").logical_or_(mask)
         keep_inside(model, optimizer)
-        mask_gradients([w.grad for _, w, _ in masked_weights(model)], list(before.values()))
+        mask_gradients([gradient(w) for _, w, _ in masked_weights(model)], list(before.values()))
         row = {"step": step, "epoch": step // self.plan.per_epoch + 1, "drop_fraction": fraction}
         self.report(row | describe(model, before), step)
 
@@ -151,7 +152,7 @@ def update(
         for name, weight, mask in masked_weights(model):
             layer = layers[name]
             growing = GROWTH[growth].score(layer, generator(seed, f"grow/{name}", 0, step))
-            allowed = layer.initial_mask if within_initial else None
+            allowed = layer.get_buffer("initial_mask") if within_initial else None
             try:
                 drop_and_grow(mask, PRUNE[prune](weight), growing, fraction, allowed)
             except ValueError as error:
@@ -191,12 +192,13 @@ def describe(model: nn.Module, before: dict[str, torch.Tensor]) -> dict[str, flo
     inside_initial: share of the mask that lies in the initial one; dead_units: without an incoming
     or an outgoing edge.
     """
-    layers, counts = sparse_layers(model), []
+    sizes = []
     for name, _, mask in masked_weights(model):
-        old, layer = before[name], layers[name]
-        sets = (old & ~mask, mask & ~old, mask, mask & layer.initial_mask, layer.ever_active)
-        counts.append(torch.stack([torch.count_nonzero(s) for s in sets]))
-    counts = torch.stack(counts).tolist()  # one wait for the device
+        old, layer = before[name], model.get_submodule(name)
+        first, ever = layer.get_buffer("initial_mask"), layer.get_buffer("ever_active")
+        sets = (old & ~mask, mask & ~old, mask, mask & first, ever)
+        sizes.append(torch.stack([torch.count_nonzero(s) for s in sets]))
+    counts = torch.stack(sizes).tolist()  # one wait for the device
     dropped, grown, kept, inside, active = (sum(column) for column in zip(*counts))
     total = density_table(model).iloc[-1]
     dense = int(total["kept"]) - kept  # layers without a mask

@@ -97,7 +97,7 @@ def network(
     """
     model, requested = plan(options, images.shape)
     init_weights(model, options.init, options.seed)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     spent = 0.0
     if not options.sparse:
         return model, {}, spent

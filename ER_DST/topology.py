@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from startsparse import scores
-from startsparse.masks import masked_weights
+from startsparse.masks import SparseLayer, gradient, masked_weights
 from startsparse.method import When
 from startsparse.pruning import layer_counts, weights_left
 from startsparse.schedules import cosine, cubic
@@ -38,33 +38,33 @@ class Growth(NamedTuple):
             grow no more; adds to the buffer ``growth_state``, like the weight, of masked layers.
     """
 
-    score: Callable[[nn.Module, torch.Generator], Tensor]
+    score: Callable[[SparseLayer, torch.Generator], Tensor]
     dense_gradients: When = "never"
     accumulate: Callable[[nn.Module, float], None] | None = None
 
 
-def _random(layer: nn.Module, draw: torch.Generator) -> Tensor:
+def _random(layer: SparseLayer, draw: torch.Generator) -> Tensor:
     """Chance (SET, Mocanu et al. 2018)."""
     return torch.rand(layer.weight.shape, generator=draw).to(layer.weight.device)
 
 
-def _gradient(layer: nn.Module, _: torch.Generator) -> Tensor:
+def _gradient(layer: SparseLayer, _: torch.Generator) -> Tensor:
     """|dL/dw| of this step's batch, dense (RigL, Evci et al. 2020)."""
-    return layer.weight.grad.abs()
+    return gradient(layer.weight).abs()
 
 
-def _momentum(layer: nn.Module, _: torch.Generator) -> Tensor:
+def _momentum(layer: SparseLayer, _: torch.Generator) -> Tensor:
     """|momentum| of the dense gradient (sparse momentum, Dettmers & Zettlemoyer 2019)."""
-    return layer.growth_state.abs()
+    return layer.get_buffer("growth_state").abs()
 
 
 @torch.no_grad()
 def add_to_momentum(model: nn.Module, factor: float) -> None:
     """growth_state <- factor growth_state + gradient, in every masked layer."""
-    layers = [model.get_submodule(name) for name, _, _ in masked_weights(model)]
-    sums = [layer.growth_state for layer in layers]
+    masked = [(model.get_submodule(name), weight) for name, weight, _ in masked_weights(model)]
+    sums = [layer.get_buffer("growth_state") for layer, _ in masked]
     torch._foreach_mul_(sums, factor)
-    torch._foreach_add_(sums, [layer.weight.grad for layer in layers])
+    torch._foreach_add_(sums, [gradient(weight) for _, weight in masked])
 
 
 # --growth

@@ -106,7 +106,7 @@ def warn_of_small_logits(model: nn.Module, train: data.AnyBatches, options: SLTO
         )
 
 
-def next_level(trainer: Trainer, *, level: int, density: float) -> None:
+def next_level(trainer: Trainer[SLTOptions], *, level: int, density: float) -> None:
     """Record the level that was just trained; the next one has ``density``."""
     last = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     record_level(trainer, level=level)
@@ -114,7 +114,7 @@ def next_level(trainer: Trainer, *, level: int, density: float) -> None:
     set_density(trainer.model, density)
 
 
-def record_level(trainer: Trainer, *, level: int) -> dict[str, float]:
+def record_level(trainer: Trainer[SLTOptions], *, level: int) -> dict[str, float]:
     """Test what a level found and keep its ticket; a row of levels.csv.
 
     Columns: level; requested and density, share of all weights; kept, weights used, and
@@ -167,7 +167,7 @@ def lasting(options: SLTOptions) -> dict:
     return plain_values(dataclasses.replace(options, **free))
 
 
-def count_gradients(trainer: Trainer) -> None:
+def count_gradients(trainer: Trainer[SLTOptions]) -> None:
     """Add the gradients of scores that are not kept to the FLOPs of the level that was trained.
 
     `Trainer` counts those of the weights in use; scores learn in all of the random mask. At the
@@ -201,7 +201,7 @@ def score_statistics(model: nn.Module) -> dict[str, float]:
     return dict(zip(("score_mean", "score_std", "score_min", "score_max"), values.tolist()))
 
 
-def try_shuffles(trainer: Trainer) -> dict[str, float]:
+def try_shuffles(trainer: Trainer[SLTOptions]) -> dict[str, float]:
     """--shuffle: test the network after each of several shuffles; rows of shuffles.csv.
 
     BatchNorm keeps the statistics of the ticket.

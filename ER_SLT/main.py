@@ -63,7 +63,7 @@ def train(options: SLTOptions) -> None:
     random_mask = masks.density_table(model, requested)
     pop_up(model, options)
     set_density(model, densities(options)[0])
-    model.to(devices[0], memory_format=torch.channels_last)
+    model.to(devices[0]).to(memory_format=torch.channels_last)
 
     with runs.open_run(options, folder) as run:
         warn_of_small_logits(model, images.train, options)
@@ -128,7 +128,7 @@ def evaluate(path: Path, argv: list[str]) -> None:
     masks.attach_masks(model, ticket.er_masks)
     pop_up(model, options)
     put_in_place(model, ticket)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     autocast = parallel.autocast(device, options.amp)
     found = training.evaluate(model, model, images.test, autocast, device)["accuracy"]
     agrees = "as" if found == told else f"but {told!r} is what"

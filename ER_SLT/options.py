@@ -46,7 +46,7 @@ class SLTOptions(Options):
         ""
     )
     """Name of the run"""
-    evaluate: Annotated[str, default_is("train")] = ""
+    evaluate: Annotated[str, default_is("train")] = ""  # type: ignore[assignment]  # no switch here
     """Do not train: print the test accuracy of this ticket file, or that of this run folder; the
     ticket says with which options"""
 

@@ -27,8 +27,6 @@ def phases(options: STROptions) -> list[Phase]:
     else, so momentum goes on; where weights go back, momentum that moved others says nothing.
     """
     keeps_momentum = options.rewind == "none"
-    policy = {"lr_policy": options.prune_scheduler, "lr_min": options.lr_min}
-    policy |= {"keeps_momentum": keeps_momentum}
     rise = options.warmup_epochs
     warm_up = Phase(
         "warm-up", rise, "constant", warmup=rise, drifts=options.effective, then=keep_rewind_point
@@ -37,7 +35,9 @@ def phases(options: STROptions) -> list[Phase]:
         Phase(
             f"level {level}",
             options.final_prune_epoch,
-            **policy,
+            options.prune_scheduler,
+            options.lr_min,
+            keeps_momentum=keeps_momentum,
             then=partial(next_level, level=level, density=density),
         )
         for level, density in enumerate(options.threshold_list)
@@ -53,7 +53,7 @@ def phases(options: STROptions) -> list[Phase]:
     return [warm_up, *levels, final] if rise else [*levels, final]
 
 
-def begin(trainer: Trainer) -> None:
+def begin(trainer: Trainer[STROptions]) -> None:
     """Keep the state in which a run with levels begins: initial.pt, and rewind.pt for now.
 
     With --start-from the initial.pt is that run's, if it has one: signs flip since initialisation.
@@ -67,7 +67,7 @@ def begin(trainer: Trainer) -> None:
         keep_rewind_point(trainer)
 
 
-def keep_rewind_point(trainer: Trainer) -> None:
+def keep_rewind_point(trainer: Trainer[STROptions]) -> None:
     """Keep the state that --rewind goes back to: rewind.pt."""
     checkpoint.save_by_rank_0(
         trainer.run.folder / "rewind.pt", {"model": trainer.model.state_dict()}
@@ -150,7 +150,7 @@ def start_from(model: nn.Module, options: STROptions) -> dict[str, float]:
     return densities(model)
 
 
-def prune_to(trainer: Trainer, *, level: int, density: float) -> None:
+def prune_to(trainer: Trainer[STROptions], *, level: int, density: float) -> None:
     """Shrink the masks to ``density`` by --pruner; pruning number ``level``, counted from 1."""
     model, options = trainer.model, trainer.options
     count = weights_left(model, density)
@@ -189,7 +189,7 @@ def take_masks(model: nn.Module, state: State) -> None:
     keep_inside(model)
 
 
-def next_level(trainer: Trainer, *, level: int, density: float) -> None:
+def next_level(trainer: Trainer[STROptions], *, level: int, density: float) -> None:
     """Record the level that was just trained, prune to the next density, and rewind."""
     last = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     record_level(trainer, level=level)
@@ -213,7 +213,7 @@ def next_level(trainer: Trainer, *, level: int, density: float) -> None:
     REWINDS[trainer.options.rewind](trainer.model, checkpoint.load(path, trainer.device)["model"])
 
 
-def record_level(trainer: Trainer, *, level: int) -> dict[str, float]:
+def record_level(trainer: Trainer[STROptions], *, level: int) -> dict[str, float]:
     """Test the selected weights of a level; a row of levels.csv, and levels/ has the details.
 
     Leaves the selected weights in place and returns what `Trainer.test` does.

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.start_from:
         requested = start_from(model, options)
     check_levels(model, options)
-    model.to(devices[0], memory_format=torch.channels_last)
+    model.to(devices[0]).to(memory_format=torch.channels_last)
 
     with runs.open_run(options, folder) as run:
         trainer = Trainer(model, images, options, run, devices, lambda: watched(model))

@@ -175,8 +175,9 @@ class STROptions(Options):
             names = ("summary.json", "options.yaml", runs.tested_weights(run).name, "initial.pt")
             found["start_from"] = {name: run / name for name in names if (run / name).exists()}
         if self.target_expt_name:
-            names = [f"levels/level-{level}.pt" for level, _ in enumerate(self.threshold_list, 1)]
-            found["target_expt_name"] = {n: Path(self.target_expt_name) / n for n in names}
+            levels = range(1, len(self.threshold_list) + 1)
+            masks = [f"levels/level-{level}.pt" for level in levels]
+            found["target_expt_name"] = {n: Path(self.target_expt_name) / n for n in masks}
         return found
 
     def decay(self, module: nn.Module, parameter: str) -> float:

@@ -10,7 +10,7 @@ them at exactly zero, at the price of one multiply per step and of nothing in th
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -45,7 +45,7 @@ def masked_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def draw_masks(
-    shapes: Mapping[str, Sequence[int]], densities: Sequence[float], seed: int, sampling: str
+    shapes: Mapping[str, Sequence[int]], densities: Collection[float], seed: int, sampling: str
 ) -> dict[str, Tensor]:
     """Random (Erdos-Renyi) masks, name -> bool tensor of that shape.
 
@@ -106,6 +106,12 @@ def keep_inside(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
             for state in optimizer.state.get(weight, {}).values():
                 if torch.is_tensor(state) and state.shape == weight.shape:
                     state.mul_(_factor(mask))
+
+
+def gradient(weight: Tensor) -> Tensor:
+    """The gradient of a weight, which a backward pass has left."""
+    assert weight.grad is not None
+    return weight.grad
 
 
 @torch.no_grad()

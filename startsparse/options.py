@@ -269,7 +269,7 @@ class Options(Meaning):
             raise OptionError("--evaluate: name the run to evaluate with --resume")
 
 
-def require_gpus(options: Options, name: str) -> None:
+def require_gpus(options: Any, name: str) -> None:
     """Raise `OptionError` unless the value lists GPUs, as in 0,1, or none."""
     value = getattr(options, name)
     if not re.fullmatch(r"(\d+(,\d+)*)?", value):
@@ -285,7 +285,7 @@ def require_distinct(options: Any, name: str) -> None:
 
 
 def require_range(
-    options: Options,
+    options: Any,
     name: str,
     *,
     low: float,

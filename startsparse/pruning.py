@@ -123,7 +123,7 @@ def _random_by(ratio: str) -> Callable[[nn.Module, int, Inputs], None]:
 
 
 def layer_counts(
-    ratio: str, shapes: Sequence[Sequence[int]], left: Sequence[int], count: int
+    ratio: str, shapes: Sequence[Sequence[int]], left: Sequence[float], count: int
 ) -> np.ndarray:
     """How many of the ``left`` weights of each layer stay, ``count`` in all.
 

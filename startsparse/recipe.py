@@ -24,7 +24,7 @@ def already_done(options: Options, folder: Path | None) -> bool:
         OptionError: it has none, and could not add it to results.csv.
     """
     done = None if folder is None or options.evaluate else runs.summary(folder)
-    if done:
+    if done and folder:
         log.info("%s", report.text(done, folder))
     elif not options.evaluate:
         runs.check_results_by_rank_0(options)

@@ -25,7 +25,7 @@ class StopSignal:
         agreed: the signal by which this process stops, after the same step as all others; 0: none.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.asked, self.agreed = 0, 0
         self._before: dict = {}
 

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import pandas as pd
 import torch
@@ -32,9 +33,11 @@ from startsparse.training import Learner, evaluate, means, new_sums, train_epoch
 
 log = logging.getLogger("startsparse")
 
+S = TypeVar("S", bound=Options)  # of a script
 
-class Trainer(Learner):
-    """A network in training, and all that its checkpoint holds.
+
+class Trainer(Learner, Generic[S]):
+    """A network in training, and all that its checkpoint holds; ``S`` is its options' class.
 
     Attributes:
         place: where the run stands.
@@ -49,7 +52,7 @@ class Trainer(Learner):
         self,
         model: nn.Module,
         data: Data,
-        options: Options,
+        options: S,
         run: Run,
         devices: list[torch.device],
         watch: Callable[[], dict[str, float]] = dict,
@@ -256,7 +259,7 @@ class Trainer(Learner):
         self.ledger.count(first + steps, phase.method)
         trained, valid = means(self.sums), self.evaluate(self.data.valid)
         total = density_table(self.model).iloc[-1]
-        row = {
+        row: dict[str, Any] = {
             "epoch": len(self.history) + 1,
             "phase": phase.name,
             "lr": rates[-1],

@@ -153,7 +153,7 @@ def _move_weights(
     method: Method,
     step: int,
     examples: int,
-    masked: list[tuple[nn.Parameter, Tensor]],
+    masked: list[tuple[Tensor, Tensor]],
 ) -> None:
     """From the gradients of this process's part of a batch to the weights after the step."""
     optimizer = learner.optimizer
@@ -212,7 +212,7 @@ def first_bad_layer(model: nn.Module, inputs: Tensor, autocast: torch.autocast) 
     bad = {name: not bool(p.isfinite().all()) for name, p in model.named_parameters()}
     if any(bad.values()):
         return "" if all(bad.values()) else f"weights of {next(n for n in bad if bad[n])}"
-    found = []
+    found: list[str] = []
 
     def look(name: str) -> Callable:
         def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:

@@ -12,6 +12,7 @@ Their metadata says what the network is: ``network`` (JSON, what `startsparse.mo
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -34,7 +35,7 @@ Facts = Mapping[str, str]
 
 
 def rebuild(
-    network: Mapping[str, object],
+    network: Mapping[str, Any],
     state: Mapping[str, Tensor],
     path: Path,
     adjacency: Tensor | None = None,
@@ -149,10 +150,16 @@ def write_onnx(path: Path, model: nn.Module, facts: Facts, shape: Sequence[int])
     import onnxruntime  # not of every installation: PACKAGES
 
     images = torch.randn(3, *shape[1:], generator=torch.Generator().manual_seed(1))
-    names = {"input_names": ["inputs"], "output_names": ["logits"]}
     program = torch.onnx.export(
-        model, (images,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False, **names
+        model,
+        (images,),
+        dynamo=True,
+        dynamic_shapes=({0: "batch"},),
+        verbose=False,
+        input_names=["inputs"],
+        output_names=["logits"],
     )
+    assert program is not None  # with dynamo
     program.model.metadata_props.update(facts)
     with replacing(path) as temporary:
         program.save(temporary, external_data=False)

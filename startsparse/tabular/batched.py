@@ -20,7 +20,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from startsparse import optimizers, training
 from startsparse.data.rows import Rows
 from startsparse.engine.network import SparseForm
-from startsparse.masks import keep_inside, mask_gradients, masked_weights
+from startsparse.masks import gradient, keep_inside, mask_gradients, masked_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +72,9 @@ def train_loop(
     for number, (model, rows) in enumerate(zip(models, parts)):
         keep_inside(model)
         optimizer = recipe.make_optimizer(model.parameters())
-        form = forms[number] if forms else model
-        learner = training.Learner(model, optimizer, forward=form)
-        with form.within(optimizer) if forms else contextlib.nullcontext():
+        form = forms[number] if forms else None
+        learner = training.Learner(model, optimizer, forward=form or model)
+        with form.within(optimizer) if form else contextlib.nullcontext():
             for epoch in range(epochs):
                 sums = training.new_sums(device)
                 training.train_epoch(
@@ -121,7 +121,7 @@ def train_batched(
             losses[epoch] += each.detach() * labels.shape[1]
             optimizer.zero_grad()
             each.sum().backward()  # the gradient of a sum is each network's own
-            mask_gradients([parameters[name].grad for name in weights], masks)
+            mask_gradients([gradient(parameters[name]) for name in weights], masks)
             optimizer.step()
         if not losses[epoch].isfinite().all():
             bad = int((~losses[epoch].isfinite()).int().argmax())
@@ -142,6 +142,11 @@ class _BatchNorm(nn.BatchNorm1d):
     Inside vmap PyTorch's own kernel sees the channels of all networks side by side, and its
     backward pass is a third of the whole step.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, F) -> (B, F)."""

@@ -24,7 +24,14 @@ from startsparse.atomic import write_text
 from startsparse.commandline import from_flags
 from startsparse.data import data_root
 from startsparse.data.rows import Rows
-from startsparse.masks import attach_masks, density_table, draw_masks, keep_inside, sparse_layers
+from startsparse.masks import (
+    attach_masks,
+    density_table,
+    draw_masks,
+    keep_inside,
+    masked_weights,
+    sparse_layers,
+)
 from startsparse.models import build, init_weights
 from startsparse.ratios import layer_densities
 from startsparse.tabular import batched, compute, tables
@@ -152,7 +159,7 @@ def measure(member: Member, density: float) -> dict:
     layers = density_table(member.model)
     total, layers = layers.iloc[-1], layers.iloc[:-1]
     labels = member.test.labels
-    masks = [layer.weight_mask for layer in sparse_layers(member.model).values()]
+    masks = [mask for _, _, mask in masked_weights(member.model)]
     member.first_masks[density] = masks[0].clone()
     return {
         "start": member.start,
