@@ -8,8 +8,8 @@ import torch
 from batched_runs import RECIPES, compare, networks, part
 from engine_runs import clock
 
-from startsparse.engine import build
 from startsparse.engine.choice import Seconds
+from startsparse.engine.kernels import kernels_for
 from startsparse.tabular import compute
 from startsparse.tabular.batched import train_loop
 from startsparse.tabular.compute import sparse_forms
@@ -88,7 +88,7 @@ def test_without_a_compiler_it_is_masked_and_said_once(monkeypatch, caplog, tmp_
     caplog.set_level(logging.INFO, "startsparse")
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path))
-    caches = build.library, compute._there_are_kernels
+    caches = kernels_for, compute._there_are_kernels
     for cache in caches:
         cache.cache_clear()
     for _ in range(2):

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from startsparse.engine import build, choice
 from startsparse.engine.choice import choose
+from startsparse.engine.kernels import kernels_for
 from startsparse.engine.lowering import UnsupportedError, lower
 from startsparse.engine.network import SparseForm
 from startsparse.masks import (
@@ -327,26 +328,26 @@ def test_dense_layers_are_not_tried():
 def test_without_a_compiler_it_is_said(compiler, reason, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path / "cache"))
-    build.library.cache_clear()
+    kernels_for.cache_clear()
     with pytest.raises(build.NoCompilerError, match=re.escape(reason)):
         SparseForm(network("mlp"), SHAPE)
     assert not list(tmp_path.rglob("*.so*"))
     monkeypatch.undo()
-    build.library.cache_clear()
+    kernels_for.cache_clear()
     SparseForm(network("mlp"), SHAPE)
 
 
 def test_kernels_are_built_once(monkeypatch, tmp_path):
     monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path))
-    build.library.cache_clear()
-    build.library(torch.float32)
+    kernels_for.cache_clear()
+    kernels_for(torch.float32)
     (built,) = tmp_path.iterdir()
     at = built.stat().st_mtime_ns
-    build.library.cache_clear()
+    kernels_for.cache_clear()
     monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("built again"))
-    build.library(torch.float32)
+    kernels_for(torch.float32)
     assert built.stat().st_mtime_ns == at
-    build.library.cache_clear()
+    kernels_for.cache_clear()
 
 
 @pytest.mark.parametrize("arch", WIDTHS)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from startsparse.effective import agree
 from startsparse.engine import memory
-from startsparse.engine.build import library
+from startsparse.engine.kernels import kernels_for
 from startsparse.engine.layers import Product
 from startsparse.engine.lowering import lower
 from startsparse.engine.single import SingleImage
@@ -44,7 +44,7 @@ class SparseForm:
         """
         self.model = model
         self.program = lower(model, shape)
-        library(next(model.parameters()).dtype)
+        kernels_for(next(model.parameters()).dtype)
         weakref.finalize(self, memory.release).atexit = False
         self.entered = False
         self._single: SingleImage | None = None
@@ -174,10 +174,10 @@ def _put_back(
     optimizer: torch.optim.Optimizer | None,
 ) -> None:  # fmt: skip
     """Undo `_take`."""
-    (shape, stride), places = vector.dense, flat.long()
+    (shape, stride), indices = vector.dense, flat.long()
 
     def dense(entries: Tensor) -> Tensor:
-        whole = torch.zeros(shape.numel(), dtype=entries.dtype).scatter_(0, places, entries)
+        whole = torch.zeros(shape.numel(), dtype=entries.dtype).scatter_(0, indices, entries)
         whole = whole.view(shape)
         if whole.stride() == stride:
             return whole

@@ -9,8 +9,9 @@ from torch import nn
 
 from startsparse.console import log
 from startsparse.data.rows import Rows
-from startsparse.engine.build import NoCompilerError, library
+from startsparse.engine.build import NoCompilerError
 from startsparse.engine.choice import Seconds, choose, cpu_seconds
+from startsparse.engine.kernels import kernels_for
 from startsparse.engine.network import SparseForm
 from startsparse.masks import density_table
 from startsparse.tabular.batched import FORMS, Recipe, train_loop
@@ -51,7 +52,7 @@ def sparse_forms(
 def _there_are_kernels(dtype: torch.dtype) -> bool:
     """Says why, if there are none; once."""
     try:
-        library(dtype)
+        kernels_for(dtype)
     except NoCompilerError as error:
         log.info("sparse compute: off, %s", error)
         return False
