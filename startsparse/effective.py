@@ -122,9 +122,9 @@ class EffectiveLayer(nn.Module):
 class _Conv2d(nn.Conv2d):
     """The forward pass of a convolution with an effective weight."""
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C', H', W']."""
-        return self._conv_forward(images, *self.effective())
+        return self._conv_forward(inputs, *self.effective())
 
 
 class _Linear(nn.Linear):

@@ -22,7 +22,7 @@ from startsparse.engine.entries import Window
 from startsparse.engine.layers import Product
 from startsparse.engine.maps import Space, to_map
 from startsparse.engine.network import SparseForm
-from startsparse.masks import attach_masks, draw_masks, kept, masked_weights, sparse_layers
+from startsparse.masks import active, attach_masks, draw_masks, masked_weights, sparse_layers
 from STR.thresholds import SoftThresholded
 
 SHAPE = 3, 6, 6
@@ -285,7 +285,7 @@ def test_the_choice_goes_by_the_effective_density(monkeypatch):
     with torch.no_grad():
         for layer in sparse_layers(model).values():
             layer.threshold_logit.fill_(-1.5)
-    assert 0.2 < kept(model[3]).float().mean() < 0.4
+    assert 0.2 < active(model[3]).float().mean() < 0.4
     all_are_chosen(form, monkeypatch)
 
 

@@ -17,7 +17,7 @@ from startsparse.engine.layers import Product
 from startsparse.engine.maps import Space, lanes, to_map
 from startsparse.engine.network import SparseForm
 from startsparse.engine.program import DenseProduct, Either
-from startsparse.masks import kept, mask_gradients, masked_weights
+from startsparse.masks import active, mask_gradients, masked_weights
 from startsparse.seeding import generator
 
 _TRIES = 5  # at most; the fastest counts, since other work on the machine only adds
@@ -110,7 +110,7 @@ def _work(form: SparseForm) -> float:
     """
     inside = every = 0
     for name, product in form.layers.items():
-        mask = kept(form.model.get_submodule(name))
+        mask = active(form.model.get_submodule(name))
         pixels = product.output.height * product.output.width
         most = min(1, winograd.break_even(product.window, product.input, product.output))
         inside += pixels * min(int(mask.count_nonzero()), most * mask.numel())

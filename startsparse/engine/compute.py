@@ -18,7 +18,7 @@ from startsparse.engine.build import NoCompilerError
 from startsparse.engine.choice import Choice, choose
 from startsparse.engine.lowering import UnsupportedError
 from startsparse.engine.network import SparseForm
-from startsparse.masks import can_be_sparse, kept, sparse_layers
+from startsparse.masks import active, can_be_sparse, sparse_layers
 
 log = logging.getLogger("startsparse")
 
@@ -143,7 +143,7 @@ class Compute:
         return not then or max(now / then, then / max(now, 1e-12)) > _CHANGE
 
     def _density_now(self) -> float:
-        masks = [kept(self.model.get_submodule(name)) for name in self.form.layers]
+        masks = [active(self.model.get_submodule(name)) for name in self.form.layers]
         return sum(int(m.count_nonzero()) for m in masks) / sum(m.numel() for m in masks)
 
     def _say(self) -> None:
