@@ -6,6 +6,7 @@ cd ER_DST && python main.py [--config FILE.yaml] [options]; --help lists them.
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import startsparse.threads  # noqa: F401 - before torch
@@ -13,11 +14,11 @@ import startsparse.threads  # noqa: F401 - before torch
 import torch
 from torch import nn
 
+from ER_DST.checks import check_flow, warn_of_thin_start
+from ER_DST.dynamic import phase, preserve_flow, remember
 from ER_DST.initializers import init_weights, ortho_repair
 from ER_DST.options import DSTOptions
 from ER_DST.sparse_inits import find_snip, pruner_ratio
-from ER_DST.topology import remember
-from ER_DST.updates import check_flow, phase, preserve_flow, warn_of_thin_start
 from startsparse import data, er, flops, masks, parallel, recipe, runs
 from startsparse.commandline import own_names, parse
 from startsparse.errors import OptionError
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(options: DSTOptions) -> None:
     """The run that ``options`` describe."""
-    folder = runs.find_run(options)
+    folder = runs.find_run_by_rank_0(options)
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
@@ -62,7 +63,8 @@ def train(options: DSTOptions) -> None:
         trainer.load()
         recipe.show_start(trainer, requested)
         warn_of_thin_start(model, options)
-        trainer.run_phases([phase(options, len(images.train))])
+        report = partial(trainer.add_row, "topology")
+        trainer.run_phases([phase(options, len(images.train), report)])
         result = trainer.test() | {"search_flops": spent}
         recipe.finish(trainer, options.requested, requested, result)
 
@@ -117,7 +119,7 @@ def network(
         for name, (before, after) in ortho_repair(model).items():
             log.info("ortho-repair: %s %.4g -> %.4g", name, before, after)
     if options.moves:
-        remember(model, momentum=options.grows and options.growth == "momentum")
+        remember(model, options.growth_rule)
     return model, requested, spent
 
 

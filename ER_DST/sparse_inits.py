@@ -13,7 +13,6 @@ from startsparse.masks import attach_masks, masked_weights, sparse_layers
 from startsparse.options import Options
 from startsparse.pruning import prune, weights_left
 from startsparse.schedules import geometric
-from startsparse.trainer import make_optimizer
 
 log = logging.getLogger("startsparse")
 
@@ -100,20 +99,21 @@ def _imp(model: nn.Module, options: Options, data: Data) -> float:
     forward, spent = _forward_flops(model, data), 0.0
     inputs = options.imp_epochs * (len(data.train) if data.shape.nodes else data.train.examples)
     for level, density in enumerate(densities):
-        optimizer = make_optimizer(model, options)
+        learner = training.Learner(
+            model,
+            options.make_optimizer(model),
+            autocast=parallel.autocast(device, options.amp),
+            label_smoothing=options.label_smoothing,
+            clip_norm=options.clip_norm,
+        )
         for epoch in range(level * options.imp_epochs, (level + 1) * options.imp_epochs):
             sums = training.new_sums(device)
             training.train_epoch(
-                model,
-                model,
+                learner,
                 data.train,
-                optimizer,
                 lambda _: options.lr,
+                sums,
                 epoch=epoch,
-                sums=sums,
-                autocast=parallel.autocast(device, options.amp),
-                label_smoothing=options.label_smoothing,
-                clip_norm=options.clip_norm,
                 title=f"ER_imp {level + 1}/{len(densities)}",
             )
         spent += inputs * flops.training(forward, flops.densities(model))

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from ER_SLT.edge_popup import count, found_masks, popup_layers, set_density
 from ER_SLT.initializers import has_batchnorm
 from ER_SLT.options import SLTOptions
-from ER_SLT.ticket import SHUFFLES, load_ticket, save_ticket, shuffled
+from ER_SLT.ticket import SHUFFLES, load_ticket, save_ticket_by_rank_0, shuffled
 from startsparse import checkpoint, data, flops
 from startsparse.commandline import plain_values
 from startsparse.masks import density_table, masked_weights
+from startsparse.phases import Phase
 from startsparse.runs import FREE
-from startsparse.trainer import Phase, Trainer
+from startsparse.trainer import Trainer
 
 log = logging.getLogger("startsparse")
 
@@ -140,16 +141,15 @@ def record_level(trainer: Trainer, *, level: int) -> dict[str, float]:
     }
     saved = folder / f"levels/level-{level}.safetensors"
     for path in (saved, folder / TICKET) if level == options.levels else (saved,):
-        save_ticket(path, model, {"options": lasting(options), **row})
+        save_ticket_by_rank_0(path, model, {"options": lasting(options), **row})
     if options.save_model:
-        checkpoint.save(saved.with_suffix(".pt"), {"model": model.state_dict()})
+        checkpoint.save_by_rank_0(saved.with_suffix(".pt"), {"model": model.state_dict()})
     trainer.run.write_table(f"levels/level-{level}.csv", table)
     before = load_ticket(saved.with_name(f"level-{level - 1}.safetensors")) if level > 1 else None
     row |= {"overlap": overlap(found, before.found) if before else math.nan}
     row |= score_statistics(model)
-    trainer.tables.setdefault("levels", []).append(row)
+    trainer.add_row("levels", row, level)
     trainer.write_tables()
-    trainer.run.show("levels", row, level)
     log.info(
         "level %d at density %.6f: test %.2f %%, dead units %d%s",
         level,
@@ -175,11 +175,11 @@ def count_gradients(trainer: Trainer) -> None:
     """
     inside = {name: mask.double().mean().item() for name, _, mask in masked_weights(trainer.model)}
     per_step = sum(
-        (inside.get(name, 1.0) - used) * trainer.forward_flops[name]
+        (inside.get(name, 1.0) - used) * trainer.ledger.forward[name]
         for name, used in flops.densities(trainer.model).items()
     )
     steps = trainer.options.epochs * len(trainer.data.train)
-    trainer.flops["training"] += steps * per_step
+    trainer.ledger.training += steps * per_step
 
 
 def overlap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

@@ -13,7 +13,7 @@ import startsparse.threads  # noqa: F401 - before torch
 import torch
 from torch import nn
 
-from ER_SLT.edge_popup import plain_state, popup, set_density
+from ER_SLT.edge_popup import popup, set_density
 from ER_SLT.initializers import init_weights
 from ER_SLT.levels import (
     TICKET,
@@ -26,7 +26,7 @@ from ER_SLT.levels import (
 )
 from ER_SLT.options import SLTOptions
 from ER_SLT.ticket import load_ticket, put_in_place
-from startsparse import checkpoint, data, er, flops, masks, parallel, recipe, runs, training
+from startsparse import data, er, flops, masks, parallel, recipe, runs, training
 from startsparse.commandline import from_values, glance, own_names, parse
 from startsparse.errors import OptionError, UserError
 from startsparse.processes import run_script
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None, kind: type[SLTOptions] = SLTOptions)
 
 def train(options: SLTOptions) -> None:
     """The run that ``options`` describe."""
-    folder = runs.find_run(options)
+    folder = runs.find_run_by_rank_0(options)
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
@@ -75,7 +75,6 @@ def train(options: SLTOptions) -> None:
         trainer.run_phases(phases(options))
 
         result = record_level(trainer, level=options.levels)
-        checkpoint.save(run.folder / "dense_weights.pt", {"model": plain_state(model)})
         if options.shuffle:
             result |= try_shuffles(trainer)
         asked = dict.fromkeys(requested, options.sparsity)

@@ -11,8 +11,9 @@ from startsparse.data import first_batch
 from startsparse.errors import OptionError, UserError
 from startsparse.flops import densities
 from startsparse.masks import density_table, keep_inside, masked_weights
+from startsparse.phases import Phase
 from startsparse.pruning import prune, weights_left
-from startsparse.trainer import Phase, Trainer
+from startsparse.trainer import Trainer
 from STR.options import STROptions
 from STR.rewinds import REWINDS, State, flipped
 
@@ -30,7 +31,7 @@ def phases(options: STROptions) -> list[Phase]:
     policy |= {"keeps_momentum": keeps_momentum}
     rise = options.warmup_epochs
     warm_up = Phase(
-        "warm-up", rise, "constant", warmup=rise, drifts=options.soft, then=keep_rewind_point
+        "warm-up", rise, "constant", warmup=rise, drifts=options.effective, then=keep_rewind_point
     )
     levels = [
         Phase(
@@ -46,7 +47,7 @@ def phases(options: STROptions) -> list[Phase]:
         options.epochs,
         options.lr_policy,
         options.lr_min,
-        drifts=options.soft,
+        drifts=options.effective,
         keeps_momentum=keeps_momentum,
     )
     return [warm_up, *levels, final] if rise else [*levels, final]
@@ -62,13 +63,15 @@ def begin(trainer: Trainer) -> None:
         before = trainer.run.source("start_from") / "initial.pt"
         if trainer.options.start_from and before.exists():
             state = checkpoint.load(before)
-        checkpoint.save(trainer.run.folder / "initial.pt", state)
+        checkpoint.save_by_rank_0(trainer.run.folder / "initial.pt", state)
         keep_rewind_point(trainer)
 
 
 def keep_rewind_point(trainer: Trainer) -> None:
     """Keep the state that --rewind goes back to: rewind.pt."""
-    checkpoint.save(trainer.run.folder / "rewind.pt", {"model": trainer.model.state_dict()})
+    checkpoint.save_by_rank_0(
+        trainer.run.folder / "rewind.pt", {"model": trainer.model.state_dict()}
+    )
 
 
 def check_levels(model: nn.Module, options: STROptions) -> None:
@@ -234,7 +237,7 @@ def record_level(trainer: Trainer, *, level: int) -> dict[str, float]:
     trainer.tables.setdefault("levels", []).append(row)
     trainer.write_tables()
     trainer.run.write_table(f"levels/level-{level}.csv", table)
-    checkpoint.save(folder / f"levels/level-{level}.pt", {"model": model.state_dict()})
+    checkpoint.save_by_rank_0(folder / f"levels/level-{level}.pt", {"model": model.state_dict()})
     log.info(
         "level %d at density %.6f: test %.2f %%, dead units %d, signs flipped %.2f %%",
         level,

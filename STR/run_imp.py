@@ -37,7 +37,7 @@ class SweepOptions:
 
     config: str = str(CONFIGS / "largescale/resnet18-cifar-str-1.yaml")
     """YAML file of the runs"""
-    set: Annotated[choice(("", *SETS)), default_is("the config's")] = ""
+    set: Annotated[str, choice(("", *SETS)), default_is("the config's")] = ""
     """Data set"""
     seeds: tuple[int, ...] = (1,)
     """Seeds"""
@@ -74,7 +74,7 @@ class SweepOptions:
 
     def check(self) -> None:
         """Raise `OptionError` for values that cannot be meant; names the option."""
-        if processes.count() > 1:
+        if processes.world_size() > 1:
             raise OptionError("torchrun: is for main.py; a sweep starts its own runs, see --jobs")
         require_range(self, "keep", low=0, high=1, open_low=True, open_high=True)
         require_range(self, "target", low=0, high=1, open_low=True)

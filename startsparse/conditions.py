@@ -6,6 +6,7 @@ import torch
 
 from startsparse.data import NOT_FETCHED, OWN_PARTS, SHAPES, WITHOUT_FILES
 from startsparse.fields import Condition
+from startsparse.optimizers import OPTIMIZERS
 
 MASK = Condition(lambda o: o.draws_mask, "{o.no_mask}")
 CLIPS = Condition(
@@ -15,7 +16,7 @@ FILE = Condition(
     lambda o: o.er_sparse_method in o.file_methods, "without --er-sparse-method {o.takes_file}"
 )
 DENSE = Condition(lambda o: o.keeps_dense, "{o.no_mask}")
-SGD = Condition(lambda o: o.optimizer == "sgd", "with --optimizer {o.optimizer}")
+SGD = Condition(lambda o: OPTIMIZERS[o.optimizer].momentum, "with --optimizer {o.optimizer}")
 IMAGES = Condition(lambda o: SHAPES[o.set].size > 1, "with --set {o.set}, which has no images")
 AUGMENTED = Condition(lambda o: o.augment, "with --no-augment")
 PADDED = Condition(lambda o: o.set != "imagenet", "with --set imagenet, whose crops lie inside")
@@ -128,7 +129,7 @@ class Meaning:
     @property
     def uses_momentum(self) -> bool:
         """Whether something is averaged with --momentum."""
-        return self.optimizer == "sgd"
+        return OPTIMIZERS[self.optimizer].momentum
 
     @property
     def obstacle(self) -> str:

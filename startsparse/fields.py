@@ -26,8 +26,10 @@ def flag(name: str) -> str:
 # --- types ----------------------------------------------------------------------------------------
 
 
-def choice(names: Iterable[str], aliases: Mapping[str, str] | None = None) -> Any:
-    """The type of an option that takes one of ``names``, or an alias of one."""
+def choice(
+    names: Iterable[str], aliases: Mapping[str, str] | None = None
+) -> PrimitiveConstructorSpec[str]:
+    """The values of an option: one of ``names``, or an alias of one. Part of its Annotated type."""
     names = tuple(names)
     table = {normal(name): name for name in names}
     table.update({normal(alias): name for alias, name in (aliases or {}).items()})
@@ -37,14 +39,13 @@ def choice(names: Iterable[str], aliases: Mapping[str, str] | None = None) -> An
             raise ValueError(f"'{strings[0]}' is none of {', '.join(n or repr(n) for n in names)}")
         return table[normal(strings[0])]
 
-    spec = PrimitiveConstructorSpec(
+    return PrimitiveConstructorSpec(
         nargs=1,
         metavar="{" + ",".join(filter(None, names)) + "}",
         instance_from_str=convert,
         is_instance=lambda value: value in names,
         str_from_instance=lambda value: [value],
     )
-    return Annotated[str, spec]
 
 
 def also(*flags: str) -> Any:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from startsparse.console import number
+from startsparse.effective import EffectiveLayer
 from startsparse.seeding import generator
 
 SAMPLINGS = ("bernoulli", "exact")
@@ -76,11 +77,18 @@ def round_to_total(expected: Sequence[float]) -> np.ndarray:
 
 
 def attach_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Put each mask beside the weight of its layer and zero the weight outside it."""
+    """Put each mask beside the weight of its layer and zero the weight outside it.
+
+    Raises:
+        TypeError: a layer computes with another weight, which is not zero there.
+    """
     layers = sparse_layers(model)
     for name, mask in masks.items():
         layers[name].register_buffer("weight_mask", mask.to(layers[name].weight.device))
     keep_inside(model)
+    for layer in map(layers.get, masks):
+        if isinstance(layer, EffectiveLayer):
+            layer.check()
 
 
 @torch.no_grad()
@@ -111,12 +119,12 @@ def _factor(mask: Tensor) -> Tensor:
 
 def can_be_sparse(layer: nn.Module) -> bool:
     """Whether some weights of ``layer`` may not take part: it has a mask or an effective weight."""
-    return hasattr(layer, "effective_weight") or getattr(layer, "weight_mask", None) is not None
+    return isinstance(layer, EffectiveLayer) or getattr(layer, "weight_mask", None) is not None
 
 
 def kept(layer: nn.Module) -> Tensor:
     """Bool tensor: which weights of ``layer`` take part (mask, effective weight, or all)."""
-    if hasattr(layer, "effective_weight"):
+    if isinstance(layer, EffectiveLayer):
         return layer.effective_weight().detach() != 0
     mask = getattr(layer, "weight_mask", None)
     return torch.ones_like(layer.weight, dtype=torch.bool) if mask is None else mask

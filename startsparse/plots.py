@@ -11,7 +11,7 @@ import pandas as pd
 from startsparse.atomic import replacing
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import normal
-from startsparse.processes import by_first
+from startsparse.processes import by_rank_0
 from startsparse.results import OTHER_NAMES
 
 if TYPE_CHECKING:  # matplotlib is slow to import, and needed when a run has finished
@@ -91,8 +91,8 @@ def save(figure: "Figure", path: Path, dpi: int = 120) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-@by_first
-def plot_run(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
+@by_rank_0
+def plot_run_by_rank_0(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
     """A picture of a run: loss, accuracy, density over the epochs, and density per layer.
 
     Densities are logarithmic where some are below 0.1.

@@ -5,8 +5,8 @@ import logging
 
 import pytest
 import torch
-from test_batched import RECIPES, compare, networks, part
-from test_engine_network import clock
+from batched_runs import RECIPES, compare, networks, part
+from engine_runs import clock
 
 from startsparse.engine.choice import Seconds
 from startsparse.engine.kernels import kernels_for

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_readme import SCRIPTS, shown_names
+from option_names import SCRIPTS, shown_names
 
 import ER_DST.main
 import STR.main

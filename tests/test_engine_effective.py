@@ -4,16 +4,17 @@ import copy
 from functools import partial
 from unittest.mock import patch
 
+import engine_runs
 import pytest
-import test_engine_network
 import torch
 import torch.nn.functional as F
+from engine_runs import clock, equal_states, optimizer_of, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine_network import clock, equal_states, optimizer_of, step
 from torch import nn
 
 from ER_SLT.edge_popup import popup, set_density
+from startsparse.effective import replace_layers
 from startsparse.engine import choice, winograd
 from startsparse.engine.choice import choose
 from startsparse.engine.compaction import CompactedProduct, nonzero
@@ -22,7 +23,7 @@ from startsparse.engine.layers import Product
 from startsparse.engine.maps import Space, to_map
 from startsparse.engine.network import SparseForm
 from startsparse.masks import attach_masks, draw_masks, kept, masked_weights, sparse_layers
-from STR.thresholds import soften
+from STR.thresholds import SoftThresholded
 
 SHAPE = 3, 6, 6
 KINDS = ("soft", "soft in a mask", "popup", "popup in a mask", "popup in a mask, global")
@@ -47,7 +48,7 @@ def network(kind, biases=True, dtype=torch.float64):
         attach_masks(model, draw_masks(shapes, [0.5] * len(shapes), 1, "bernoulli"))
     masks = {name: mask for name, _, mask in masked_weights(model)}
     if "soft" in kind:
-        soften(model, -2.5, "sigmoid")
+        replace_layers(model, SoftThresholded, -2.5, "sigmoid")
         attach_masks(model, masks)
     else:
         popup(model, 1, ranking="global" if "global" in kind else "layer")
@@ -55,8 +56,8 @@ def network(kind, biases=True, dtype=torch.float64):
     return model.to(dtype, memory_format=torch.channels_last)
 
 
-batch = partial(test_engine_network.batch, shape=SHAPE)
-sparse_form = partial(test_engine_network.sparse_form, shape=SHAPE)
+batch = partial(engine_runs.batch, shape=SHAPE)
+sparse_form = partial(engine_runs.sparse_form, shape=SHAPE)
 
 
 def optimizer_state(optimizer):

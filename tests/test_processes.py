@@ -89,7 +89,7 @@ def test_what_is_wrong_is_said_once(tmp_path):
 
 
 def test_a_sweep_is_one_process(monkeypatch):
-    monkeypatch.setattr(processes, "_count", 2)
+    monkeypatch.setattr(processes._world, "size", 2)
     with pytest.raises(OptionError, match="torchrun: is for main.py"):
         run_imp.main(["--dry-run"])
 
@@ -135,8 +135,8 @@ def of(count, make):
     made = []
     for rank in range(count):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(processes, "_rank", rank)
-            patch.setattr(processes, "_count", count)
+            patch.setattr(processes._world, "rank", rank)
+            patch.setattr(processes._world, "size", count)
             made.append(make())
     return made
 

@@ -3,18 +3,14 @@
 import re
 import shlex
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import dst_runs
 import pytest
 import slt_runs
+from option_names import SCRIPTS, shown_names
 from script_runs import original_commands
 
-import ER_DST.main
-import ER_SLT.main
-import STR.main
-from ER_DST.options import DSTOptions
-from ER_SLT.options import CIFAROptions, SLTOptions
+from ER_SLT.options import CIFAROptions
 from startsparse.commandline import parse
 from startsparse.fields import normal
 from STR import run_imp
@@ -22,11 +18,6 @@ from STR.options import STROptions
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SCRIPTS = {
-    "STR": (STROptions, STR.main.CONFIGS),
-    "ER_DST": (DSTOptions, ER_DST.main.CONFIGS),
-    "ER_SLT": (SLTOptions, ER_SLT.main.CONFIGS),
-}
 
 
 def section(script):
@@ -43,19 +34,6 @@ def table(script):
             option = cells[0].strip("`") or option
             pairs += [(option, value) for value in re.findall(r"`(.*?)`", cells[1])]
     return pairs
-
-
-def shown_names(kind):
-    """Name on the command line -> field, and the values of a choice."""
-    names, choices = {}, {}
-    for field, hint in get_type_hints(kind, include_extras=True).items():
-        extras = get_args(hint)[1:]
-        name = next((e.name for e in extras if getattr(e, "name", None)), field)
-        names[normal(name)] = field
-        for extra in extras:
-            if str(getattr(extra, "metavar", "")).startswith("{"):
-                choices[normal(name)] = {normal(v) for v in extra.metavar.strip("{}").split(",")}
-    return names, choices
 
 
 NEEDS = {  # what an option, or a value of one, counts beside

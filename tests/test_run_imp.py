@@ -144,7 +144,7 @@ def in_this_process(monkeypatch):
 
     monkeypatch.setattr(jobs, "_launch", launch)
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    monkeypatch.setattr("startsparse.plots.plot_run", lambda *_: None)
+    monkeypatch.setattr("startsparse.plots.plot_run_by_rank_0", lambda *_: None)
     return started
 
 

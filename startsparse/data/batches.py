@@ -27,7 +27,7 @@ def parts(examples: int, batch_size: int, train: bool, start: int = 0) -> Iterat
     least, as BatchNorm needs them; where that is too much for some they have none, in that step.
     In evaluation the processes have whole batches in turn.
     """
-    rank, count = processes.rank(), processes.count()
+    rank, count = processes.rank(), processes.world_size()
     for step in range(start, steps(examples, batch_size, train)):
         first, last = step * batch_size, min((step + 1) * batch_size, examples)
         if train:

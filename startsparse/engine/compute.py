@@ -60,7 +60,7 @@ class Compute:
             return
         if not obstacle:
             try:
-                with processes.first_goes_ahead():  # it may have the kernels to build
+                with processes.all_after_rank_0():  # it may have the kernels to build
                     self.form = SparseForm(model, shape)
             except (UnsupportedError, NoCompilerError) as error:
                 obstacle = str(error)
@@ -90,7 +90,7 @@ class Compute:
         # What gained at a higher density gains more now.
         gain = self.form.computes if density < self._density else frozenset()
         batch = images()
-        found = processes.from_first(lambda: choose(self.form, batch, classes, gain))
+        found = processes.all_from_rank_0(lambda: choose(self.form, batch, classes, gain))
         self.form.compute_sparsely(found.computes)
         tried = not gain or bool(found.layers)
         if gain:

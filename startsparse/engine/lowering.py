@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from startsparse.effective import EffectiveLayer
 from startsparse.engine.compaction import CompactedProduct
 from startsparse.engine.entries import Window
 from startsparse.engine.layers import Affine, MaxPool, MeanPixels, Product
@@ -78,10 +79,9 @@ class _Lowering:
         target = node.target
         if node.op == "call_module":
             module = self.model.get_submodule(target)
+            plain = module.replaced if isinstance(module, EffectiveLayer) else type(module)
             for kind, types in _MODULES.items():
-                if type(module) in types or (
-                    isinstance(module, types) and _reparameterises(module)
-                ):
+                if plain in types:
                     return kind
             raise UnsupportedError(f"{target}: {type(module).__name__} has no sparse form")
         if target in _FUNCTIONS:
@@ -124,12 +124,12 @@ class _Lowering:
             raise UnsupportedError(f"{node.target}: a linear layer on pixels")
         output = window.output(input, layer.weight.shape[0])
         product, effective = Product(window, input, output), None
-        if _reparameterises(layer):
+        if isinstance(layer, EffectiveLayer):
             product = CompactedProduct(window, input, output, layer.zeros_learn)
         dense = DenseProduct(layer, window, input, output)
         both = Either(node.target, self.program.sparse, product, dense)
         self.program.products[node.target] = both
-        if _reparameterises(layer):
+        if isinstance(layer, EffectiveLayer):
             effective = self.program.effective[node.target] = Reparameterised(layer, both)
         name = self._value(node, output)
         self._emit(both, [value], name)
@@ -274,10 +274,6 @@ class _Lowering:
                 raise UnsupportedError("a padded convolution after a global average")
             if value != self.program.start:
                 out.border = max(out.border, window.border_out(input, out))
-
-
-def _reparameterises(layer: nn.Module) -> bool:
-    return hasattr(layer, "zeros_learn")
 
 
 _MODULES: dict[str, tuple[type[nn.Module], ...]] = {

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from startsparse.effective import EffectiveLayer
 from startsparse.engine.entries import Window
 from startsparse.engine.layers import Affine, Gradients, MaxPool, MeanPixels, Product, added
 from startsparse.engine.maps import Space, to_images, to_map
@@ -82,19 +83,19 @@ class Either:
 class Reparameterised:
     """A layer that computes with an effective weight, and where that goes.
 
-    Soft thresholds, say, or edge-popup. ``layer.effective()`` makes weight and bias anew for each
-    step, by autograd, from its parameters of the weight's shape and others. It does so entry by
-    entry, or by their order, so that it may take vectors of the entries of the mask instead.
-    ``layer.zeros_learn`` says whether the gradient of an effective weight that is zero counts.
+    Its ``effective()`` makes weight and bias anew for each step, by autograd. If it is
+    ``entrywise``, the sparse form has given it vectors of the entries of the mask.
     """
 
-    layer: nn.Module
+    layer: EffectiveLayer
     both: Either
     affine: Affine | None = None  # that adds the bias
 
     def compute(self) -> None:
         """Effective weight and bias, to be used in the steps."""
         weight, bias = self.layer.effective()
+        if self.both.now is self.both.sparse and not self.layer.entrywise:
+            weight = weight.reshape(-1).index_select(0, self.both.sparse.flat)
         self.both.sparse.values = self.both.dense.effective = weight
         if self.affine is not None:
             self.affine.bias = bias
