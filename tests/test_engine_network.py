@@ -217,15 +217,15 @@ def test_other_networks():
                 assert (getattr(mine, kind).grad - gradient).abs().max() < 1e-10, name
 
 
-@pytest.mark.parametrize(("sparse", "share"), [(0.5, 0.5), (0.97, 0.97), (2.0, None)])
-def test_the_choice_takes_the_faster_and_leaves_everything_as_it_was(monkeypatch, sparse, share):
+@pytest.mark.parametrize(("sparse", "ratio"), [(0.5, 0.5), (0.97, 0.97), (2.0, None)])
+def test_the_choice_takes_the_faster_and_leaves_everything_as_it_was(monkeypatch, sparse, ratio):
     clock(monkeypatch, 1.0, sparse)
     model = network("vgg11", density=0.1, dtype=torch.float32)
     before = copy.deepcopy(model.state_dict())
     form = SparseForm(model, SHAPE)
     found = choose(form, batch(32, torch.float32)[0], classes=10)
     assert found.layers == pytest.approx(dict.fromkeys(form.layers, 1 / sparse))
-    assert found.share == share
+    assert found.ratio == ratio
     assert form.computes == found.computes == (set(form.layers) if sparse < 0.95 else set())
     assert not form.entered
     for name, tensor in model.state_dict().items():

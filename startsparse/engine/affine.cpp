@@ -27,8 +27,8 @@ struct Pixels {
   bool partial(int64_t n) const { return n + 1 == blocks && last < lanes; }
 };
 
-// Maps of which a channel is prefetched, line by line, while another is computed: the same channel of
-// maps that are written, the next one of maps that are read.
+// Maps of which a channel is prefetched, line by line, while another is computed: of maps that are
+// written the same channel, of maps that are read the next one.
 template <bool written>
 class Prefetched {
  public:
@@ -95,11 +95,14 @@ inline void each_vector(const Pixels& p, F row, End end) {
 
 [[gnu::noinline]] double sum_of(const Channel& y, const Pixels& p) {
   Sum sum;
-  each_vector(p, [&](int64_t n, int64_t h) {
-    return [&sum, from = y.row(n, h)](int64_t i, int64_t r, int64_t part) {
-      sum.part[r][part] = sum.part[r][part] + Vec::loadu(from + i);
-    };
-  }, [&] { sum.close(); });
+  each_vector(
+      p,
+      [&](int64_t n, int64_t h) {
+        return [&sum, from = y.row(n, h)](int64_t i, int64_t r, int64_t part) {
+          sum.part[r][part] = sum.part[r][part] + Vec::loadu(from + i);
+        };
+      },
+      [&] { sum.close(); });
   return sum.all;  // images that are not there are zero
 }
 
@@ -107,14 +110,17 @@ inline void each_vector(const Pixels& p, F row, End end) {
                                        const Prefetched<true>& output, int64_t c) {
   const Vec centre(mean);
   Sum sum;
-  each_vector(p, [&](int64_t n, int64_t h) {
-    output.prefetch_line(c, n, h);
-    return [&, from = y.row(n, h), partial = p.partial(n)](int64_t i, int64_t r, int64_t part) {
-      Vec d = Vec::loadu(from + i) - centre;
-      if (partial) d = d * p.present_at(i);
-      sum.part[r][part] = at::vec::fmadd(d, d, sum.part[r][part]);
-    };
-  }, [&] { sum.close(); });
+  each_vector(
+      p,
+      [&](int64_t n, int64_t h) {
+        output.prefetch_line(c, n, h);
+        return [&, from = y.row(n, h), partial = p.partial(n)](int64_t i, int64_t r, int64_t part) {
+          Vec d = Vec::loadu(from + i) - centre;
+          if (partial) d = d * p.present_at(i);
+          sum.part[r][part] = at::vec::fmadd(d, d, sum.part[r][part]);
+        };
+      },
+      [&] { sum.close(); });
   return sum.all;
 }
 
@@ -156,21 +162,24 @@ struct Gradient {
 // Sums of g, and of g * (y - mean).
 template <Gate gate>
 [[gnu::noinline]] std::pair<double, double> gradient_sums(
-    const Channel& d_z, const Channel& z, const Channel& y, Scalar mean, Scalar scale,
-    Scalar shift, const Pixels& p, const Prefetched<true>& output, int64_t c) {
+    const Channel& d_z, const Channel& z, const Channel& y, Scalar mean, Scalar scale, Scalar shift,
+    const Pixels& p, const Prefetched<true>& output, int64_t c) {
   const Gradient<gate> gradient(scale, shift);
   const Vec centre(mean);
   Sum sums, products;
-  each_vector(p, [&](int64_t n, int64_t h) {
-    output.prefetch_line(c, n, h);
-    return [&, d = d_z.row(n, h), result = z.row(n, h), from = y.row(n, h)](
-               int64_t i, int64_t r, int64_t part) {
-      const Vec v = Vec::loadu(from + i);  // d_z is zero for images that are not there
-      const Vec g = gradient(Vec::loadu(d + i), v, result + i);
-      sums.part[r][part] = sums.part[r][part] + g;
-      products.part[r][part] = at::vec::fmadd(g, v - centre, products.part[r][part]);
-    };
-  }, [&] { sums.close(), products.close(); });
+  each_vector(
+      p,
+      [&](int64_t n, int64_t h) {
+        output.prefetch_line(c, n, h);
+        return [&, d = d_z.row(n, h), result = z.row(n, h), from = y.row(n, h)](
+                   int64_t i, int64_t r, int64_t part) {
+          const Vec v = Vec::loadu(from + i);  // d_z is zero for images that are not there
+          const Vec g = gradient(Vec::loadu(d + i), v, result + i);
+          sums.part[r][part] = sums.part[r][part] + g;
+          products.part[r][part] = at::vec::fmadd(g, v - centre, products.part[r][part]);
+        };
+      },
+      [&] { sums.close(), products.close(); });
   return {sums.all, products.all};
 }
 
@@ -214,8 +223,8 @@ inline void zero_borders(const Map& x, int64_t c) {
 
 extern "C" {
 
-// z = norm(y) (+ residual), then ReLU if asked for. `first` asks for y = ReLU(y + before) before all
-// that, in place; before: [channels], or nullptr for 0.
+// z = norm(y) (+ residual), then ReLU if `relu`. With `first`, y = ReLU(y + before) comes before
+// all that, in place; before: [channels], or nullptr for 0.
 void affine(Map y, bool first, const Scalar* before, Norm norm, Map residual, bool relu,
             int64_t last, Map z) {
   const Pixels p(y, last, std::max({y.border, residual.border, z.border}));
@@ -258,14 +267,15 @@ EXPORTED(affine)
 // needs it. d_y or d_residual may be d_z itself.
 void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, int64_t last, Map d_y,
                      Map d_residual, Scalar* d_gamma, Scalar* d_beta, Scalar* d_before) {
-  const Pixels p(y, last, std::max({d_z.border, z.border, y.border, d_y.border, d_residual.border}));
+  const Pixels p(y, last,
+                 std::max({d_z.border, z.border, y.border, d_y.border, d_residual.border}));
   const Prefetched<true> output({d_y});
   const Prefetched<false> input({d_z, z, y}), none({});
   const double count = p.count();
-  const auto sums_of = !relu   ? gradient_sums<Gate::open>
+  const auto sums_of = !relu    ? gradient_sums<Gate::open>
                        : z.data ? gradient_sums<Gate::by_z>
                                 : gradient_sums<Gate::by_y>;
-  const auto apply = !relu   ? gradient_channel<Gate::open>
+  const auto apply = !relu    ? gradient_channel<Gate::open>
                      : z.data ? gradient_channel<Gate::by_z>
                               : gradient_channel<Gate::by_y>;
   each_channel(y, [&](int64_t c) {
@@ -280,8 +290,8 @@ void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, in
       constant = -scale * sum / count;
     }
     zero_borders(d_y, c);
-    apply(d, result, from, mean, scale, shift, slope, constant, to, d_residual.channel(c), p,
-          input, c);
+    apply(d, result, from, mean, scale, shift, slope, constant, to, d_residual.channel(c), p, input,
+          c);
     if (first) {  // y is the output of that ReLU
       gradient_channel<Gate::by_z>(to, from, from, 0, 1, 0, 0, 0, to, {}, p, none, c);
       d_before[c] = sum_of(to, p);

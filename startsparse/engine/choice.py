@@ -25,8 +25,8 @@ _LONGEST = 0.2  # seconds after which one thing is tried no more, if it was twic
 _SHORTEST = 0.002  # seconds of a try: what is shorter is repeated, for the clock's sake
 _AGREE = 1.1  # the second fastest try over the fastest, at most
 _PIXELS = 1024  # positions of a map that a layer is tried on, if one block of images has as many
-_GAIN = 0.95  # a step of the sparse form must take at most this share of a dense one
-_HOPELESS = 0.8  # share of multiplications inside the masks from which nothing is tried
+_GAIN = 0.95  # a step of the sparse form must take at most this part of a masked one
+_HOPELESS = 0.8  # part of the multiplications inside the masks from which nothing is tried
 
 
 @dataclass
@@ -37,14 +37,14 @@ class Choice:
         layers: name -> how many times faster the layer is in the sparse form than in the masked
             network, None where repeats disagreed; tried layers only.
         computes: the layers that should compute sparsely; empty if the network is faster dense.
-        share: seconds of a step of the sparse form over those of the masked network, where that
+        ratio: seconds of a step of the sparse form over those of the masked network, where that
             was tried and repeats agreed.
         faster: the layers that are faster sparse than dense between others in the sparse form.
     """
 
     layers: dict[str, float | None]
     computes: frozenset[str]
-    share: float | None
+    ratio: float | None
     faster: frozenset[str] = frozenset()
 
 
@@ -104,7 +104,7 @@ def choose(
 
 
 def _work(form: SparseForm) -> float:
-    """Share of the layers' multiplications that are inside masks, not by effective zeros.
+    """Part of the layers' multiplications that are inside masks, not by effective zeros.
 
     No layer counts more than it would where it takes the same time with all its weights.
     """

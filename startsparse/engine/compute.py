@@ -126,7 +126,7 @@ class Compute:
 
     @contextmanager
     def sparse(self, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
-        """Within it, the sparse form computes, if it was chosen; afterwards the model is whole."""
+        """Within it, the sparse form computes, if it was chosen; then the model has its weights."""
         if self.form is None or not self.form.computes:
             yield
             return
@@ -134,7 +134,7 @@ class Compute:
             yield
 
     def switch(self, sparse: bool, optimizer: torch.optim.Optimizer) -> None:
-        """Inside `sparse`: make the model whole for a while, or go back."""
+        """Inside `sparse`: give the model its weights for a while, or go back."""
         if self.form is not None and self.form.computes:
             (self.form.enter if sparse else self.form.leave)(optimizer)
 
@@ -152,8 +152,8 @@ class Compute:
             log.info("sparse compute: not at density %.3g, it would be slower", self._density)
             return
         layers = f"{len(found.computes)} of {len(self.form.layers)} layers"
-        if found.share:
-            layers += f", a step takes {found.share:.2f} of the masked network's CPU time"
+        if found.ratio:
+            layers += f", a step takes {found.ratio:.2f} of the masked network's CPU time"
         log.info("sparse compute: %s", layers)
 
 

@@ -28,8 +28,8 @@ std::string signature(Result (*)(Arguments...)) {
   return type_name<Result>() + " (" + text + ")";
 }
 
-#define EXPORTED(function)                                     \
-  const char* function##_signature() {                         \
-    static const std::string text = signature(&function);      \
-    return text.c_str();                                       \
+#define EXPORTED(function)                                \
+  const char* function##_signature() {                    \
+    static const std::string text = signature(&function); \
+    return text.c_str();                                  \
   }

@@ -135,7 +135,7 @@ class Affine:
     """z = relu(y * scale + shift + residual), where scale and shift are those of a BatchNorm.
 
     ReLU and residual may be missing, and so may the BatchNorm: then ``shift`` is a bias or zero.
-    With ``relu_first``, relu(y + bias) takes the place of y.
+    With ``relu_first``, y is relu(y + bias) instead.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Affine:
         space: Space,
         relu_first: bool = False,
     ):
-        """``norm`` is a BatchNorm, whose running statistics are kept up to date here."""
+        """``norm`` is a BatchNorm, whose running statistics are updated here."""
         self.norm, self.bias, self.relu, self.relu_first = norm, bias, relu, relu_first
         self.input, self.output, self.residual = space, space, space
 

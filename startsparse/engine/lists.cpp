@@ -18,7 +18,7 @@ inline uint64_t word(const bool* mask, int64_t size) {
   return eight;
 }
 
-// f(place) for every place from begin to end where the mask is true.
+// f(index) for every index from begin to end where the mask is true.
 template <typename F>
 inline void each_true(const bool* mask, int64_t begin, int64_t end, F f) {
   for (int64_t i = begin; i < end; i += 8)
@@ -51,17 +51,17 @@ void count_entries(const bool* mask, int64_t rows, int64_t channels, int64_t tap
     for (int64_t row = row0; row < row1; row++)
       for (int64_t c = 0, block = 0; c < channels; c += size, block++) {
         const bool* from = mask + (row * channels + c) * taps;
-        const int64_t places = std::min(size, channels - c) * taps;
+        const int64_t numbers = std::min(size, channels - c) * taps;
         int32_t count = 0;
         int64_t i = 0;
-        for (; i + 8 <= places; i += 8) count += std::popcount(word(from + i, 8));
-        counts[block * rows + row] = count + std::popcount(word(from + i, places - i));
+        for (; i + 8 <= numbers; i += 8) count += std::popcount(word(from + i, 8));
+        counts[block * rows + row] = count + std::popcount(word(from + i, numbers - i));
       }
   });
 }
 EXPORTED(count_entries)
 
-// Fills flat, the place in the mask of each entry; first: [blocks * rows + 1] summed counts.
+// Fills flat, the index in the mask of each entry; first: [blocks * rows + 1] summed counts.
 void list_entries(const bool* mask, int64_t rows, int64_t channels, int64_t taps, int64_t size,
                   const int32_t* first, int32_t* flat) {
   at::parallel_for(0, rows, 8, [&](int64_t row0, int64_t row1) {
@@ -70,7 +70,7 @@ void list_entries(const bool* mask, int64_t rows, int64_t channels, int64_t taps
         const int64_t start = row * channels * taps, last = std::min(c + size, channels);
         int32_t* to = flat + first[block * rows + row];
         each_true(mask, start + c * taps, start + last * taps,
-                  [&](int64_t place) { *to++ = place; });
+                  [&](int64_t index) { *to++ = index; });
       }
   });
 }
@@ -80,11 +80,9 @@ EXPORTED(list_entries)
 
 namespace {
 
-// f(entry, (block of `size` rows, input channel)) for the forward entries whose tap is not `no_tap`:
-// by input channel, for the gradient of the input, where row and channel change places. Each block
-// of rows is done by one thread.
-constexpr int64_t no_tap = INT64_MIN;
-
+// f(entry, (block of `size` rows, input channel)) for the forward entries whose tap is not
+// `no_tap`: by input channel, for the gradient of the input, where row and channel are exchanged.
+// Each block of rows is done by one thread.
 template <typename F>
 inline void each_transposed(const Entries& forward, const int32_t* flat, int32_t channels,
                             int32_t taps, const int64_t* tap, int32_t size, F f) {
@@ -124,7 +122,7 @@ void list_transposed(Entries forward, const int32_t* flat, int32_t channels, int
 }
 EXPORTED(list_transposed)
 
-// Of entry e, whose place in the mask is f = flat[order[e]] (order nullptr: flat[e]): the input
+// Of entry e, whose index in the mask is f = flat[order[e]] (order nullptr: flat[e]): the input
 // channel is f / divisor % modulus, and begins at stride times that.
 void set_offsets(const int32_t* flat, const int32_t* order, int64_t entries, int64_t divisor,
                  int64_t modulus, int64_t stride, const int64_t* tap, int64_t taps,
@@ -142,9 +140,9 @@ EXPORTED(set_offsets)
 // List l has the entries from first[l] to first[l + 1]; entry e is at offset[e] and has the value
 // value[order[e]]. Fills the same of the entries that are left, where value_left[e] is the value of
 // entry e. Each list is done by one thread.
-void list_nonzero(const int32_t* first, const int32_t* offset, const int32_t* order, const Scalar* value,
-             int64_t lists, int32_t* first_left, int32_t* offset_left, int32_t* order_left,
-             Scalar* value_left) {
+void list_nonzero(const int32_t* first, const int32_t* offset, const int32_t* order,
+                  const Scalar* value, int64_t lists, int32_t* first_left, int32_t* offset_left,
+                  int32_t* order_left, Scalar* value_left) {
   first_left[0] = 0;
   at::parallel_for(0, lists, 64, [&](int64_t begin, int64_t end) {
     for (int64_t list = begin; list < end; list++) {

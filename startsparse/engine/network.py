@@ -177,11 +177,11 @@ def _put_back(
     (shape, stride), indices = vector.dense, flat.long()
 
     def dense(entries: Tensor) -> Tensor:
-        whole = torch.zeros(shape.numel(), dtype=entries.dtype).scatter_(0, indices, entries)
-        whole = whole.view(shape)
-        if whole.stride() == stride:
-            return whole
-        return torch.empty_strided(shape, stride, dtype=entries.dtype).copy_(whole)
+        weight = torch.zeros(shape.numel(), dtype=entries.dtype).scatter_(0, indices, entries)
+        weight = weight.view(shape)
+        if weight.stride() == stride:
+            return weight
+        return torch.empty_strided(shape, stride, dtype=entries.dtype).copy_(weight)
 
     parameter.data = dense(vector)
     if optimizer is not None:
@@ -194,7 +194,7 @@ def _exchange(
     new: nn.Parameter,
     convert: Callable[[Tensor], Tensor],
 ) -> None:
-    """Let ``optimizer`` hold ``new`` in the place of ``old``; state of its shape is converted."""
+    """Let ``optimizer`` hold ``new`` instead of ``old``; state of its shape is converted."""
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
     shape = old.shape

@@ -24,7 +24,7 @@ inline void each_channel(const Plane& z, F f) {
 
 extern "C" {
 
-// y: sy * sx planes in the place of each of x, of lines and pixels i, i + s, i + 2s, ...; x.height
+// y: sy * sx planes for each of x, of lines and pixels i, i + s, i + 2s, ...; x.height
 // and x.columns say how far x may be read, the rest is zero.
 void split(Plane x, int64_t sy, int64_t sx, Plane y) {
   each_channel(x, [&](int64_t c) {

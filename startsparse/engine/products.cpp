@@ -32,9 +32,9 @@ template <int64_t T, typename Bases>
 }
 
 template <int64_t T, typename Bases>
-[[gnu::noinline]] void weight_gradient_tile(const Scalar* in, const Scalar* d_out, const int64_t* from,
-                                    const int64_t* to, const int32_t* offset, Scalar* sums,
-                                    int64_t entries) {
+[[gnu::noinline]] void weight_gradient_tile(const Scalar* in, const Scalar* d_out,
+                                            const int64_t* from, const int64_t* to,
+                                            const int32_t* offset, Scalar* sums, int64_t entries) {
   Vec d[T][registers];
   const Bases at(in, from);
   for (int64_t t = 0; t < T; t++)
@@ -55,7 +55,8 @@ template <int64_t T, typename Bases>
 
 extern "C" {
 
-// value: [entries]; in, out: maps; every row is written at every position, or added to what is there.
+// value: [entries]; in, out: maps; every row is written at every position, or added to what is
+// there.
 void gather(const Scalar* in, Scalar* out, const Scalar* value, Entries entries, Positions at,
             bool add) {
   if (at.count == 0) return;
@@ -80,10 +81,11 @@ void gather(const Scalar* in, Scalar* out, const Scalar* value, Entries entries,
           if (count == 0 && !fresh) continue;
           const int32_t* offset = entries.offset + bounds[0];
           const Scalar* values = value + bounds[0];
-          each_tile<tile>(at, q0, q1, [&](auto t, auto bases, const int64_t* from, const int64_t* where) {
-            gather_tile<t, typename decltype(bases)::type>(in, to, from, where, offset, values,
-                                                           count, fresh);
-          });
+          each_tile<tile>(at, q0, q1,
+                          [&](auto t, auto bases, const int64_t* from, const int64_t* where) {
+                            gather_tile<t, typename decltype(bases)::type>(
+                                in, to, from, where, offset, values, count, fresh);
+                          });
         }
     }
   });
@@ -92,7 +94,7 @@ EXPORTED(gather)
 
 // gradient: [entries]; scratch: [scratch_size(entries, positions)].
 void weight_gradient(const Scalar* in, const Scalar* d_out, Scalar* gradient, Scalar* scratch,
-             Entries entries, Positions at) {
+                     Entries entries, Positions at) {
   const int64_t parts = std::min(entries.rows, int64_t(4 * at::get_num_threads()));
   // Of few positions all are done before the next row: so its sums stay in the cache.
   fit_group(at, entries.rows);
@@ -114,11 +116,12 @@ void weight_gradient(const Scalar* in, const Scalar* d_out, Scalar* gradient, Sc
           if (at.count <= few) own.resize(std::max<size_t>(own.size(), count * width));
           Scalar* sums = at.count <= few ? own.data() : scratch + bounds[0] * width;
           if (q0 == 0) std::fill(sums, sums + count * width, Scalar(0));
-          each_tile<tile>(at, q0, q1, [&](auto t, auto bases, const int64_t* from, const int64_t* where) {
-            weight_gradient_tile<t, typename decltype(bases)::type>(in, d, from, where, offset, sums, count);
-          });
-          if (q1 == at.count)
-            all_totals(sums, count, gradient + bounds[0]);
+          each_tile<tile>(at, q0, q1,
+                          [&](auto t, auto bases, const int64_t* from, const int64_t* where) {
+                            weight_gradient_tile<t, typename decltype(bases)::type>(
+                                in, d, from, where, offset, sums, count);
+                          });
+          if (q1 == at.count) all_totals(sums, count, gradient + bounds[0]);
         }
     }
   });

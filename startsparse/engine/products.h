@@ -6,10 +6,11 @@
 // input lies from that of the row's position. So every layer, of whatever kernel, stride and
 // padding, forward and backward, is one of two products over positions and entries:
 //
-//   gather:   out[row][position] = sum over entries of the row: value * in[position + offset]
-//   weights:  gradient of an entry = sum over positions: d_out[row][position] . in[position + its
-//             offset]
+//   gather:  out[row][position] = sum over entries of the row: value * in[position + offset]
+//   weight_gradient, of an entry = sum over positions: d_out[row][position] . in[position + offset]
 //
+// The first is a sparse matrix times a dense one (SpMM), the second a product of two dense matrices
+// that is computed only where there are entries (SDDMM).
 // (A row's positions in the output, and those in the input that its offsets start from, are lists.)
 //
 // Entries are sorted by (block of input channels, row), and a few positions are done at a time, so
@@ -73,20 +74,20 @@ inline void each_tile(const Positions& at, int64_t q0, int64_t q1, F f) {
 // Bytes of maps that are prefetched while as many are used: the second-level cache is to hold both.
 constexpr int64_t prefetched = 3 << 17;
 
-// Makes groups of positions small enough to be prefetched. If even a few are too large, or all stay in
-// the cache, none is.
+// Makes groups of positions small enough to be prefetched. If even a few are too large, or all stay
+// in the cache, none is.
 inline void fit_group(Positions& at, int64_t rows) {
-  constexpr int64_t least = 8;
+  constexpr int64_t least = sums;
   const uint64_t bytes = (at.channels + rows) * lanes * sizeof(Scalar);  // of a position
   const int64_t most = prefetched / bytes / least * least;
   if (most == 0 || at.count * bytes <= Map::large_size) at.channels = 0;
   if (at.channels) at.group = std::min(at.group, most);
 }
 
-// Prefetches what the positions from q0 to q1 read of the input, while others are computed: of all its
-// channels, in so many parts, of which this is one.
+// Prefetches what the positions from q0 to q1 read of the input, while others are computed: of all
+// its channels, in so many parts, of which this is one.
 [[gnu::always_inline]] inline void prefetch_input(const Scalar* in, const Positions& at, int64_t q0,
-                                               int64_t q1, int64_t part, int64_t parts) {
+                                                  int64_t q1, int64_t part, int64_t parts) {
   const int64_t first = at.channels * part / parts, last = at.channels * (part + 1) / parts;
   for (int64_t c = first; c < last; c++)
     for (int64_t q = q0; q < std::min(q1, at.count); q++)
@@ -96,8 +97,7 @@ inline void fit_group(Positions& at, int64_t rows) {
 // The same of a row of the output.
 template <bool written>
 [[gnu::always_inline]] inline void prefetch_row(const Scalar* row, const Positions& at, int64_t q0,
-                                             int64_t q1) {
+                                                int64_t q1) {
   for (int64_t q = q0; q < std::min(q1, at.count) && at.channels; q++)
     prefetch<written>(row + at.out[q], lanes);
 }
-

@@ -53,8 +53,8 @@ class _Copy:
 
     def refresh(self) -> None:
         if self.source._version != self._version:
-            whole = self.source.detach().reshape(-1)
-            torch.index_select(whole, 0, self.flat, out=self.values)
+            weight = self.source.detach().reshape(-1)
+            torch.index_select(weight, 0, self.flat, out=self.values)
             self._version = self.source._version
 
 
@@ -150,12 +150,12 @@ class SingleImage:
         sparse, effective = both.name in self.program.sparse, both.dense.effective
         shape = product.output.channels, product.input.channels, *product.window.kernel
         if effective is not None:
-            whole = effective.detach().reshape(-1)
+            weight = effective.detach().reshape(-1)
             if sparse:
                 flat = product.flat.long()
-                whole = whole.new_zeros(math.prod(shape)).scatter_(0, flat, whole)
-            listed = forward_entries((whole != 0).view(shape), product.input, blocked)
-            return listed, whole[listed.flat]
+                weight = weight.new_zeros(math.prod(shape)).scatter_(0, flat, weight)
+            listed = forward_entries((weight != 0).view(shape), product.input, blocked)
+            return listed, weight[listed.flat]
         if sparse and blocked and not product.whole:
             return product.entries, product.values.detach()
         mask = getattr(layer, "weight_mask", None)

@@ -7,15 +7,15 @@
 namespace {
 
 constexpr int64_t tile = std::max<int64_t>(1, 4 / registers);  // positions at a time
-constexpr int64_t group = 64;  // positions before the next rows
+constexpr int64_t group = 64;                                  // positions before the next rows
 constexpr int64_t block = 144;  // weights of a row before the next positions
 
 // R rows of weights, each four numbers after the last: weight[k * rows_at_once + row].
 template <int64_t R, int64_t T, typename Bases>
 [[gnu::noinline]] void whole_gather_tile(const Scalar* in, Scalar* out, int64_t row_stride,
                                          const int64_t* from, const int64_t* to,
-                                         const int32_t* offset, const Scalar* weight,
-                                         int64_t count, bool fresh) {
+                                         const int32_t* offset, const Scalar* weight, int64_t count,
+                                         bool fresh) {
   Vec sum[R][T][registers];
   const Bases at(in, from);
   for (int64_t row = 0; row < R; row++)
@@ -43,9 +43,9 @@ template <int64_t R, int64_t T, typename Bases>
 
 template <int64_t R, int64_t T, typename Bases>
 [[gnu::noinline]] void whole_weight_gradient_tile(const Scalar* in, const Scalar* d_out,
-                                          int64_t row_stride, const int64_t* from,
-                                          const int64_t* to, const int32_t* offset, Scalar* sums,
-                                          int64_t count) {
+                                                  int64_t row_stride, const int64_t* from,
+                                                  const int64_t* to, const int32_t* offset,
+                                                  Scalar* sums, int64_t count) {
   Vec d[R][T][registers];
   const Bases at(in, from);
   for (int64_t row = 0; row < R; row++)
@@ -59,8 +59,7 @@ template <int64_t R, int64_t T, typename Bases>
     for (int64_t t = 0; t < T; t++)
       for (int64_t r = 0; r < registers; r++) {
         const Vec x = Vec::loadu(at.base(t) + offset[k] + r * width);
-        for (int64_t row = 0; row < R; row++)
-          sum[row] = at::vec::fmadd(d[row][t][r], x, sum[row]);
+        for (int64_t row = 0; row < R; row++) sum[row] = at::vec::fmadd(d[row][t][r], x, sum[row]);
       }
     for (int64_t row = 0; row < R; row++) sum[row].store(sums + (k * rows_at_once + row) * width);
   }
@@ -97,12 +96,12 @@ void whole_gather(const Scalar* in, Scalar* out, const Scalar* weight, const int
           each_row(rows - four * rows_at_once, [&](auto R, int64_t row) {
             const Scalar* w = weight + (four * count + k) * rows_at_once + row;
             Scalar* to = out + (four * rows_at_once + row) * at.row_stride;
-            each_tile<tile>(
-                at, q0, q1, [&](auto T, auto bases, const int64_t* from, const int64_t* where) {
-                  whole_gather_tile<R, T, typename decltype(bases)::type>(
-                      in, to, at.row_stride, from, where, offset + k, w,
-                      std::min(block, count - k), k == 0 && !add);
-                });
+            each_tile<tile>(at, q0, q1,
+                            [&](auto T, auto bases, const int64_t* from, const int64_t* where) {
+                              whole_gather_tile<R, T, typename decltype(bases)::type>(
+                                  in, to, at.row_stride, from, where, offset + k, w,
+                                  std::min(block, count - k), k == 0 && !add);
+                            });
           });
     }
   });
@@ -111,7 +110,7 @@ EXPORTED(whole_gather)
 
 // gradient: [rows / 4, count, 4]; scratch: whole_scratch_size(count, rows) numbers.
 void whole_weight_gradient(const Scalar* in, const Scalar* d_out, Scalar* gradient, Scalar* scratch,
-                   const int32_t* offset, int64_t count, int64_t rows, Positions at) {
+                           const int32_t* offset, int64_t count, int64_t rows, Positions at) {
   const int64_t fours = (rows + rows_at_once - 1) / rows_at_once;
   const int64_t parts = std::min(fours, int64_t(4 * at::get_num_threads()));
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
@@ -124,13 +123,12 @@ void whole_weight_gradient(const Scalar* in, const Scalar* d_out, Scalar* gradie
           each_row(rows - four * rows_at_once, [&](auto R, int64_t row) {
             Scalar* sums = scratch + (four * size + k * rows_at_once + row) * width;
             const Scalar* d = d_out + (four * rows_at_once + row) * at.row_stride;
-            each_tile<tile>(
-                at, q0, std::min(at.count, q0 + group),
-                [&](auto T, auto bases, const int64_t* from, const int64_t* where) {
-                  whole_weight_gradient_tile<R, T, typename decltype(bases)::type>(
-                      in, d, at.row_stride, from, where, offset + k, sums,
-                      std::min(block, count - k));
-                });
+            each_tile<tile>(at, q0, std::min(at.count, q0 + group),
+                            [&](auto T, auto bases, const int64_t* from, const int64_t* where) {
+                              whole_weight_gradient_tile<R, T, typename decltype(bases)::type>(
+                                  in, d, at.row_stride, from, where, offset + k, sums,
+                                  std::min(block, count - k));
+                            });
           });
     all_totals(scratch + four0 * size * width, (four1 - four0) * size, gradient + four0 * size);
   });

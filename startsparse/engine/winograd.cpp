@@ -1,11 +1,11 @@
 // Convolutions of 3x3 weights, most of them not zero, with a quarter of the multiplications
 // (Lavin and Gray, 2016: Fast algorithms for convolutional neural networks, F(4x4, 3x3)).
 //
-// The output is cut into tiles of 4x4 pixels; each needs 6x6 (tile + kernel - 1) pixels of the input. Six
-// numbers in a line, seen as a polynomial, are known by its values at six points, and so is the
-// product of two polynomials by the products of their values. So tiles and weights are transformed
-// to their values at 6x6 points; there the convolution is a matrix product for each point; and the
-// result is transformed back (winograd.h).
+// The output is cut into tiles of 4x4 pixels; each needs 6x6 (tile + kernel - 1) pixels of the
+// input. Six numbers in a line, seen as a polynomial, are known by its values at six points, and so
+// is the product of two polynomials by the products of their values. So tiles and weights are
+// transformed to their values at 6x6 points; there the convolution is a matrix product for each
+// point; and the result is transformed back (winograd.h).
 //
 // All happens on vectors of images, or of weights, without a look at single numbers. A *position*
 // is a tile of a block of 16 images.
@@ -20,7 +20,7 @@ namespace {
 
 using namespace winograd;
 
-constexpr int64_t four = rows_at_once;  // rows, and channels
+constexpr int64_t four = rows_at_once;                         // rows, and channels
 constexpr int64_t tile = std::max<int64_t>(1, 4 / registers);  // positions at a time
 constexpr int64_t cached = 144;  // channels of a tile of positions that stay in the cache
 
@@ -38,10 +38,9 @@ template <typename T>
 void transform_weights(const Scalar* x, Scalar* y, int64_t size) {
   at::parallel_for(0, size / lanes, 64, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin * lanes; k < end * lanes; k += width)
-      square<T>([&](int64_t i, int64_t j) { return Vec::loadu(x + (i * T::from + j) * size + k); },
-                [&](int64_t i, int64_t j, const Vec& v) {
-                  v.store(y + (i * T::to + j) * size + k);
-                });
+      square<T>(
+          [&](int64_t i, int64_t j) { return Vec::loadu(x + (i * T::from + j) * size + k); },
+          [&](int64_t i, int64_t j, const Vec& v) { v.store(y + (i * T::to + j) * size + k); });
   });
 }
 
@@ -70,7 +69,7 @@ struct Tiles {
 };
 
 // A transformed map: [points, channels, count, 16], the points a little apart, lest their numbers
-// fall on the same places of the cache.
+// fall on the same lines of the cache.
 struct Transformed {
   Scalar* data;
   int64_t channels, count;
@@ -200,8 +199,11 @@ struct Work {
   Transformed input, output;
 
   Work(const Map& in, const Map& out, Scalar* scratch, const Budget& budget)
-      : channels(ceil_four(in.channels)), rows(ceil_four(out.channels)), size(channels * rows),
-        tiles(out, channels + rows, budget), weight(scratch),
+      : channels(ceil_four(in.channels)),
+        rows(ceil_four(out.channels)),
+        size(channels * rows),
+        tiles(out, channels + rows, budget),
+        weight(scratch),
         input{scratch + points * size, channels, tiles.count},
         output{input.data + input.size(), rows, tiles.count} {}
 
@@ -252,7 +254,7 @@ EXPORTED(winograd_gather)
 
 // The gradient of the weight of `winograd_gather`, laid out as it is.
 void winograd_weight_gradient(Map in, Map d_out, Scalar* gradient, int64_t up, int64_t left,
-                      Scalar* scratch) {
+                              Scalar* scratch) {
   Work work(in, d_out, scratch, for_weights);
   Tiles& tiles = work.tiles;
   std::fill(work.weight, work.weight + points * work.size, Scalar(0));

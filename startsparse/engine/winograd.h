@@ -1,8 +1,8 @@
 // The transforms of Winograd's algorithm, on vectors of images or of weights.
 //
 // The points are 0, +-sqrt(1/2), +-sqrt(2) and infinity, at which rounding errors stay small
-// (Barabasz et al., 2020: Error analysis and improving the accuracy of Winograd convolution for deep
-// neural networks).
+// (Barabasz et al., 2020: Error analysis and improving the accuracy of Winograd convolution for
+// deep neural networks).
 #pragma once
 
 #include <cmath>
