@@ -1,11 +1,13 @@
 """Settings of all tests."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import settings
 from script_runs import newest
+from slt_runs import slt
 
 from ER_DST import main as dst_main
 from startsparse import plots
@@ -33,9 +35,15 @@ def run_dst(tmp_path):
 
 
 @pytest.fixture
+def run_slt(tmp_path):
+    """`slt`, in a folder of its own."""
+    return partial(slt, tmp_path)
+
+
+@pytest.fixture
 def no_pictures(monkeypatch):
     """Runs leave no curves.png, which takes longer than the training of a small network."""
-    monkeypatch.setattr(plots, "plot_run", lambda *_: None)
+    monkeypatch.setattr(plots, "plot_run_by_rank_0", lambda *_: None)
 
 
 def in_process(main, tmp_path):

@@ -8,32 +8,14 @@ import time
 
 import pytest
 import torch
-from script_runs import ROOT, newest, same
-from slt_runs import MLP, run_slt, ticket  # noqa: F401 - a fixture
+from script_runs import ROOT, Crash, crashing, newest, same
+from slt_runs import MLP, ticket
 
 from ER_SLT import main as script
 from startsparse.errors import OptionError
 from startsparse.trainer import Trainer
 
 TINY = [*MLP, "--initBias", "kn-nonzero-bias", "--shuffle"]
-
-
-class Crash(BaseException):
-    """The process is gone."""
-
-
-def crashing(when, count, save=Trainer.save):
-    """A `Trainer.save` whose ``count``-th call ends the process before or after it saved."""
-    calls = []
-
-    def crash(trainer):
-        calls.append(1)
-        if when == "after" or len(calls) < count:
-            save(trainer)
-        if len(calls) == count:
-            raise Crash
-
-    return crash
 
 
 def same_tickets(one, other):
@@ -69,7 +51,7 @@ def whole(tmp_path_factory):
     [("after", 1), ("before", 2), ("after", 2), ("before", 3), ("after", 3), ("after", 4),
      ("after", 5)],
 )  # fmt: skip
-def test_resumed_between_epochs_and_levels(run_slt, whole, monkeypatch, when, count):  # noqa: F811
+def test_resumed_between_epochs_and_levels(run_slt, whole, monkeypatch, when, count):
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(Trainer, "save", crashing(when, count))
         run_slt(*TINY)
@@ -80,7 +62,7 @@ def test_resumed_between_epochs_and_levels(run_slt, whole, monkeypatch, when, co
 
 @pytest.mark.parametrize("ranking", ["--per-layer", "--global"])
 @pytest.mark.parametrize("count", [2, 12])
-def test_resumed_inside_a_level(run_slt, whole, monkeypatch, ranking, count):  # noqa: F811
+def test_resumed_inside_a_level(run_slt, whole, monkeypatch, ranking, count):
     """A save within the first epoch, and one within the second level."""
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(Trainer, "save", crashing("after", count))
@@ -114,7 +96,7 @@ def test_a_signal_saves_and_says_how_to_go_on(whole, tmp_path):
     same_tickets(whole(*argv), folder)
 
 
-def test_a_finished_run_is_not_trained_again(run_slt, monkeypatch):  # noqa: F811
+def test_a_finished_run_is_not_trained_again(run_slt, monkeypatch):
     folder = run_slt(*MLP, "--epochs", "1")
     before = (folder / "checkpoint.pt").read_bytes()
     monkeypatch.setattr(script.data, "load", lambda *_, **__: pytest.fail("trained again"))

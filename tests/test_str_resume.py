@@ -11,7 +11,7 @@ import time
 import pandas as pd
 import pytest
 import torch
-from script_runs import MLP, ROOT, SOFT, TINY, newest, same, steps, weights
+from script_runs import MLP, ROOT, SOFT, TINY, Crash, crashing, newest, same, steps, weights
 
 from startsparse import checkpoint
 from startsparse.errors import OptionError
@@ -20,10 +20,6 @@ from STR import main as script
 from STR.options import CONV_TYPES
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-
-
-class Crash(BaseException):
-    """The process is gone."""
 
 
 @pytest.mark.parametrize("conv_type", CONV_TYPES)
@@ -45,20 +41,6 @@ def test_resumed_equals_uninterrupted(run, monkeypatch, conv_type):
         assert len(rest) == left
         assert len(list(parts.parent.iterdir())) == 1
         assert same(whole, parts)
-
-
-def crashing(when, count, save=Trainer.save):
-    """A `Trainer.save` whose ``count``-th call ends the process before or after it saved."""
-    calls = []
-
-    def crash(trainer):
-        calls.append(1)
-        if when == "after" or len(calls) < count:
-            save(trainer)
-        if len(calls) == count:
-            raise Crash
-
-    return crash
 
 
 def test_resume_while_density_leaves_the_best_epochs(run, monkeypatch):
@@ -135,7 +117,7 @@ def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path):
         assert errors.count("\n") == 1
         assert "continues" in errors
         folder = newest(where)
-        place = checkpoint.load(folder / "checkpoint.pt")["place"]
+        place = checkpoint.load(folder / "checkpoint.pt")["position"]
         done = 6 * place["epoch"] + place["step"]
         assert 0 < done < 3 * 6
         with steps() as rest:
@@ -165,7 +147,7 @@ def test_auto_takes_the_newest_run_that_began(run, tmp_path):
     third.mkdir()  # gone before its options were written
     second.joinpath("summary.json").unlink()
     first.joinpath("checkpoint.pt").unlink()
-    assert script.runs.find_run(
+    assert script.runs.find_run_by_rank_0(
         script.parse(script.STROptions, script.CONFIGS,
                      [*MLP, "--resume", "auto", "--log-dir", f"{tmp_path}/a/runs"])
     ) == second  # fmt: skip
@@ -184,4 +166,4 @@ def test_auto_reads_the_seed_from_options_yaml(run):
             script.STROptions, script.CONFIGS,
             [*MLP, "--seed", seed, "--resume", "auto", "--log-dir", str(folder.parents[2])],
         )  # fmt: skip
-        assert script.runs.find_run(options) == folder
+        assert script.runs.find_run_by_rank_0(options) == folder
