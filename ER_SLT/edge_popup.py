@@ -15,19 +15,17 @@ weight decay or momentum changes that.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ER_SLT.selection import top_masks
-from startsparse.masks import sparse_layers
-from startsparse.models.swap import hollow
+from startsparse.effective import EffectiveLayer, agree, effective_layers, replace_layers
 from startsparse.seeding import generator
 
 SCORE_INITS = ("constant", "kaiming")
-RANKINGS = ("layer", "global")
 
 _CONSTANT = 0.5
 _TIE_BREAK = 1e-4  # spread of the constant scores, small beside what a few steps change
@@ -50,33 +48,29 @@ class Kept(torch.autograd.Function):
         return None, (gradient * frozen).mul_(sign), None
 
 
-class Popup(nn.Module):
-    """What PopupConv2d and PopupLinear share: scores, how many entries to keep, and which.
+class Popup(EffectiveLayer):
+    """A layer with frozen weights, of which the best-scored are used; each layer has its number.
 
     ``weight_score`` and ``bias_score`` are parameters like ``weight`` and ``bias``. ``keep``, the
     number of entries kept, is an int64 buffer, so that checkpoints hold it and changing it needs no
-    new compilation. ``ranking`` says who writes it: `set_density` alone, or `share_out` too.
-
-    In the sparse form (`engine.network`) weight and scores are vectors of the entries inside the
-    mask, in their order, and there is no mask.
+    new compilation; `set_density` writes it.
     """
 
     zeros_learn = True  # the scores of weights that are not kept have a gradient, too
+    entrywise = True  # but for ranking, which asks for the order of entries only
 
-    def take(self, layer: nn.Module, ranking: str) -> None:
-        """Take over parameters and mask of a plain ``layer`` and freeze them; all scores are 0."""
-        self.weight = layer.weight.requires_grad_(False)
-        self.weight_score = nn.Parameter(torch.zeros_like(layer.weight))
-        self.bias = self.bias_score = None
-        if layer.bias is not None:
-            self.bias = layer.bias.requires_grad_(False)
-            self.bias_score = nn.Parameter(torch.zeros_like(layer.bias))
-        if getattr(layer, "weight_mask", None) is not None:
-            self.register_buffer("weight_mask", layer.weight_mask)
+    def set_up(self) -> None:
+        """Freeze what the layer has; all scores are 0."""
+        self.weight.requires_grad_(False)
+        self.weight_score = nn.Parameter(torch.zeros_like(self.weight))
+        self.bias_score = None
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+            self.bias_score = nn.Parameter(torch.zeros_like(self.bias))
+        if self._inside() is not None:
             # Not -0, which a product leaves: what is not stored comes back as 0, to the bit.
-            self.weight.data.masked_fill_(~self.weight_mask, 0)
-        self.ranking = ranking
-        self.register_buffer("keep", torch.tensor(self.allowed(), device=layer.weight.device))
+            self.weight.data.masked_fill_(~self._inside(), 0)
+        self.register_buffer("keep", torch.tensor(self.allowed(), device=self.weight.device))
 
     def size(self) -> int:
         """Number of weights and biases, inside the mask or not."""
@@ -111,36 +105,30 @@ class Popup(nn.Module):
         bias = None if bias_mask is None else Kept.apply(self.bias, self.bias_score, bias_mask)
         return weight, bias
 
-    def effective_weight(self) -> Tensor:
-        """The weight that the layer computes with."""
-        return self.effective()[0]
-
-    def effective_bias(self) -> Tensor | None:
-        """The bias that the layer computes with; None where it has none."""
-        return self.effective()[1]
-
     def _inside(self) -> Tensor | None:
         return getattr(self, "weight_mask", None)
 
 
-class PopupConv2d(Popup, nn.Conv2d):
-    """Convolution with frozen weights, of which the best-scored are used."""
+class GlobalPopup(Popup):
+    """The same with one number for the network, shared anew at each forward pass."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C', H', W']."""
-        return self._conv_forward(images, *self.effective())
+    @classmethod
+    @torch.no_grad()
+    def agree(cls, layers: Sequence[Popup]) -> None:
+        """Share the sum of all ``keep`` among the layers by the scores as of now.
+
+        The network's best entries, cut down to one layer, are that layer's best, so a number per
+        layer says it all. Of equal scores those of earlier layers and positions are kept. No
+        synchronisation.
+        """
+        share_out(layers, torch.stack([layer.keep for layer in layers]).sum())
 
 
-class PopupLinear(Popup, nn.Linear):
-    """Linear layer with frozen weights, of which the best-scored are used."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[B, n_in] -> [B, n_out]."""
-        return F.linear(inputs, *self.effective())
+RANKINGS: dict[str, type[Popup]] = {"layer": Popup, "global": GlobalPopup}
 
 
 def popup(model: nn.Module, seed: int, score_init: str = "kaiming", ranking: str = "layer") -> None:
-    """Replace every convolution and linear layer by its edge-popup form, in place.
+    """Give every convolution and linear layer its edge-popup form, in place.
 
     Weights, biases and masks stay the same tensors. BatchNorm loses its weight and bias and keeps
     its running statistics, so that the scores are all that learns. Every layer keeps all that its
@@ -155,16 +143,11 @@ def popup(model: nn.Module, seed: int, score_init: str = "kaiming", ranking: str
         ranking: ``layer`` keeps a number of entries per layer, ``global`` only one for the whole
             network, ranked anew in every forward pass of ``model`` (not of a part of it).
     """
-    for name, layer in sparse_layers(model).items():
-        mine = hollow(layer, PopupConv2d, PopupLinear)
-        mine.take(layer, ranking)
-        _draw_scores(mine, score_init, generator(seed, f"score/{name}"))
-        model.set_submodule(name, mine)
+    for name, layer in replace_layers(model, RANKINGS[ranking]).items():
+        _draw_scores(layer, score_init, generator(seed, f"score/{name}"))
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.affine, module.weight, module.bias = False, None, None
-    if ranking == "global":
-        model.register_forward_pre_hook(share_out)
 
 
 @torch.no_grad()
@@ -184,7 +167,7 @@ def _draw_scores(layer: Popup, how: str, draw: torch.Generator) -> None:
 
 def popup_layers(model: nn.Module) -> dict[str, Popup]:
     """The edge-popup layers, name -> module, in forward order."""
-    return {n: layer for n, layer in sparse_layers(model).items() if isinstance(layer, Popup)}
+    return effective_layers(model, Popup)
 
 
 def count(density: float, size: int, allowed: int) -> int:
@@ -201,27 +184,17 @@ def set_density(model: nn.Module, density: float) -> None:
 
     To be called at every change of density or masks; waits for the device.
     """
-    layers = popup_layers(model).values()
+    layers = list(popup_layers(model).values())
     for layer in layers:
         layer.keep_inside()
         layer.keep.fill_(count(density, layer.size(), layer.allowed()))
-    if any(layer.ranking == "global" for layer in layers):
+    if isinstance(layers[0], GlobalPopup):
         total = count(density, sum(x.size() for x in layers), sum(x.allowed() for x in layers))
-        _share_out(list(layers), torch.tensor(total, device=next(iter(layers)).keep.device))
+        share_out(layers, torch.tensor(total, device=layers[0].keep.device))
 
 
-@torch.no_grad()
-def share_out(model: nn.Module, _inputs: object = None) -> None:
-    """Global ranking: share the sum of all ``keep`` among the layers anew, by the scores as of now.
-
-    The network's best entries, cut down to one layer, are that layer's best, so a number per layer
-    says it all. Of equal scores those of earlier layers and positions are kept. No synchronisation.
-    """
-    layers = list(popup_layers(model).values())
-    _share_out(layers, torch.stack([layer.keep for layer in layers]).sum())
-
-
-def _share_out(layers: list[Popup], total: Tensor) -> None:
+def share_out(layers: Sequence[Popup], total: Tensor) -> None:
+    """Global ranking: let ``layers`` keep ``total`` entries together."""
     magnitudes, allowed, owners = [], [], []
     for layer in layers:
         scores, inside = layer.ranked()
@@ -238,34 +211,10 @@ def _share_out(layers: list[Popup], total: Tensor) -> None:
 @torch.no_grad()
 def found_masks(model: nn.Module) -> dict[str, Tensor]:
     """What each layer uses: parameter name ("conv1.weight", "fc.bias") -> bool tensor like it."""
-    layers = popup_layers(model)
-    if any(layer.ranking == "global" for layer in layers.values()):
-        share_out(model)
+    agree(model)
     found = {}
-    for name, layer in layers.items():
+    for name, layer in popup_layers(model).items():
         for kind, mask in zip(("weight", "bias"), layer.masks()):
             if mask is not None:
                 found[f"{name}.{kind}" if name else kind] = mask.bool()
     return found
-
-
-@torch.no_grad()
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """State of the ordinary network that computes the same: what is used, and zeros.
-
-    Where BatchNorm has no weight and bias, they are 1 and 0.
-    """
-    if any(layer.ranking == "global" for layer in popup_layers(model).values()):
-        share_out(model)
-    state = {}
-    for name, tensor in model.state_dict().items():
-        layer, _, kind = name.rpartition(".")
-        if kind in ("weight", "bias"):
-            weight, bias = model.get_submodule(layer).effective()
-            state[name] = weight if kind == "weight" else bias
-        elif kind not in ("weight_score", "bias_score", "weight_mask", "keep"):
-            state[name] = tensor
-        if kind == "running_mean":
-            state[f"{layer}.weight"] = torch.ones_like(tensor)
-            state[f"{layer}.bias"] = torch.zeros_like(tensor)
-    return state

@@ -36,7 +36,7 @@ class Job:
     @property
     def folder(self) -> Path | None:
         """Run folder, if it has begun."""
-        self.found = self.found or runs.find_run(self.options)
+        self.found = self.found or runs.find_run_by_rank_0(self.options)
         return self.found
 
     @property

@@ -11,13 +11,15 @@ import startsparse.threads  # noqa: F401 - before torch
 
 import torch
 
-from startsparse import checkpoint, data, er, masks, models, parallel, recipe, runs
+from startsparse import data, er, masks, models, parallel, recipe, runs
 from startsparse.commandline import parse
+from startsparse.effective import replace_layers
 from startsparse.processes import run_script
 from startsparse.trainer import Trainer
+from STR.conv_types import CONV_TYPES
 from STR.iterative import begin, check_levels, phases, record_level, start_from
 from STR.options import STROptions
-from STR.thresholds import layer_table, plain_state, soften, thresholds, why_dense
+from STR.thresholds import layer_table, thresholds, why_dense
 
 CONFIGS = Path(__file__).parent / "configs"
 log = logging.getLogger("startsparse")
@@ -26,7 +28,7 @@ log = logging.getLogger("startsparse")
 def main(argv: Sequence[str] | None = None) -> None:
     """One run, from options to report."""
     options = parse(STROptions, CONFIGS, argv)
-    folder = runs.find_run(options)
+    folder = runs.find_run_by_rank_0(options)
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
@@ -34,15 +36,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     devices = parallel.choose_devices(options.multigpu)
     recipe.show_run(options, folder, planned, devices)
-    images = recipe.load_data(options, devices[0])
-    model, requested = network(options, images.shape)
+    dataset = recipe.load_data(options, devices[0])
+    model, requested = network(options, dataset.shape)
     if options.start_from:
         requested = start_from(model, options)
     check_levels(model, options)
-    model.to(devices[0], memory_format=torch.channels_last)
+    model.to(devices[0]).to(memory_format=torch.channels_last)
 
     with runs.open_run(options, folder) as run:
-        trainer = Trainer(model, images, options, run, devices, lambda: watched(model))
+        trainer = Trainer(model, dataset, options, run, devices, lambda: watched(model))
         if options.evaluate:
             recipe.say_accuracies(trainer)
             return
@@ -54,10 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         levels = len(options.threshold_list)
         result = record_level(trainer, level=levels) if levels else trainer.test()
-        if options.soft:
-            checkpoint.save(run.folder / "dense_weights.pt", {"model": plain_state(model)})
-            if line := why_dense(model, options.sInit_value, options.s_decay):
-                log.warning("warning: %s", line)
+        if options.soft and (line := why_dense(model, options.sInit_value, options.s_decay)):
+            log.warning("warning: %s", line)
         recipe.finish(trainer, options.requested, requested, result, layer_table(model))
 
 
@@ -71,9 +71,10 @@ def network(options: STROptions, shape: data.Shape) -> tuple[torch.nn.Module, di
     """The initialised network, sparse as asked for, and the density asked of each layer."""
     model, requested = plan(options, shape)
     models.init_weights(model, options.init, options.seed)
-    if options.soft:
-        dense = er.dense_layers(model, options)
-        soften(model, options.sInit_value, options.sparse_function, dense)
+    kind = CONV_TYPES[options.conv_type]
+    if kind.formula:
+        settings = (getattr(options, name) for name in kind.settings)
+        replace_layers(model, kind.formula, *settings, dense=er.dense_layers(model, options))
     if options.masked:
         er.attach_er_masks(model, requested, options)
     return model, requested

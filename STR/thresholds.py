@@ -5,14 +5,13 @@ which weight decay and the loss move. With an ER mask the effective weight is al
 the mask; weights live inside it, and the threshold of a zero is zero, so this needs no operation.
 """
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from startsparse.masks import kept, sparse_layers
-from startsparse.models.swap import hollow
+from startsparse.effective import EffectiveLayer, effective_layers
+from startsparse.masks import active, sparse_layers
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "exp": torch.exp}
 
@@ -38,60 +37,30 @@ class SoftThreshold(torch.autograd.Function):
         return inward.mul_(sign), to_threshold
 
 
-class SoftThresholded(nn.Module):
-    """What STRConv2d and STRLinear share: the threshold and the effective weight."""
+class SoftThresholded(EffectiveLayer):
+    """A layer with a soft-thresholded weight; ``threshold_logit``, shape [1], is its s."""
 
     zeros_learn = False  # where the effective weight is zero nothing has a gradient
+    entrywise = True
 
-    def take(self, layer: nn.Module, s_init: float, function: str) -> None:
-        """Take over the parameters of a plain ``layer`` and begin with the threshold g(s_init)."""
-        self.weight, self.bias = layer.weight, layer.bias
+    def set_up(self, s_init: float, function: str) -> None:
+        """Begin with the threshold g(s_init); ``function``, one of `FUNCTIONS`, is g."""
         self.function = function
-        self.threshold_logit = nn.Parameter(torch.full((1,), s_init))
+        self.threshold_logit = nn.Parameter(self.weight.new_full((1,), s_init))
 
     def threshold(self) -> Tensor:
         """g(s), shape [1]."""
         return FUNCTIONS[self.function](self.threshold_logit)
 
-    def effective_weight(self) -> Tensor:
-        """The weight that the layer computes with, same shape as ``weight``."""
-        return SoftThreshold.apply(self.weight, self.threshold())
-
     def effective(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias that the layer computes with."""
-        return self.effective_weight(), self.bias
-
-
-class STRConv2d(SoftThresholded, nn.Conv2d):
-    """Convolution with a soft-thresholded weight."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C', H', W']."""
-        return self._conv_forward(images, *self.effective())
-
-
-class STRLinear(SoftThresholded, nn.Linear):
-    """Linear layer with a soft-thresholded weight."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[B, n_in] -> [B, n_out]."""
-        return F.linear(inputs, *self.effective())
-
-
-def soften(model: nn.Module, s_init: float, function: str, dense: Container[str] = ()) -> None:
-    """Replace every convolution and linear layer, but those named in ``dense``, by its STR form."""
-    for name, layer in sparse_layers(model).items():
-        if name in dense:
-            continue
-        soft = hollow(layer, STRConv2d, STRLinear)
-        soft.take(layer, s_init, function)
-        model.set_submodule(name, soft)
+        """sign(w) relu(|w| - g(s)), and the bias as it is."""
+        return SoftThreshold.apply(self.weight, self.threshold()), self.bias
 
 
 def thresholds(model: nn.Module) -> dict[str, float]:
-    """Threshold g(s) of each STR layer, in forward order."""
-    layers = sparse_layers(model).items()
-    return {n: x.threshold().item() for n, x in layers if isinstance(x, SoftThresholded)}
+    """Threshold g(s) of each layer that has one, in forward order."""
+    layers = effective_layers(model, SoftThresholded).items()
+    return {name: layer.threshold().item() for name, layer in layers}
 
 
 def why_dense(model: nn.Module, s_init: float, decay: float) -> str:
@@ -101,10 +70,10 @@ def why_dense(model: nn.Module, s_init: float, decay: float) -> str:
         s_init: where s began.
         decay: weight decay of s.
     """
-    layers = [x for x in sparse_layers(model).values() if isinstance(x, SoftThresholded)]
+    layers = effective_layers(model, SoftThresholded).values()
     masks = [getattr(layer, "weight_mask", torch.ones_like(layer.weight)) for layer in layers]
     allowed = sum(int(torch.count_nonzero(mask)) for mask in masks)
-    used = sum(int(kept(layer).sum()) for layer in layers)
+    used = sum(int(active(layer).sum()) for layer in layers)
     if used <= 0.99 * allowed:
         return ""
     highest = max(layer.threshold_logit.item() for layer in layers)
@@ -117,22 +86,10 @@ def why_dense(model: nn.Module, s_init: float, decay: float) -> str:
 
 
 def layer_table(model: nn.Module) -> dict[str, dict[str, float]]:
-    """Layer -> density and, of STR layers, threshold: what --er-sparsity-file reads back."""
+    """Layer -> density and, where there is one, threshold: --er-sparsity-file reads it back."""
     soft = thresholds(model)
     return {
-        name: {"density": kept(layer).double().mean().item()}
+        name: {"density": active(layer).double().mean().item()}
         | ({"threshold": soft[name]} if name in soft else {})
         for name, layer in sparse_layers(model).items()
     }
-
-
-@torch.no_grad()
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """State of the ordinary network that computes the same: effective weights, no thresholds."""
-    state = dict(model.state_dict())
-    for name, layer in sparse_layers(model).items():
-        if isinstance(layer, SoftThresholded):
-            state[f"{name}.weight"] = layer.effective_weight()
-            del state[f"{name}.threshold_logit"]
-        state.pop(f"{name}.weight_mask", None)
-    return state

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from startsparse import checkpoint, ratios, runs
+from startsparse.effective import formulas
 from startsparse.errors import OptionError
 from startsparse.masks import attach_masks, draw_masks, sparse_layers
 from startsparse.options import Options
@@ -78,10 +79,10 @@ def read_densities(path: Path) -> dict[str, float]:
                 f"--er-sparsity-file: {path} should be JSON, layer -> density"
             ) from None
     state = checkpoint.load(path)["model"]
-    if any(name.endswith(".threshold_logit") for name in state):
+    for layer, formula in formulas(state).items():
         raise OptionError(
-            f"--er-sparsity-file: {path} holds weights before their soft thresholds; name the "
-            "run folder instead"
+            f"--er-sparsity-file: {path}: '{layer}' computes with another weight than the one "
+            f"stored there ({formula}); name the run folder instead"
         )
     densities = {}
     for key, value in state.items():

@@ -31,6 +31,7 @@ def run_script(main: Callable[[], int | None], say: Callable[[str], None] = say)
     On CPUs it has the threads that `threads.fit` leaves it.
     """
     threads.fit()
+    code: str | int | None
     try:
         try:
             code = main() or 0

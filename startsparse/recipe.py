@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from startsparse import data, flops, masks, models, plots, processes, report, runs
+from startsparse import checkpoint, data, flops, masks, models, plots, processes, report, runs
+from startsparse.effective import effective_layers, plain_state
 from startsparse.effects import differing
 from startsparse.errors import OptionError
 from startsparse.fields import flag, shown, text
@@ -23,10 +24,10 @@ def already_done(options: Options, folder: Path | None) -> bool:
         OptionError: it has none, and could not add it to results.csv.
     """
     done = None if folder is None or options.evaluate else runs.summary(folder)
-    if done:
+    if done and folder:
         log.info("%s", report.text(done, folder))
     elif not options.evaluate:
-        runs.check_results(options)
+        runs.check_results_by_rank_0(options)
     return bool(done)
 
 
@@ -91,7 +92,7 @@ def build(options: Options, shape: data.Shape, resnet_type: str = "") -> torch.n
 
 def load_data(options: Options, device: torch.device) -> data.Data:
     """The data set of --set, on ``device``."""
-    with processes.first_goes_ahead():  # it fetches and unpacks what is missing
+    with processes.all_after_rank_0():  # it fetches and unpacks what is missing
         return data.load(
             options.set,
             root=data.data_root(options.data),
@@ -122,7 +123,7 @@ def show_start(trainer: Trainer, requested: dict[str, float]) -> None:
     trainer.decide()
     table = trainer.compute.columns(masks.density_table(trainer.model, requested))
     show_densities(trainer.run, table, "density.csv")
-    if requested and not trainer.history and not trainer.place.step:  # later masks are not drawn
+    if requested and not trainer.history and not trainer.position.step:  # later masks are not drawn
         say_deviation(trainer.model, requested, trainer.options)
 
 
@@ -151,6 +152,9 @@ def finish(
 ) -> None:
     """Tables, picture and summary of a run whose tested weights are in place.
 
+    Where layers compute with another weight than their own, also the weights of the ordinary
+    network that computes the same.
+
     Args:
         asked: the density asked for.
         requested: the density asked of each layer at the start.
@@ -158,11 +162,13 @@ def finish(
         layers: layer -> density and more, for layers.json (default: the densities).
     """
     run, model = trainer.run, trainer.model
+    if effective_layers(model):
+        checkpoint.save_by_rank_0(run.folder / runs.PLAIN_WEIGHTS, {"model": plain_state(model)})
     table = masks.density_table(model, requested)
     run.write_table("density.csv", trainer.compute.columns(table))
     own = {name: {"density": density} for name, density in flops.densities(model).items()}
     run.write_json("layers.json", layers or own)
-    plots.plot_run(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
+    plots.plot_run_by_rank_0(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
     summary = report.summary(asked, table, result | trainer.costs(), trainer.seconds)
     run.finish(summary)
     log.info("%s", report.text(summary, run.folder))

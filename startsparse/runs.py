@@ -5,7 +5,7 @@
     environment.json  versions, git state, machine, command line
     log.txt           what was said
     checkpoint.pt     the run as it stands; best.pt: weights of the best validation epoch;
-                      best-EPOCH.pt: of what may take its place (soft thresholds), until the end
+                      best-EPOCH.pt: of what may take its place (`candidates`), until the end
     epochs.csv        one row per epoch; tensorboard/ shows the same
     topology.csv      one row per change of the masks in dynamic sparse training
     levels.csv        one row per density of an iteratively pruned run; levels/: masks, weights
@@ -14,9 +14,10 @@
     density.csv       one row per layer; layers.json: the same for --er-sparsity-file
     ratios.json       the layer-wise ratio that a pruner found in this run; search.json: its FLOPs
     curves.png        curves, and the density per layer
-    dense_weights.pt  soft thresholds, edge-popup: the weights as a plain network has them
+    dense_weights.pt  the weights as a plain network has them, where layers compute with others
+                      than their own (`effective`)
     export/           what startsparse.export writes
-    sources/          what --start-from, --er-sparsity-file and --target-expt-name gave, by option
+    sources/          what other runs and files gave, by option
     summary.json      the result; a run that has it is finished
 """
 
@@ -48,19 +49,21 @@ from startsparse.console import log, number
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import flag
 from startsparse.options import Options
-from startsparse.processes import by_first
+from startsparse.processes import by_rank_0
 
 # Options that a resumed run may be given anew: they do not change what is computed.
 FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
 FREE |= {"workers", "multigpu", "compile", "sparse_compute"}
 
 SOURCES = "sources"  # folder in the run folder
+PLAIN_WEIGHTS = "dense_weights.pt"
 
 
 class Run:
-    """The folder of one run, held by this process, or the first of several, until it is closed.
+    """The folder of one run, held by this process, or rank 0 of several, until it is closed.
 
-    A context manager: it is closed where the ``with`` ends.
+    A context manager: it is closed where the ``with`` ends. Its methods are collectives: all
+    processes call them, and rank 0 does what they say.
     """
 
     def __init__(self, folder: Path, options: Options):
@@ -83,7 +86,7 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    @by_first
+    @by_rank_0
     def record(self, row: dict, watched: dict[str, float]) -> None:
         """Say what an epoch brought, and show it, and ``watched``, in TensorBoard."""
         log.info(
@@ -98,7 +101,7 @@ class Run:
         )
         self.show("", {**row, **watched}, row["epoch"])
 
-    @by_first
+    @by_rank_0
     def show(self, board: str, values: dict[str, Any], step: int) -> None:
         """Show the numbers among ``values`` in TensorBoard; each board counts steps of its own.
 
@@ -115,15 +118,20 @@ class Run:
                 self._boards[board].add_scalar(name, value, step)
         self._boards[board].flush()
 
+    @by_rank_0
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file of the run folder, whole or not at all."""
+        write_text(self.folder / name, text)
+
     def write_table(self, name: str, table: pd.DataFrame) -> None:
         """Write a table of the run folder as CSV, whole or not at all."""
-        write_text(self.folder / name, table.to_csv(index=False))
+        self.write_text(name, table.to_csv(index=False))
 
     def write_json(self, name: str, content: dict) -> None:
         """Write JSON into the run folder, whole or not at all."""
-        write_text(self.folder / name, json.dumps(content, indent=1) + "\n")
+        self.write_text(name, json.dumps(content, indent=1) + "\n")
 
-    @by_first
+    @by_rank_0
     def keep_sources(self) -> None:
         """Copy what other runs and files give this one: it then needs them no more."""
         for name, files in self.options.sources().items():
@@ -140,7 +148,7 @@ class Run:
         """Where this run reads what option ``name`` gave it."""
         return _copy_or_original(self.folder, self.options, name)
 
-    @by_first
+    @by_rank_0
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json and add the run to <result-dir>/results.csv."""
         fields = dataclasses.asdict(self.options)
@@ -162,7 +170,8 @@ def selected_weights(folder: Path, select: str) -> Path:
 
 def tested_weights(folder: Path) -> Path:
     """The same by what the run's options.yaml says."""
-    return selected_weights(folder, read_values(folder / "options.yaml").get("select", "best"))
+    select = read_values(folder / "options.yaml").get("select", "best")
+    return selected_weights(folder, str(select))
 
 
 def results_csv(options: Options) -> Path:
@@ -170,8 +179,8 @@ def results_csv(options: Options) -> Path:
     return Path(options.result_dir) / "results.csv"
 
 
-@by_first
-def check_results(options: Options) -> None:
+@by_rank_0
+def check_results_by_rank_0(options: Options) -> None:
     """Raise `OptionError` unless the row can be added: better before training than after it."""
     results.check(results_csv(options))
 
@@ -182,8 +191,8 @@ def source(options: Options, name: str) -> Path:
     return _copy_or_original(folder, options, name)
 
 
-@by_first
-def find_run(options: Options) -> Path | None:
+@by_rank_0
+def find_run_by_rank_0(options: Options) -> Path | None:
     """The folder of the run that --resume names; None if a new one is to be made.
 
     Raises:
@@ -217,10 +226,10 @@ def open_run(options: Options, folder: Path | None = None) -> Run:
     """The run in ``folder``, or a new one."""
     if folder is not None:
         return Run(folder, options)
-    run = Run(_create(_base(options)), options)
+    run = Run(_create_by_rank_0(_base(options)), options)
     run.write_json("environment.json", environment())
     run.keep_sources()
-    write_text(run.folder / "options.yaml", write_yaml(options))
+    run.write_text("options.yaml", write_yaml(options))
     return run
 
 
@@ -237,7 +246,7 @@ def environment() -> dict[str, Any]:
         "torchvision": version("torchvision"),
         "numpy": np.__version__,
         "machine": platform.platform(),
-        "processes": processes.count(),
+        "processes": processes.world_size(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
@@ -287,8 +296,8 @@ def _folders(base: Path) -> Iterator[Path]:
         yield base.with_name(f"{base.name}-{count}")
 
 
-@by_first
-def _create(base: Path) -> Path:
+@by_rank_0
+def _create_by_rank_0(base: Path) -> Path:
     base.parent.mkdir(parents=True, exist_ok=True)
     for folder in _folders(base):
         with suppress(FileExistsError):

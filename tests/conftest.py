@@ -43,7 +43,7 @@ def run_slt(tmp_path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Runs leave no curves.png, which takes longer than the training of a small network."""
-    monkeypatch.setattr(plots, "plot_run", lambda *_: None)
+    monkeypatch.setattr(plots, "plot_run_by_rank_0", lambda *_: None)
 
 
 def in_process(main, tmp_path):

@@ -127,5 +127,5 @@ def test_what_must_be_shared():
     for models in ([], [network(1, 0.5)]):
         with pytest.raises(ValueError, match="should be as many, not 0"):
             train_batched(models, [rows, rows][: 2 * len(models)], recipe, 1)
-    with pytest.raises(ValueError, match=r"'adamw'; choose from adam, sgd"):
-        train_batched([network(1, 0.5)], [rows], Recipe("adamw"), 1)
+    with pytest.raises(ValueError, match=r"'lion'; choose from sgd, adam, adamw"):
+        train_batched([network(1, 0.5)], [rows], Recipe("lion"), 1)

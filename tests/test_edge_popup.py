@@ -13,18 +13,16 @@ from torch import nn
 from ER_SLT.edge_popup import (
     RANKINGS,
     SCORE_INITS,
-    PopupConv2d,
-    PopupLinear,
     count,
     found_masks,
     popup,
     popup_layers,
     set_density,
-    share_out,
 )
 from ER_SLT.selection import by_counting, by_sampling, top_masks
 from startsparse import models
-from startsparse.masks import attach_masks, density_table, draw_masks, kept, sparse_layers
+from startsparse.effective import agree
+from startsparse.masks import active, attach_masks, density_table, draw_masks, sparse_layers
 
 
 def network(biases=True):
@@ -170,7 +168,7 @@ def test_exactly_k_entries_inside_the_random_mask(score_init, ranking, biases, d
         assert torch.equal(layer.effective_weight(), weight)
         if biases:
             assert torch.equal(bias, layer.bias * masks[1])
-            assert torch.equal(layer.effective_bias(), bias)
+            assert torch.equal(layer.effective()[1], bias)
         else:
             assert bias is None
     sizes, alloweds = zip(*((layer.size(), layer.allowed()) for layer in layers.values()))
@@ -209,7 +207,7 @@ def test_gradients_against_autograd_of_the_surrogate(biases):
     model = sparse(biases, dtype=torch.float64)
     set_density(model, 0.3)
     layer = popup_layers(model)["3"]
-    assert isinstance(layer, PopupConv2d)
+    assert isinstance(layer, nn.Conv2d)
     x = torch.randn(2, 8, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     upstream = torch.randn_like(layer(x))
     layer(x).backward(upstream)
@@ -233,7 +231,7 @@ def test_gradients_against_finite_differences():
     model = sparse(dtype=torch.float64)
     set_density(model, 0.4)
     layer = popup_layers(model)["6"]
-    assert isinstance(layer, PopupLinear)
+    assert isinstance(layer, nn.Linear)
     x = torch.randn(3, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     layer(x).square().sum().backward()
     weight, bias = (tensor.detach() for tensor in layer.effective())
@@ -317,7 +315,7 @@ def test_global_ranking_follows_the_scores_in_the_forward_pass():
     after = [int(layer.keep) for layer in popup_layers(model).values()]
     assert sum(after) == sum(counts)
     assert after[2] == model[6].weight_mask.sum() > counts[2]
-    share_out(model)
+    agree(model)
     assert [int(layer.keep) for layer in popup_layers(model).values()] == after
 
 
@@ -327,13 +325,13 @@ def test_global_ranking_follows_the_scores_in_the_forward_pass():
 @pytest.mark.parametrize("arch", ["resnet20", "vgg11", "mlp"])
 def test_popup_keeps_tensors_and_drops_affine_parameters(arch):
     model = models.build(arch, classes=10)
-    plain = sparse_layers(copy.copy(model))
+    plain = {name: (layer.weight, layer.bias) for name, layer in sparse_layers(model).items()}
     popup(model, 1)
     layers = popup_layers(model)
     assert list(layers) == list(plain)
     for name, layer in layers.items():
-        assert layer.weight is plain[name].weight
-        assert layer.bias is plain[name].bias
+        assert layer.weight is plain[name][0]
+        assert layer.bias is plain[name][1]
         assert not layer.weight.requires_grad
         assert int(layer.keep) == layer.size()
     learn = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -376,7 +374,7 @@ def test_density_table_and_kept_count_the_found_weights():
     set_density(model, 0.2)
     found = found_masks(model)
     for name, layer in popup_layers(model).items():
-        assert torch.equal(kept(layer), found[f"{name}.weight"])
+        assert torch.equal(active(layer), found[f"{name}.weight"])
     total = density_table(model).iloc[-1]["kept"]
     assert total == sum(int(m.sum()) for n, m in found.items() if n.endswith("weight"))
 

@@ -14,6 +14,7 @@ from script_runs import SOFT, few_digits, newest
 from ER_DST import main as dst
 from ER_SLT import main as slt
 from startsparse import checkpoint, data, export, masks, models, plots
+from startsparse.effective import EffectiveLayer
 from startsparse.errors import OptionError, UserError
 from startsparse.export import command, formats
 from startsparse.trainer import Trainer
@@ -53,7 +54,7 @@ class Finished:
                 return result
 
             patch.setattr(Trainer, "test", watch)
-            patch.setattr(plots, "plot_run", lambda *_: None)
+            patch.setattr(plots, "plot_run_by_rank_0", lambda *_: None)
             patch.setitem(data.SETS, "digits", few_digits(64, 20))
             soft = SOFT if name == "soft" else []
             folders = ["--log-dir", f"{where}/runs", "--result-dir", str(where)]
@@ -77,8 +78,8 @@ class Finished:
     def weights(self):
         """Layer -> the weight that it computes with, by the layers themselves."""
         for name, layer in masks.sparse_layers(self.model).items():
-            soft = hasattr(layer, "effective_weight")
-            yield name, (layer.effective_weight() if soft else layer.weight).detach()
+            formula = isinstance(layer, EffectiveLayer)
+            yield name, (layer.effective_weight() if formula else layer.weight).detach()
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_biases_of_a_ticket_are_those_in_use(finished):
     run = finished("SLT")
     state = safetensors.torch.load_file(exported(run))
     for name, layer in masks.sparse_layers(run.model).items():
-        assert torch.equal(state[f"{name}.bias"], layer.effective_bias().detach())
+        assert torch.equal(state[f"{name}.bias"], layer.effective()[1].detach())
     assert 0 < (state["stages.2.0.conv1.bias"] == 0).sum() < 16
     assert (state["bn1.weight"] == 1).all()
     assert (state["bn1.bias"] == 0).all()

@@ -11,9 +11,10 @@ from torch import nn
 
 from ER_DST.main import network as network_of
 from startsparse import flops, scores
+from startsparse.effective import replace_layers
 from startsparse.masks import attach_masks, masked_weights
 from startsparse.models import build
-from STR.thresholds import soften
+from STR.thresholds import SoftThresholded
 
 
 def network():
@@ -82,7 +83,7 @@ def test_masks_do_not_change_what_dense_costs_and_soft_thresholds_count():
     model = network()
     attach_masks(model, {"0": torch.zeros(5, 2, 3, 3, dtype=torch.bool)})
     assert flops.forward_flops(model, IMAGE) == FORWARD
-    soften(model, -1.0, "sigmoid", ["7"])
+    replace_layers(model, SoftThresholded, -1.0, "sigmoid", dense=["7"])
     assert flops.forward_flops(model, IMAGE) == FORWARD
 
 

@@ -19,11 +19,11 @@ from torch import nn
 from ER_SLT.edge_popup import popup, set_density
 from ER_SLT.options import SLTOptions
 from startsparse import scores
+from startsparse.effective import replace_layers
 from startsparse.masks import attach_masks, draw_masks, mask_gradients, masked_weights
 from startsparse.pruning import prune
-from startsparse.trainer import make_optimizer
 from STR.options import STROptions
-from STR.thresholds import soften
+from STR.thresholds import SoftThresholded
 
 
 def draw(*shape, seed=0):
@@ -180,7 +180,7 @@ def batches(steps):
 
 def train(model, options, steps):
     """Steps as `training.train_epoch` takes them, in float64."""
-    optimizer = make_optimizer(model, options)
+    optimizer = options.make_optimizer(model)
     for images, labels in batches(steps):
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
@@ -200,7 +200,7 @@ def test_soft_thresholds(density):
     model = perceptron(density)
     weights = [w.detach().numpy().copy() for _, w, _ in masked_weights(model)]
     masks = [mask.numpy() for _, _, mask in masked_weights(model)]
-    soften(model, -2.0, "sigmoid")
+    replace_layers(model, SoftThresholded, -2.0, "sigmoid")
     model.double()
     s = [-2.0, -2.0]
     before = [int(np.sum(np.abs(w) > 1 / (1 + math.exp(2)))) for w in weights]

@@ -40,7 +40,7 @@ def edit(source):
         state = checkpoint.load(path)
         for tensor in state["model"].values():
             tensor.fill_(1) if tensor.dtype == torch.bool else tensor.mul_(2)
-        checkpoint.save(path, state)
+        checkpoint.save_by_rank_0(path, state)
     layers = {name: {"density": 0.5} for name in json.loads((source / "layers.json").read_text())}
     (source / "layers.json").write_text(json.dumps(layers))
     result = json.loads((source / "summary.json").read_text())

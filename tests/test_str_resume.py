@@ -117,7 +117,7 @@ def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path):
         assert errors.count("\n") == 1
         assert "continues" in errors
         folder = newest(where)
-        place = checkpoint.load(folder / "checkpoint.pt")["place"]
+        place = checkpoint.load(folder / "checkpoint.pt")["position"]
         done = 6 * place["epoch"] + place["step"]
         assert 0 < done < 3 * 6
         with steps() as rest:
@@ -147,7 +147,7 @@ def test_auto_takes_the_newest_run_that_began(run, tmp_path):
     third.mkdir()  # gone before its options were written
     second.joinpath("summary.json").unlink()
     first.joinpath("checkpoint.pt").unlink()
-    assert script.runs.find_run(
+    assert script.runs.find_run_by_rank_0(
         script.parse(script.STROptions, script.CONFIGS,
                      [*MLP, "--resume", "auto", "--log-dir", f"{tmp_path}/a/runs"])
     ) == second  # fmt: skip
@@ -166,4 +166,4 @@ def test_auto_reads_the_seed_from_options_yaml(run):
             script.STROptions, script.CONFIGS,
             [*MLP, "--seed", seed, "--resume", "auto", "--log-dir", str(folder.parents[2])],
         )  # fmt: skip
-        assert script.runs.find_run(options) == folder
+        assert script.runs.find_run_by_rank_0(options) == folder

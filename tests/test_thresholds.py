@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 from startsparse import models
-from startsparse.masks import attach_masks, density_table, draw_masks, kept, sparse_layers
+from startsparse.effective import plain_state, replace_layers
+from startsparse.masks import active, attach_masks, density_table, draw_masks, sparse_layers
 from STR.thresholds import (
     FUNCTIONS,
     SoftThreshold,
     SoftThresholded,
     layer_table,
-    plain_state,
-    soften,
     thresholds,
     why_dense,
 )
@@ -35,7 +34,7 @@ def test_value_and_gradients_of_the_formula(function, masked, s_init):
     torch.manual_seed(1)
     plain = nn.Conv2d(4, 6, 3, bias=False, dtype=torch.float64)
     model = nn.Sequential(plain)
-    soften(model, s_init, function)
+    replace_layers(model, SoftThresholded, s_init, function)
     layer = model[0].double()
     mask = torch.rand(6, 4, 3, 3) < 0.4
     if masked:
@@ -69,7 +68,7 @@ def test_a_very_negative_s_is_the_plain_network(arch):
     model = models.build(arch, classes=10).eval()
     models.init_weights(model, "kaiming_normal", 1)
     soft = copy.deepcopy(model)
-    soften(soft, -200.0, "sigmoid")
+    replace_layers(soft, SoftThresholded, -200.0, "sigmoid")
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(model(x), soft(x))
     assert list(sparse_layers(soft)) == list(sparse_layers(model))
@@ -80,7 +79,7 @@ def test_plain_state_computes_the_same_in_an_ordinary_network():
     model = models.build("resnet20", classes=10).eval()
     models.init_weights(model, "kaiming_normal", 1)
     plain = copy.deepcopy(model)
-    soften(model, -3.0, "sigmoid")
+    replace_layers(model, SoftThresholded, -3.0, "sigmoid")
     shapes = {name: layer.weight.shape for name, layer in sparse_layers(model).items()}
     attach_masks(model, draw_masks(shapes, [0.3] * len(shapes), 1, "bernoulli"))
     plain.load_state_dict(plain_state(model))
@@ -95,14 +94,14 @@ def test_dense_layers_stay_plain_and_tables_agree():
     model = models.build("resnet20", classes=10)
     models.init_weights(model, "kaiming_normal", 1)
     names = list(sparse_layers(model))
-    soften(model, -2.0, "exp", dense=names[:1])
+    replace_layers(model, SoftThresholded, -2.0, "exp", dense=names[:1])
     assert not isinstance(sparse_layers(model)[names[0]], SoftThresholded)
     assert list(thresholds(model)) == names[1:]
     assert list(thresholds(model).values()) == pytest.approx([math.exp(-2)] * (len(names) - 1))
     table = layer_table(model)
     assert list(table) == names
     assert table[names[0]] == {"density": 1.0}
-    share = kept(sparse_layers(model)[names[3]]).double().mean().item()
+    share = active(sparse_layers(model)[names[3]]).double().mean().item()
     assert table[names[3]]["density"] == share < 1
 
 
@@ -112,7 +111,7 @@ def test_a_network_that_thresholds_left_dense_says_why(masked, s, said):
     """Of normal weights with a standard deviation of 0.1 and more, g(-2) = 0.12 prunes many."""
     model = models.build("mlp", classes=10, width=16)
     models.init_weights(model, "kaiming_normal", 1)
-    soften(model, s, "sigmoid")
+    replace_layers(model, SoftThresholded, s, "sigmoid")
     if masked:
         shapes = {name: layer.weight.shape for name, layer in sparse_layers(model).items()}
         attach_masks(model, draw_masks(shapes, [0.3] * len(shapes), 1, "bernoulli"))

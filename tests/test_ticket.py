@@ -15,7 +15,7 @@ from torch import nn
 
 from ER_SLT.edge_popup import RANKINGS, found_masks, popup, popup_layers, set_density
 from ER_SLT.initializers import init_weights
-from ER_SLT.ticket import SHUFFLES, load_ticket, put_in_place, save_ticket, shuffled
+from ER_SLT.ticket import SHUFFLES, load_ticket, put_in_place, save_ticket_by_rank_0, shuffled
 from startsparse import models
 from startsparse.errors import UserError
 from startsparse.masks import attach_masks, draw_masks, sparse_layers
@@ -54,14 +54,14 @@ def trained(ranking="layer", steps=3):
 @pytest.fixture
 def saved(tmp_path):
     model = trained()
-    save_ticket(tmp_path / "folder" / "a.ticket", model, DESCRIPTION)
+    save_ticket_by_rank_0(tmp_path / "folder" / "a.ticket", model, DESCRIPTION)
     return model, tmp_path / "folder" / "a.ticket"
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
 def test_round_trip(tmp_path, ranking, caplog):
     model = trained(ranking)
-    save_ticket(tmp_path / "a.ticket", model, DESCRIPTION)
+    save_ticket_by_rank_0(tmp_path / "a.ticket", model, DESCRIPTION)
     ticket = load_ticket(tmp_path / "a.ticket")
     assert ticket.description == DESCRIPTION
     assert list(ticket.er_masks) == ["0", "3"]
@@ -92,7 +92,7 @@ def test_a_ticket_of_resnet18_is_below_four_mebibytes(tmp_path):
     attach_masks(model, draw_masks(shapes, [0.5] * len(shapes), 1, "bernoulli"))
     popup(model, 1)
     set_density(model, 0.2)
-    save_ticket(tmp_path / "a.ticket", model, DESCRIPTION)
+    save_ticket_by_rank_0(tmp_path / "a.ticket", model, DESCRIPTION)
     assert 2.6 * 2**20 < (tmp_path / "a.ticket").stat().st_size < 3 * 2**20
     ticket = load_ticket(tmp_path / "a.ticket")
     size = sum(p.numel() for n, p in model.named_parameters() if not n.endswith("_score"))
@@ -118,7 +118,7 @@ def test_a_failed_write_leaves_the_ticket_that_was(saved, monkeypatch):
     before = path.read_bytes()
     monkeypatch.setattr(Path, "replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        save_ticket(path, model, {"seed": 8})
+        save_ticket_by_rank_0(path, model, {"seed": 8})
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 

@@ -211,7 +211,9 @@ def load(
         raise OptionError(f"--padding: {padding!r} is none of {', '.join(PADDINGS)}")
     own = {"modulus": modulus, "train_fraction": train_fraction}
     source = SETS[name](root, mirror, **own if name == "modular-addition" else {})
-    rows = () if name in OWN_PARTS else _split(source.examples, valid_split, seed)
+    rows: tuple[Tensor, ...] = ()
+    if isinstance(source, Arrays | Folders):  # those not in OWN_PARTS
+        rows = _split(source.examples, valid_split, seed)
     train, valid, test = source.batches(
         *rows,
         batch_size=batch_size,

@@ -4,8 +4,9 @@ The model itself, dense weights beside their masks, is what everything else in t
 pruning, topology, checkpoints, tables. `SparseForm.enter` takes the weights of its sparse layers
 out of it, with the optimizer's state, as vectors of the entries inside the masks; in between, the
 form is called in the model's place; `leave` puts everything back. Layers that compute with an
-effective weight keep their parameters, but as such vectors, and without a mask. Nothing is
-approximated: the numbers are those of the masked model but for the order in which they are summed.
+effective weight keep their parameters: as such vectors, and without a mask, if they are entrywise,
+else as they are. Nothing is approximated: the numbers are those of the masked model but for the
+order in which they are summed.
 """
 
 import weakref
@@ -15,8 +16,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from startsparse.effective import agree
 from startsparse.engine import memory
-from startsparse.engine.build import library
+from startsparse.engine.kernels import kernels_for
 from startsparse.engine.layers import Product
 from startsparse.engine.lowering import lower
 from startsparse.engine.single import SingleImage
@@ -42,7 +44,7 @@ class SparseForm:
         """
         self.model = model
         self.program = lower(model, shape)
-        library(next(model.parameters()).dtype)
+        kernels_for(next(model.parameters()).dtype)
         weakref.finalize(self, memory.release).atexit = False
         self.entered = False
         self._single: SingleImage | None = None
@@ -69,11 +71,11 @@ class SparseForm:
         """[B, C, H, W] -> logits [B, classes], as the model in the mode that it is in."""
         few = len(images) <= FEW and not torch.is_grad_enabled() and not self.model.training
         if not few or not self.entered:
-            self._compute_effective(images)
+            self._compute_effective()
             return self.program(images)
         if self._single is None or self._single.is_old():
             with torch.inference_mode(False), torch.no_grad():  # its memory is for every mode
-                self._compute_effective(images)
+                self._compute_effective()
                 fits = SingleImage.fits(self.program)
                 self._single = SingleImage(self.program, self.model) if fits else None
         return (self._single or self.program)(images)
@@ -97,6 +99,8 @@ class SparseForm:
             self._list(name, product, layer)
             if name not in self.program.effective:
                 product.values = _take(layer.weight, product.flat, optimizer)
+                continue
+            if not layer.entrywise:
                 continue
             shape, own = layer.weight.shape, dict(layer.named_parameters(recurse=False))
             own = {kind: parameter for kind, parameter in own.items() if parameter.shape == shape}
@@ -140,11 +144,10 @@ class SparseForm:
             product.set_mask(every)
             self._listed[name] = now
 
-    def _compute_effective(self, images: Tensor) -> None:
+    def _compute_effective(self) -> None:
         """What the layers compute with that reparameterise their weight, as of now."""
-        if self.program.effective:  # hooks as those that rank the scores of all layers together
-            for hook in self.model._forward_pre_hooks.values():
-                hook(self.model, (images,))
+        if self.program.effective:
+            agree(self.model)
         for source in self.program.effective.values():
             source.compute()
 
@@ -171,14 +174,14 @@ def _put_back(
     optimizer: torch.optim.Optimizer | None,
 ) -> None:  # fmt: skip
     """Undo `_take`."""
-    (shape, stride), places = vector.dense, flat.long()
+    (shape, stride), indices = vector.dense, flat.long()
 
     def dense(entries: Tensor) -> Tensor:
-        whole = torch.zeros(shape.numel(), dtype=entries.dtype).scatter_(0, places, entries)
-        whole = whole.view(shape)
-        if whole.stride() == stride:
-            return whole
-        return torch.empty_strided(shape, stride, dtype=entries.dtype).copy_(whole)
+        weight = torch.zeros(shape.numel(), dtype=entries.dtype).scatter_(0, indices, entries)
+        weight = weight.view(shape)
+        if weight.stride() == stride:
+            return weight
+        return torch.empty_strided(shape, stride, dtype=entries.dtype).copy_(weight)
 
     parameter.data = dense(vector)
     if optimizer is not None:
@@ -191,7 +194,7 @@ def _exchange(
     new: nn.Parameter,
     convert: Callable[[Tensor], Tensor],
 ) -> None:
-    """Let ``optimizer`` hold ``new`` in the place of ``old``; state of its shape is converted."""
+    """Let ``optimizer`` hold ``new`` instead of ``old``; state of its shape is converted."""
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
     shape = old.shape

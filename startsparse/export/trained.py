@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 from torch import Tensor, nn
 
 from startsparse import checkpoint, data, models, runs
+from startsparse.effective import formulas
 from startsparse.errors import OptionError, UserError
 from startsparse.export import footprint
 from startsparse.export.formats import KIND, Facts, rebuild
@@ -52,7 +56,7 @@ def read_run(folder: Path) -> Trained:
     if name not in data.SHAPES or arch not in models.MODELS:
         raise UserError(f"{folder / 'options.yaml'}: tells no known network and data set")
 
-    state, source = _plain_state(folder, options.get("select", "best"))
+    state, source = _tested_state(folder, options.get("select", "best"))
     weights = [tensor for tensor in state.values() if tensor.dim() > 1]
     shape = data.SHAPES[name]
     network = {
@@ -66,9 +70,11 @@ def read_run(folder: Path) -> Trained:
     }
     adjacency = None
     if shape.nodes:
-        root = data.data_root(options.get("data_dir", options.get("data")))
-        adjacency = data.SETS[name](root, options.get("mirror", "")).adjacency
-    model = rebuild(network, state, source, adjacency)
+        root = data.data_root(options.get("data_dir", options.get("data", "")))
+        graph = data.SETS[name](root, options.get("mirror", ""))
+        assert isinstance(graph, data.Graph)
+        adjacency = graph.adjacency
+    model = rebuild(network, _plain(state, source, network), source, adjacency)
     facts = {
         "kind": KIND,
         "network": json.dumps(network),
@@ -81,22 +87,26 @@ def read_run(folder: Path) -> Trained:
     return Trained(model, source, facts, (nodes, network["channels"], size, size))
 
 
-def _plain_state(folder: Path, select: str) -> tuple[dict[str, Tensor], Path]:
-    """What the tested network computes with, and the file that says so."""
-    path = folder / "dense_weights.pt"  # where weights are not what a layer computes with
-    if not path.exists():
-        path = runs.selected_weights(folder, select)
+def _tested_state(folder: Path, select: str) -> tuple[dict[str, Tensor], Path]:
+    """The state of the tested network, and the file that it is from."""
+    path = folder / runs.PLAIN_WEIGHTS
+    if path.exists():
+        return checkpoint.load(path)["model"], path
+    path = runs.selected_weights(folder, select)
     state = checkpoint.load(path)["model"]
-    if any(name.endswith((".threshold_logit", ".weight_score")) for name in state):
+    for layer, formula in formulas(state).items():
         raise UserError(
-            f"{folder}: has no dense_weights.pt, which runs with soft thresholds or edge-popup "
-            "leave at their end since they can be exported; run it again"
+            f"{folder}: has no {runs.PLAIN_WEIGHTS}, and '{layer}' computes with another weight "
+            f"than the one in {path.name} ({formula}); run it again"
         )
-    # Buffers that scripts keep beside the weights; adding 0 makes a 0 of every -0.
-    own = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    plain = {}
-    for name, tensor in state.items():
-        if name.rpartition(".")[2] in own:
-            mask = state.get(f"{name}_mask")
-            plain[name] = (tensor if mask is None else tensor * mask) + 0
-    return plain, path
+    return state, path
+
+
+def _plain(state: dict[str, Tensor], source: Path, network: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the network has itself, inside its masks; scripts keep further buffers beside that."""
+    names = state.keys()
+    if source.name != runs.PLAIN_WEIGHTS:
+        with torch.device("meta"):
+            names = models.build(**network).state_dict().keys()
+    masks = {name: state.get(f"{name}_mask", 1) for name in names if name in state}
+    return {name: state[name] * mask + 0 for name, mask in masks.items()}  # + 0: no -0

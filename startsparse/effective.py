@@ -1,0 +1,244 @@
+"""Layers that compute with another weight than the one they store: the one type for all of them.
+
+A *formula* is a subclass of `EffectiveLayer` that says what the weight and bias of a layer become.
+Soft thresholds and edge-popup are two; a new one is about ten lines::
+
+    class Powered(EffectiveLayer):
+        zeros_learn = False
+        entrywise = True
+
+        def effective(self):
+            return self.weight * self.weight.abs(), self.bias
+
+    replace_layers(model, Powered)
+
+Masks, densities, FLOPs, sparse compute, checkpoints and export then know of it, for they ask this
+type. Masks may be there before or come later. `plain_state` is the network without its formulas.
+"""
+
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class EffectiveLayer(nn.Module):
+    """A convolution or linear layer that computes with `effective` weight and bias.
+
+    A subclass is a formula for both kinds of layers, and no layer yet: `replace_layers` makes a
+    plain layer one. ``weight``, ``bias`` (or None) and ``weight_mask``, if any, stay what they are
+    there. What else learns is a parameter, added in `set_up`.
+
+    Attributes:
+        zeros_learn: whether the gradient of an effective weight that is zero counts. Every formula
+            says so: with False the sparse form leaves that gradient zero.
+        entrywise: whether `effective` goes entry by entry, or by the order of entries alone. The
+            sparse form then gives it vectors of the entries inside the mask, in the place of the
+            weight and of all parameters of its shape, and no mask; else it picks these entries
+            from the whole effective weight, which costs a pass over it in each step.
+        replaced: the class of the plain layer.
+        plain_names: what the plain layer had in its state_dict.
+    """
+
+    zeros_learn: ClassVar[bool]
+    entrywise: ClassVar[bool] = False
+    replaced: ClassVar[type[nn.Module]]
+    formula: ClassVar[type["EffectiveLayer"]]
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    plain_names: frozenset[str]
+
+    def __init_subclass__(cls) -> None:
+        """Refuse a formula that lacks a part.
+
+        Raises:
+            TypeError: names the part.
+        """
+        if not isinstance(getattr(cls, "zeros_learn", None), bool):
+            raise TypeError(
+                f"{cls.__name__}: an EffectiveLayer says zeros_learn = True or False: whether the "
+                "gradient of an effective weight that is zero counts"
+            )
+        if cls.effective is EffectiveLayer.effective:
+            raise TypeError(
+                f"{cls.__name__}: an EffectiveLayer has effective(self), which returns the weight "
+                "and the bias to compute with"
+            )
+
+    def set_up(self, *_settings: Any) -> None:
+        """Add what the formula needs beside weight, bias and mask; gets `replace_layers`' settings.
+
+        The names that are added here come after those of the plain layer in its state_dict.
+        """
+
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias to compute with, shapes as ``weight`` and ``bias``.
+
+        Zero where a mask leaves the weight zero.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def agree(cls, layers: Sequence[Any]) -> None:
+        """Decide what the layers of a network decide together, in their order; nothing by default.
+
+        Called before each forward pass of the network that `replace_layers` was given.
+        """
+
+    def effective_weight(self) -> Tensor:
+        """The weight that the layer computes with."""
+        return self.effective()[0]
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare shapes, and look whether zeros outside the mask stay zero.
+
+        Raises:
+            TypeError: the formula does not do what `effective` promises.
+        """
+        name, mask = self.formula.__name__, getattr(self, "weight_mask", None)
+        for kind, own, made in zip(("weight", "bias"), (self.weight, self.bias), self.effective()):
+            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (own, made)]
+            if shapes[0] != shapes[1]:
+                raise TypeError(f"{name}.effective: a {kind} of {shapes[0]} becomes {shapes[1]}")
+        if mask is not None and bool(self.effective_weight()[~mask].any()):
+            raise TypeError(f"{name}.effective: weights outside the mask are not zero")
+
+    def __reduce__(self) -> tuple:
+        """The class is made when it is needed, so a pickle says what of."""
+        return _blank, (self.formula, self.replaced), self.__dict__
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As ever; that there is a formula goes into the metadata, for `formulas`."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination._metadata[prefix[:-1]]["formula"] = self.formula.__name__
+
+
+class _Conv2d(nn.Conv2d):
+    """The forward pass of a convolution with an effective weight."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H', W']."""
+        return self._conv_forward(inputs, *self.effective())
+
+
+class _Linear(nn.Linear):
+    """The forward pass of a linear layer with an effective weight."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., n_in] -> [..., n_out]."""
+        return F.linear(inputs, *self.effective())
+
+
+@functools.cache
+def _layer_class(formula: type[EffectiveLayer], replaced: type[nn.Module]) -> type[EffectiveLayer]:
+    """A layer of class ``replaced`` with this formula.
+
+    A forward pass of its own stays where ``replaced`` is a subclass that calls
+    ``super().forward``: that is then ours.
+    """
+    kind, forward = (
+        (nn.Conv2d, _Conv2d) if issubclass(replaced, nn.Conv2d) else (nn.Linear, _Linear)
+    )
+    bases = (formula, *[replaced] * (replaced is not kind), forward)
+    parts = {"formula": formula, "replaced": replaced, "__module__": formula.__module__}
+    return type(f"{formula.__name__}{replaced.__name__}", bases, parts)
+
+
+def _blank(formula: type[EffectiveLayer], replaced: type[nn.Module]) -> EffectiveLayer:
+    made = _layer_class(formula, replaced)
+    return made.__new__(made)
+
+
+def replace_layers(
+    model: nn.Module,
+    formula: type[EffectiveLayer],
+    *settings: Any,
+    dense: Collection[str] = (),
+) -> dict[str, Any]:
+    """Give every convolution and linear layer, but those named in ``dense``, a formula, in place.
+
+    The modules stay the same objects, with their tensors, masks and hooks: their class changes.
+
+    Args:
+        settings: what `EffectiveLayer.set_up` takes.
+
+    Returns:
+        The layers of ``formula``, name -> module, in forward order.
+
+    Raises:
+        TypeError: `EffectiveLayer.check`.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and name not in dense:
+            own = frozenset(layer.state_dict()) - {"weight_mask"}
+            layer.__class__ = _layer_class(formula, type(layer))
+            layer.plain_names = own
+            layer.set_up(*settings)
+            layer.check()
+    if formula.agree.__func__ is not EffectiveLayer.agree.__func__:
+        model.register_forward_pre_hook(agree)
+    return effective_layers(model, formula)
+
+
+def effective_layers(
+    model: nn.Module, formula: type[EffectiveLayer] = EffectiveLayer
+) -> dict[str, Any]:
+    """The layers of ``formula`` (default: of any), name -> module, in forward order."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, formula)}
+
+
+def agree(model: nn.Module, _inputs: object = None) -> None:
+    """Let the layers of each formula decide what they decide together, as of now."""
+    groups: dict[type[EffectiveLayer], list[EffectiveLayer]] = {}
+    for layer in effective_layers(model).values():
+        groups.setdefault(layer.formula, []).append(layer)
+    for formula, layers in groups.items():
+        formula.agree(layers)
+
+
+@torch.no_grad()
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """State of the ordinary network that computes the same.
+
+    Weights and biases are the effective ones, or those inside the mask; there are no masks, and
+    nothing that a formula or a method keeps beside them. BatchNorm that has lost its weight and
+    bias has 1 and 0.
+    """
+    agree(model)
+    found = {name: layer.effective() for name, layer in effective_layers(model).items()}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        path, _, kind = name.rpartition(".")
+        module = model.get_submodule(path)
+        if not _is_plain(module, kind):
+            continue
+        if path in found and kind in ("weight", "bias"):
+            tensor = found[path][kind == "bias"].detach()
+        elif (mask := getattr(module, f"{kind}_mask", None)) is not None:
+            tensor = tensor * mask
+        state[name] = tensor
+        if kind == "running_mean" and isinstance(module, _BatchNorm) and module.weight is None:
+            state[f"{path}.weight"] = torch.ones_like(tensor)
+            state[f"{path}.bias"] = torch.zeros_like(tensor)
+    return state
+
+
+def _is_plain(module: nn.Module, kind: str) -> bool:
+    """Whether the parameter or buffer ``kind`` of ``module`` is one of an ordinary network."""
+    if isinstance(module, EffectiveLayer):
+        return kind in module.plain_names
+    if type(module) in (nn.Conv2d, nn.Linear):
+        return kind in ("weight", "bias")
+    return kind != "weight_mask"
+
+
+def formulas(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Layers of a saved state_dict whose ``weight`` is not what they compute with -> formula."""
+    facts = getattr(state, "_metadata", {})
+    return {name: of["formula"] for name, of in facts.items() if "formula" in of}
