@@ -52,8 +52,8 @@ def warn_of_thin_start(model: nn.Module, options: DSTOptions) -> None:
     """Say where the mask has fewer weights from the start than --final-density asks for."""
     if not options.prunes:
         return
-    kept = sum(int(mask.sum()) for _, _, mask in masked_weights(model))
-    if weights_left(model, options.final_density) > kept:
+    nnz = sum(int(mask.sum()) for _, _, mask in masked_weights(model))
+    if weights_left(model, options.final_density) > nnz:
         log.warning(
             "warning: --final-density: %g is above the %.6f that the mask has; nothing is pruned",
             options.final_density,

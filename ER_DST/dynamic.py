@@ -199,15 +199,15 @@ def describe(model: nn.Module, before: dict[str, torch.Tensor]) -> dict[str, flo
         sets = (old & ~mask, mask & ~old, mask, mask & first, ever)
         sizes.append(torch.stack([torch.count_nonzero(s) for s in sets]))
     counts = torch.stack(sizes).tolist()  # one wait for the device
-    dropped, grown, kept, inside, active = (sum(column) for column in zip(*counts))
+    dropped, grown, nnz, inside, active = (sum(column) for column in zip(*counts))
     total = density_table(model).iloc[-1]
-    dense = int(total["kept"]) - kept  # layers without a mask
+    dense = int(total["kept"]) - nnz  # layers without a mask
     row = {
         "density": float(total["density"]),
         "dropped": dropped,
         "grown": grown,
         "ever_active": (active + dense) / int(total["weights"]),
-        "inside_initial": inside / max(kept, 1),
+        "inside_initial": inside / max(nnz, 1),
         "dead_units": int(total["dead_outputs"] + total["dead_inputs"]),
     }
     for (name, _, _), (gone, new, *_) in zip(masked_weights(model), counts):

@@ -46,8 +46,8 @@ def train(options: DSTOptions) -> None:
     devices = parallel.choose_devices(options.multigpu)
     recipe.show_run(options, folder, model, devices)
     check_flow(model, planned, options)
-    images = recipe.load_data(options, devices[0])
-    model, requested, spent = network(options, images, devices[0], folder)
+    dataset = recipe.load_data(options, devices[0])
+    model, requested, spent = network(options, dataset, devices[0], folder)
     if not planned:
         check_flow(model, requested, options)
 
@@ -55,7 +55,7 @@ def train(options: DSTOptions) -> None:
         if options.searches:
             run.write_json("ratios.json", requested)
             run.write_json("search.json", {"flops": spent})
-        trainer = Trainer(model, images, options, run, devices, lambda: flops.densities(model))
+        trainer = Trainer(model, dataset, options, run, devices, lambda: flops.densities(model))
         if options.evaluate:
             recipe.say_accuracies(trainer)
             return
@@ -64,7 +64,7 @@ def train(options: DSTOptions) -> None:
         recipe.show_start(trainer, requested)
         warn_of_thin_start(model, options)
         report = partial(trainer.add_row, "topology")
-        trainer.run_phases([phase(options, len(images.train), report)])
+        trainer.run_phases([phase(options, len(dataset.train), report)])
         result = trainer.test() | {"search_flops": spent}
         recipe.finish(trainer, options.requested, requested, result)
 
@@ -86,7 +86,7 @@ def plan(options: DSTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, f
 
 
 def network(
-    options: DSTOptions, images: data.Data, device: torch.device, folder: Path | None = None
+    options: DSTOptions, dataset: data.Data, device: torch.device, folder: Path | None = None
 ) -> tuple[nn.Module, dict[str, float], float]:
     """The initialised network on ``device``, sparse as asked for.
 
@@ -95,21 +95,21 @@ def network(
     Returns:
         The network; the density asked of each layer; the FLOPs that the search for them took.
     """
-    model, requested = plan(options, images.shape)
+    model, requested = plan(options, dataset.shape)
     init_weights(model, options.init, options.seed)
     model.to(device).to(memory_format=torch.channels_last)
     spent = 0.0
     if not options.sparse:
         return model, {}, spent
     if options.er_sparse_method == "snip":
-        spent = find_snip(model, options, images)
+        spent = find_snip(model, options, dataset)
         requested = flops.densities(model)
     else:
         if options.searches and folder and (folder / "search.json").exists():
             requested = er.read_densities(folder / "ratios.json")
             spent = json.loads((folder / "search.json").read_text())["flops"]
         elif options.searches:
-            found, spent = pruner_ratio(model, options, images)
+            found, spent = pruner_ratio(model, options, dataset)
             requested = er.requested_densities(model, options, found)
         er.attach_er_masks(model, requested, options)
     if options.flow_preservation != "False":

@@ -112,8 +112,8 @@ def _kth_by_sampling(parts: Sequence[np.ndarray], k: int) -> tuple[float, int]:
     else:
         positions = [np.flatnonzero(u ^ a) for u, a in zip(upper, above)]
         band = np.concatenate([part[where] for part, where in zip(parts, positions)])
-    place = len(band) - (k - more)
-    kth = np.partition(band, place)[place]
+    index = len(band) - (k - more)
+    kth = np.partition(band, index)[index]
     return float(kth), more + int(np.count_nonzero(band >= kth))
 
 

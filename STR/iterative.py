@@ -58,7 +58,7 @@ def begin(trainer: Trainer[STROptions]) -> None:
 
     With --start-from the initial.pt is that run's, if it has one: signs flip since initialisation.
     """
-    if trainer.options.threshold_list and not trainer.history and not trainer.place.step:
+    if trainer.options.threshold_list and not trainer.history and not trainer.position.step:
         state = {"model": trainer.model.state_dict()}
         before = trainer.run.source("start_from") / "initial.pt"
         if trainer.options.start_from and before.exists():
@@ -116,10 +116,10 @@ def check_reference(model: nn.Module, options: STROptions, level: int, count: in
                 f"--target-expt-name: the mask of '{name}' in {options.target_expt_name} does not "
                 "lie inside this run's; both need the same network, --seed and --er-sparse-*"
             )
-    kept = sum(int(masks[f"{name}.weight_mask"].sum()) for name, _, _ in given)
-    if kept != count:
+    nnz = sum(int(masks[f"{name}.weight_mask"].sum()) for name, _, _ in given)
+    if nnz != count:
         raise OptionError(
-            f"--target-expt-name: level {level} of {options.target_expt_name} keeps {kept} "
+            f"--target-expt-name: level {level} of {options.target_expt_name} keeps {nnz} "
             f"weights, --threshold-list asks for {count}"
         )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from startsparse.effective import EffectiveLayer, effective_layers
-from startsparse.masks import kept, sparse_layers
+from startsparse.masks import active, sparse_layers
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "exp": torch.exp}
 
@@ -74,7 +74,7 @@ def why_dense(model: nn.Module, s_init: float, decay: float) -> str:
     layers = effective_layers(model, SoftThresholded).values()
     masks = [getattr(layer, "weight_mask", torch.ones_like(layer.weight)) for layer in layers]
     allowed = sum(int(torch.count_nonzero(mask)) for mask in masks)
-    used = sum(int(kept(layer).sum()) for layer in layers)
+    used = sum(int(active(layer).sum()) for layer in layers)
     if used <= 0.99 * allowed:
         return ""
     highest = max(layer.threshold_logit.item() for layer in layers)
@@ -90,7 +90,7 @@ def layer_table(model: nn.Module) -> dict[str, dict[str, float]]:
     """Layer -> density and, where there is one, threshold: --er-sparsity-file reads it back."""
     soft = thresholds(model)
     return {
-        name: {"density": kept(layer).double().mean().item()}
+        name: {"density": active(layer).double().mean().item()}
         | ({"threshold": soft[name]} if name in soft else {})
         for name, layer in sparse_layers(model).items()
     }

@@ -125,9 +125,9 @@ class _Conv2d(nn.Conv2d):
 
     effective: Callable[[], tuple[Tensor, Tensor | None]]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C', H', W']."""
-        return self._conv_forward(images, *self.effective())
+        return self._conv_forward(inputs, *self.effective())
 
 
 class _Linear(nn.Linear):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from startsparse.masks import kept, sparse_layers
+from startsparse.masks import active, sparse_layers
 from startsparse.method import Method
 
 
@@ -38,7 +38,7 @@ def forward_flops(model: nn.Module, example: Tensor) -> dict[str, float]:
 def densities(model: nn.Module) -> dict[str, float]:
     """Share of the weights of each sparse layer that take part."""
     return {
-        name: torch.count_nonzero(kept(layer)).item() / layer.weight.numel()
+        name: torch.count_nonzero(active(layer)).item() / layer.weight.numel()
         for name, layer in sparse_layers(model).items()
     }
 

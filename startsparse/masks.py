@@ -131,7 +131,7 @@ def can_be_sparse(layer: nn.Module) -> bool:
     return isinstance(layer, EffectiveLayer) or getattr(layer, "weight_mask", None) is not None
 
 
-def kept(layer: SparseLayer) -> Tensor:
+def active(layer: SparseLayer) -> Tensor:
     """Bool tensor: which weights of ``layer`` take part (mask, effective weight, or all)."""
     if isinstance(layer, EffectiveLayer):
         return layer.effective_weight().detach() != 0
@@ -147,7 +147,7 @@ def density_table(model: nn.Module, requested: Mapping[str, float] | None = None
     """
     rows = []
     for name, layer in sparse_layers(model).items():
-        edges = kept(layer).flatten(2).sum(2) if layer.weight.dim() > 2 else kept(layer).int()
+        edges = active(layer).flatten(2).sum(2) if layer.weight.dim() > 2 else active(layer).int()
         rows.append(
             {
                 "layer": name,

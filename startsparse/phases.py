@@ -27,7 +27,7 @@ class Phase:
 
 
 @dataclasses.dataclass
-class Place:
+class Position:
     """Where a run stands: the next step is step ``step`` of epoch ``epoch`` of phase ``phase``."""
 
     phase: int = 0

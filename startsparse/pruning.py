@@ -51,7 +51,7 @@ def prune(
         count: weights of the masked layers that stay.
         seed: the run's.
         level: number of the pruning in the run; random pruners draw anew at each.
-        batch: gives (images, labels) for snip and grasp, on the model's device. Called once.
+        batch: gives (examples, labels) for snip and grasp, on the model's device. Called once.
         shape: of an input, see `scores.synflow`.
         temperature: of the logits, see `scores.grasp`.
 
@@ -82,8 +82,8 @@ def _snip(model: nn.Module, count: int, inputs: Inputs) -> None:
 
 
 def _grasp(model: nn.Module, count: int, inputs: Inputs) -> None:
-    images, labels = _batch("grasp", inputs)
-    scores.keep_top(model, scores.grasp(model, images, labels, inputs.temperature), count)
+    examples, labels = _batch("grasp", inputs)
+    scores.keep_top(model, scores.grasp(model, examples, labels, inputs.temperature), count)
 
 
 def _batch(pruner: str, inputs: Inputs) -> tuple[Tensor, Tensor]:

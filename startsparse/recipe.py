@@ -123,7 +123,7 @@ def show_start(trainer: Trainer, requested: dict[str, float]) -> None:
     trainer.decide()
     table = trainer.compute.columns(masks.density_table(trainer.model, requested))
     show_densities(trainer.run, table, "density.csv")
-    if requested and not trainer.history and not trainer.place.step:  # later masks are not drawn
+    if requested and not trainer.history and not trainer.position.step:  # later masks are not drawn
         say_deviation(trainer.model, requested, trainer.options)
 
 

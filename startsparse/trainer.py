@@ -2,8 +2,8 @@
 
 A run is a list of phases (warm-up, pruning levels, final training), each with a learning-rate
 schedule of its own. Everything that the run has become is in its checkpoint: weights, masks,
-optimizer, place, history, best epoch. All randomness derives from the place, so a run that was
-stopped anywhere and resumed is, to the bit, the run that was not.
+optimizer, position, history, best epoch. All randomness derives from the position, so a run that
+was stopped anywhere and resumed is, to the bit, the run that was not.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from startsparse.engine.compute import Compute
 from startsparse.masks import density_table, keep_inside
 from startsparse.method import Method
 from startsparse.options import Options
-from startsparse.phases import Phase, Place
+from startsparse.phases import Phase, Position
 from startsparse.runs import Run, selected_weights
 from startsparse.stopping import Interrupted, StopSignal
 from startsparse.training import Learner, evaluate, means, new_sums, train_epoch
@@ -40,7 +40,7 @@ class Trainer(Learner, Generic[S]):
     """A network in training, and all that its checkpoint holds; ``S`` is its options' class.
 
     Attributes:
-        place: where the run stands.
+        position: where the run stands.
         history: one dict per finished epoch, the rows of epochs.csv.
         tables: further tables that a script keeps, name -> rows of <name>.csv.
         candidates: the best epoch of this phase, what may take its place, and their weights.
@@ -77,7 +77,7 @@ class Trainer(Learner, Generic[S]):
             clip_norm=options.clip_norm,
             seed=options.seed,
         )
-        self.place, self.sums = Place(), new_sums(self.device)
+        self.position, self.sums = Position(), new_sums(self.device)
         self.history: list[dict] = []
         self.tables: dict[str, list[dict]] = {}
         self.candidates = Candidates(run.folder)
@@ -99,7 +99,7 @@ class Trainer(Learner, Generic[S]):
             {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "place": dataclasses.asdict(self.place),
+                "position": dataclasses.asdict(self.position),
                 "sums": processes.all_reduce(self.sums.clone()),
                 "history": self.history,
                 "tables": self.tables,
@@ -118,7 +118,7 @@ class Trainer(Learner, Generic[S]):
         state = checkpoint.load(self._path, self.device)
         checkpoint.load_model(self.model, state, self._path)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.place = Place(**state["place"])
+        self.position = Position(**state["position"])
         if processes.rank() == 0:
             self.sums = state["sums"]  # of all processes
         self.history, self.tables = state["history"], state["tables"]
@@ -128,10 +128,10 @@ class Trainer(Learner, Generic[S]):
         self.seconds = state["seconds"]
         self.compute.restore(state["compute"])
         self.write_tables()
-        log.info("resumed at epoch %d, step %d", len(self.history) + 1, self.place.step + 1)
+        log.info("resumed at epoch %d, step %d", len(self.history) + 1, self.position.step + 1)
 
     def run_phases(self, phases: list[Phase]) -> None:
-        """Train through ``phases``, from the place where the run stands.
+        """Train through ``phases``, from the position where the run stands.
 
         Raises:
             Interrupted: on SIGINT or SIGTERM, after a checkpoint was saved.
@@ -139,9 +139,9 @@ class Trainer(Learner, Generic[S]):
         """
         self._clock = time.monotonic()
         with self.stop:
-            while self.place.phase < len(phases):
+            while self.position.phase < len(phases):
                 processes.all_take_rank_0s(self.model)
-                phase = phases[self.place.phase]
+                phase = phases[self.position.phase]
                 if self._warmup(phase) > phase.epochs:
                     log.warning(
                         "warning: --warmup-length: %d epochs, but %s has %d: --lr is not reached",
@@ -149,12 +149,12 @@ class Trainer(Learner, Generic[S]):
                         phase.name,
                         phase.epochs,
                     )
-                while self.place.epoch < phase.epochs:
+                while self.position.epoch < phase.epochs:
                     self._epoch(phase)
                 phase.then(self)
-                if self.place.phase + 1 == len(phases):
+                if self.position.phase + 1 == len(phases):
                     return
-                following = self.place.phase + 1
+                following = self.position.phase + 1
                 self._start(following, phases[following].keeps_momentum)
 
     def load_selected(self) -> None:
@@ -192,7 +192,7 @@ class Trainer(Learner, Generic[S]):
 
     def decide(self) -> None:
         """Choose which layers compute sparsely, unless that was done at about this density."""
-        if self.place.step:  # a resumed epoch goes on as it began
+        if self.position.step:  # a resumed epoch goes on as it began
             return
         batch = self.data.train.examples / len(self.data.train)
         decided = self.compute.decide(
@@ -215,7 +215,7 @@ class Trainer(Learner, Generic[S]):
 
     def _start(self, index: int, keeps_momentum: bool) -> None:
         """Begin phase ``index``: the schedule and the search for the best anew."""
-        self.place, self.ledger.counted = Place(phase=index), 0
+        self.position, self.ledger.counted = Position(phase=index), 0
         if keeps_momentum:
             keep_inside(self.model, self.optimizer)  # masks may have shrunk
         else:
@@ -227,8 +227,8 @@ class Trainer(Learner, Generic[S]):
         return self.options.warmup_length if phase.warmup is None else phase.warmup
 
     def _epoch(self, phase: Phase) -> None:
-        options, place, steps = self.options, self.place, len(self.data.train)
-        first = place.epoch * steps
+        options, position, steps = self.options, self.position, len(self.data.train)
+        first = position.epoch * steps
         rates = [
             schedules.learning_rate(
                 phase.lr_policy,
@@ -250,10 +250,10 @@ class Trainer(Learner, Generic[S]):
                 self.sums,
                 # Numbered through the run, so that no phase repeats the order of another.
                 epoch=len(self.history),
-                start=place.step,
+                start=position.step,
                 method=phase.method,
                 first=first,
-                title=f"{phase.name} {place.epoch + 1}/{phase.epochs}",
+                title=f"{phase.name} {position.epoch + 1}/{phase.epochs}",
             )
         processes.all_take_rank_0s(self.model)
         self.ledger.count(first + steps, phase.method)
@@ -271,12 +271,12 @@ class Trainer(Learner, Generic[S]):
             "seconds": self.seconds + time.monotonic() - self._clock,
         }
         self.history.append(row)
-        if place.epoch >= phase.select_from:
+        if position.epoch >= phase.select_from:
             candidate = {name: row[name] for name in ("epoch", "valid_accuracy", "density")}
             self.candidates.add(self.model, candidate, drifts=phase.drifts)
-        if place.epoch + 1 == phase.epochs:
+        if position.epoch + 1 == phase.epochs:
             self.candidates.rivals = []
-        self.place = Place(place.phase, place.epoch + 1)
+        self.position = Position(position.phase, position.epoch + 1)
         self.sums = new_sums(self.device)
         self.save()
         self.candidates.tidy()
@@ -302,9 +302,9 @@ class Trainer(Learner, Generic[S]):
         """Save where --save-every or a signal says so; the epoch's end saves anyway."""
         super().after_step(method, step)
         steps, every = len(self.data.train), self.options.save_every
-        done = step + 1 - self.place.epoch * steps
+        done = step + 1 - self.position.epoch * steps
         if done < steps and (self.stop.agreed or (every and done % every == 0)):
-            self.place.step = done
+            self.position.step = done
             self.compute.switch(False, self.optimizer)
             self.save()
             if self.stop.agreed:
@@ -316,7 +316,7 @@ class Trainer(Learner, Generic[S]):
         return super().first_bad_layer(inputs)
 
     def _interrupt(self) -> None:
-        where = f"epoch {len(self.history) + 1}, step {self.place.step + 1}"
+        where = f"epoch {len(self.history) + 1}, step {self.position.step + 1}"
         name = signal.Signals(self.stop.agreed).name
         raise Interrupted(
             self.stop.agreed,

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from startsparse.engine import build, choice
 from startsparse.engine.choice import choose
+from startsparse.engine.kernels import kernels_for
 from startsparse.engine.lowering import UnsupportedError, lower
 from startsparse.engine.network import SparseForm
 from startsparse.masks import (
@@ -216,15 +217,15 @@ def test_other_networks():
                 assert (getattr(mine, kind).grad - gradient).abs().max() < 1e-10, name
 
 
-@pytest.mark.parametrize(("sparse", "share"), [(0.5, 0.5), (0.97, 0.97), (2.0, None)])
-def test_the_choice_takes_the_faster_and_leaves_everything_as_it_was(monkeypatch, sparse, share):
+@pytest.mark.parametrize(("sparse", "ratio"), [(0.5, 0.5), (0.97, 0.97), (2.0, None)])
+def test_the_choice_takes_the_faster_and_leaves_everything_as_it_was(monkeypatch, sparse, ratio):
     clock(monkeypatch, 1.0, sparse)
     model = network("vgg11", density=0.1, dtype=torch.float32)
     before = copy.deepcopy(model.state_dict())
     form = SparseForm(model, SHAPE)
     found = choose(form, batch(32, torch.float32)[0], classes=10)
     assert found.layers == pytest.approx(dict.fromkeys(form.layers, 1 / sparse))
-    assert found.share == share
+    assert found.ratio == ratio
     assert form.computes == found.computes == (set(form.layers) if sparse < 0.95 else set())
     assert not form.entered
     for name, tensor in model.state_dict().items():
@@ -327,26 +328,26 @@ def test_dense_layers_are_not_tried():
 def test_without_a_compiler_it_is_said(compiler, reason, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path / "cache"))
-    build.library.cache_clear()
+    kernels_for.cache_clear()
     with pytest.raises(build.NoCompilerError, match=re.escape(reason)):
         SparseForm(network("mlp"), SHAPE)
     assert not list(tmp_path.rglob("*.so*"))
     monkeypatch.undo()
-    build.library.cache_clear()
+    kernels_for.cache_clear()
     SparseForm(network("mlp"), SHAPE)
 
 
 def test_kernels_are_built_once(monkeypatch, tmp_path):
     monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path))
-    build.library.cache_clear()
-    build.library(torch.float32)
+    kernels_for.cache_clear()
+    kernels_for(torch.float32)
     (built,) = tmp_path.iterdir()
     at = built.stat().st_mtime_ns
-    build.library.cache_clear()
+    kernels_for.cache_clear()
     monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("built again"))
-    build.library(torch.float32)
+    kernels_for(torch.float32)
     assert built.stat().st_mtime_ns == at
-    build.library.cache_clear()
+    kernels_for.cache_clear()
 
 
 @pytest.mark.parametrize("arch", WIDTHS)

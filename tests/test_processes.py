@@ -59,7 +59,7 @@ def test_two_processes_train_as_one(tmp_path):
     assert pd.read_csv(newest(tmp_path / "two/auto") / "density.csv")["computes"].count() == 1
     # One of them was asked to stop; both did, after the same step, and went on.
     stopped = newest(tmp_path / "two/stopped")
-    place = checkpoint.load(stopped / "stopped.pt")["place"]
+    place = checkpoint.load(stopped / "stopped.pt")["position"]
     assert place == {"phase": 0, "epoch": 0, "step": STOP + 1}
     assert len(list(stopped.parent.iterdir())) == 1
     assert same(newest(tmp_path / f"two/{INTERRUPTED}, on"), stopped)
@@ -126,7 +126,7 @@ def test_torchrun_is_asked_to_stop(tmp_path):
     folder = newest(tmp_path)
     assert said.count("\nembedding") == said.count("epoch   1  final") == 1
     assert errors.count(f"--resume {folder} continues\n") == 1
-    assert checkpoint.load(folder / "checkpoint.pt")["place"]["epoch"] > 0
+    assert checkpoint.load(folder / "checkpoint.pt")["position"]["epoch"] > 0
     assert json.loads((folder / "environment.json").read_text())["processes"] == 2
 
 

@@ -323,7 +323,7 @@ def run_of(where):
 def place(where):
     """Epochs that the checkpoint has, and the next step after them."""
     state = checkpoint.load(run_of(where) / "checkpoint.pt")
-    return len(state["history"]), state["place"]["step"] + 1
+    return len(state["history"]), state["position"]["step"] + 1
 
 
 def resumed(where):

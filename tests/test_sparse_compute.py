@@ -14,6 +14,7 @@ from torch import nn
 from ER_DST.dynamic import remember, update
 from startsparse import checkpoint, trainer
 from startsparse.engine import build, choice, compute
+from startsparse.engine.kernels import kernels_for
 from startsparse.errors import OptionError
 from startsparse.masks import attach_masks, keep_inside, masked_weights
 from startsparse.trainer import Trainer
@@ -212,12 +213,12 @@ def test_without_a_compiler_runs_are_masked_and_say_so_once(run, caplog, monkeyp
     caplog.set_level(logging.INFO, "startsparse")
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path / "cache"))
-    build.library.cache_clear()
+    kernels_for.cache_clear()
     folder = run(*ON, "--epochs", "1")
     (line,) = said(caplog)
     assert "there is no C++ compiler no-such-compiler" in line
     assert "computes" not in pd.read_csv(folder / "density.csv")
-    build.library.cache_clear()
+    kernels_for.cache_clear()
 
 
 def test_it_is_said_before_the_kernels_are_built(caplog, monkeypatch, tmp_path):
@@ -227,11 +228,11 @@ def test_it_is_said_before_the_kernels_are_built(caplog, monkeypatch, tmp_path):
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path / "cache"))
-    build.library.cache_clear()
+    kernels_for.cache_clear()
     with pytest.raises(build.NoCompilerError, match="cannot build the sparse kernels: no such"):
-        build.library(torch.float32)
+        kernels_for(torch.float32)
     assert caplog.messages == ["building the sparse kernels, about 15 s, once"]
-    build.library.cache_clear()
+    kernels_for.cache_clear()
 
 
 def test_momentum_growth_stays_dense(run_dst, caplog):

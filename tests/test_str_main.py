@@ -176,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run, tmp_
     monkeypatch.undo()
     folder = newest(tmp_path / "a")
     state = checkpoint.load(folder / "checkpoint.pt")
-    assert state["place"] == {"phase": 0, "epoch": 1, "step": 0}
+    assert state["position"] == {"phase": 0, "epoch": 1, "step": 0}
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
     assert same(run(*TINY, where="b"), run(*TINY, "--resume", "auto"))
 

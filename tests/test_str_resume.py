@@ -117,7 +117,7 @@ def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path):
         assert errors.count("\n") == 1
         assert "continues" in errors
         folder = newest(where)
-        place = checkpoint.load(folder / "checkpoint.pt")["place"]
+        place = checkpoint.load(folder / "checkpoint.pt")["position"]
         done = 6 * place["epoch"] + place["step"]
         assert 0 < done < 3 * 6
         with steps() as rest:

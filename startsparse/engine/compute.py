@@ -18,7 +18,7 @@ from startsparse.engine.build import NoCompilerError
 from startsparse.engine.choice import Choice, choose
 from startsparse.engine.lowering import UnsupportedError
 from startsparse.engine.network import SparseForm
-from startsparse.masks import can_be_sparse, kept, sparse_layers
+from startsparse.masks import active, can_be_sparse, sparse_layers
 
 log = logging.getLogger("startsparse")
 
@@ -126,7 +126,7 @@ class Compute:
 
     @contextmanager
     def sparse(self, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
-        """Within it, the sparse form computes, if it was chosen; afterwards the model is whole."""
+        """Within it, the sparse form computes, if it was chosen; then the model has its weights."""
         if self.form is None or not self.form.computes:
             yield
             return
@@ -134,7 +134,7 @@ class Compute:
             yield
 
     def switch(self, sparse: bool, optimizer: torch.optim.Optimizer) -> None:
-        """Inside `sparse`: make the model whole for a while, or go back."""
+        """Inside `sparse`: give the model its weights for a while, or go back."""
         if self.form is not None and self.form.computes:
             (self.form.enter if sparse else self.form.leave)(optimizer)
 
@@ -143,7 +143,7 @@ class Compute:
         return not then or max(now / then, then / max(now, 1e-12)) > _CHANGE
 
     def _density_now(self) -> float:
-        masks = [kept(self.model.get_submodule(name)) for name in self.form.layers]
+        masks = [active(self.model.get_submodule(name)) for name in self.form.layers]
         return sum(int(m.count_nonzero()) for m in masks) / sum(m.numel() for m in masks)
 
     def _say(self) -> None:
@@ -152,8 +152,8 @@ class Compute:
             log.info("sparse compute: not at density %.3g, it would be slower", self._density)
             return
         layers = f"{len(found.computes)} of {len(self.form.layers)} layers"
-        if found.share:
-            layers += f", a step takes {found.share:.2f} of the masked network's CPU time"
+        if found.ratio:
+            layers += f", a step takes {found.ratio:.2f} of the masked network's CPU time"
         log.info("sparse compute: %s", layers)
 
 

@@ -65,8 +65,8 @@ class _Lowering:
         self.names: dict[fx.Node, str] = {}  # node -> the value it stands for
         self.pending: dict[fx.Node, _Pending] = {}
         self.strides: dict[fx.Node, tuple[str, tuple[int, int]]] = {}  # x[:, :, ::s, ::s]
-        self.readers: list[tuple[str, Window, str]] = []  # value read, how, value made
-        self.means: set[str] = set()  # which are made without a border
+        self.readers: list[tuple[str, Window, str]] = []  # value read, how, output
+        self.means: set[str] = set()  # values without a border
 
     def run(self, graph: fx.Graph) -> Program:
         for node in graph.nodes:
@@ -119,19 +119,19 @@ class _Lowering:
                 raise UnsupportedError(f"{node.target}: a slice before a kernel above 1x1")
             stride = tuple(a * b for a, b in zip(layer.stride, extra))
             window = Window(layer.kernel_size, stride, layer.padding)
-        given = self.program.spaces[value]
-        if isinstance(layer, nn.Linear) and (given.height, given.width) != (1, 1):
+        input = self.program.spaces[value]
+        if isinstance(layer, nn.Linear) and (input.height, input.width) != (1, 1):
             raise UnsupportedError(f"{node.target}: a linear layer on pixels")
-        made = window.output(given, layer.weight.shape[0])
-        product, effective = Product(window, given, made), None
+        output = window.output(input, layer.weight.shape[0])
+        product, effective = Product(window, input, output), None
         if isinstance(layer, EffectiveLayer):
-            product = CompactedProduct(window, given, made, layer.zeros_learn)
-        dense = DenseProduct(layer, window, given, made)
+            product = CompactedProduct(window, input, output, layer.zeros_learn)
+        dense = DenseProduct(layer, window, input, output)
         both = Either(node.target, self.program.sparse, product, dense)
         self.program.products[node.target] = both
         if isinstance(layer, EffectiveLayer):
             effective = self.program.effective[node.target] = Reparameterised(layer, both)
-        name = self._value(node, made)
+        name = self._value(node, output)
         self._emit(both, [value], name)
         self.readers.append((value, window, name))
         self.pending[node] = _Pending(name, bias=layer.bias, effective=effective)
@@ -187,13 +187,13 @@ class _Lowering:
 
     def _finish(self, node: fx.Node, *, relu: bool, alias: fx.Node | None = None) -> None:
         waiting = self.pending.pop(node)
-        given = self.program.spaces[waiting.value]
-        affine = Affine(waiting.norm, waiting.bias, relu, given, waiting.relu_first)
+        input = self.program.spaces[waiting.value]
+        affine = Affine(waiting.norm, waiting.bias, relu, input, waiting.relu_first)
         if waiting.effective and waiting.bias is not None:
             waiting.effective.affine = affine
-        made = Space(given.channels, given.height, given.width)
+        output = Space(input.channels, input.height, input.width)
         name = f"{(alias or node).name}/done"
-        self.program.spaces[name] = affine.made = made
+        self.program.spaces[name] = affine.output = output
         self.names[node] = self.names[alias or node] = name
         inputs = [waiting.value]
         if waiting.residual:
@@ -211,9 +211,9 @@ class _Lowering:
         plain = pool.dilation in (1, (1, 1)) and not pool.ceil_mode and not pool.return_indices
         if not plain or any(a != b for a, b in numbers):
             raise UnsupportedError(f"{node.target}: {pool}")
-        given, window = self.program.spaces[value], Window(*numbers)
-        made = window.output(given, given.channels)
-        self._emit(MaxPool(window, given, made), [value], self._value(node, made))
+        input, window = self.program.spaces[value], Window(*numbers)
+        output = window.output(input, input.channels)
+        self._emit(MaxPool(window, input, output), [value], self._value(node, output))
 
     def _mean(self, node: fx.Node) -> None:
         source = node.args[0]
@@ -223,10 +223,10 @@ class _Lowering:
         elif (node.kwargs.get("dim") or node.args[1:2]) not in ((2, 3), ((2, 3),)):
             raise UnsupportedError("a mean over something else than all pixels")
         value = self._ready(source)
-        given = self.program.spaces[value]
-        name = self._value(node, Space(given.channels, 1, 1))
+        input = self.program.spaces[value]
+        name = self._value(node, Space(input.channels, 1, 1))
         self.means.add(name)
-        self._emit(MeanPixels(given), [value], name)
+        self._emit(MeanPixels(input), [value], name)
 
     def _flatten(self, node: fx.Node) -> None:
         value = self._ready(node.args[0])
@@ -267,13 +267,13 @@ class _Lowering:
     def _set_borders(self) -> None:
         """Give each map the border that its readers need, forward and backward."""
         spaces = self.program.spaces
-        for value, window, made in self.readers:
-            given, out = spaces[value], spaces[made]
-            given.border = max(given.border, window.border_in(given, out))
-            if given.border and value in self.means:
+        for value, window, result in self.readers:
+            input, out = spaces[value], spaces[result]
+            input.border = max(input.border, window.border_in(input, out))
+            if input.border and value in self.means:
                 raise UnsupportedError("a padded convolution after a global average")
             if value != self.program.start:
-                out.border = max(out.border, window.border_out(given, out))
+                out.border = max(out.border, window.border_out(input, out))
 
 
 _MODULES: dict[str, tuple[type[nn.Module], ...]] = {

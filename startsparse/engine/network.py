@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from startsparse.effective import agree
 from startsparse.engine import memory
-from startsparse.engine.build import library
+from startsparse.engine.kernels import kernels_for
 from startsparse.engine.layers import Product
 from startsparse.engine.lowering import lower
 from startsparse.engine.single import SingleImage
@@ -44,7 +44,7 @@ class SparseForm:
         """
         self.model = model
         self.program = lower(model, shape)
-        library(next(model.parameters()).dtype)
+        kernels_for(next(model.parameters()).dtype)
         weakref.finalize(self, memory.release).atexit = False
         self.entered = False
         self._single: SingleImage | None = None
@@ -174,14 +174,14 @@ def _put_back(
     optimizer: torch.optim.Optimizer | None,
 ) -> None:  # fmt: skip
     """Undo `_take`."""
-    (shape, stride), places = vector.dense, flat.long()
+    (shape, stride), indices = vector.dense, flat.long()
 
     def dense(entries: Tensor) -> Tensor:
-        whole = torch.zeros(shape.numel(), dtype=entries.dtype).scatter_(0, places, entries)
-        whole = whole.view(shape)
-        if whole.stride() == stride:
-            return whole
-        return torch.empty_strided(shape, stride, dtype=entries.dtype).copy_(whole)
+        weight = torch.zeros(shape.numel(), dtype=entries.dtype).scatter_(0, indices, entries)
+        weight = weight.view(shape)
+        if weight.stride() == stride:
+            return weight
+        return torch.empty_strided(shape, stride, dtype=entries.dtype).copy_(weight)
 
     parameter.data = dense(vector)
     if optimizer is not None:
@@ -194,7 +194,7 @@ def _exchange(
     new: nn.Parameter,
     convert: Callable[[Tensor], Tensor],
 ) -> None:
-    """Let ``optimizer`` hold ``new`` in the place of ``old``; state of its shape is converted."""
+    """Let ``optimizer`` hold ``new`` instead of ``old``; state of its shape is converted."""
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
     shape = old.shape

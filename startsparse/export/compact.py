@@ -62,13 +62,14 @@ def resize(layer: SparseLayer, weight: Tensor, bias: Tensor | None) -> None:
         layer.out_features, layer.in_features = weight.shape
 
 
-def keep_units(norm: _BatchNorm, kept: Tensor) -> None:
-    """Leave a BatchNorm the units with the numbers ``kept``, int64 [k]."""
-    norm.num_features = len(kept)
+def keep_units(norm: _BatchNorm, remaining: Tensor) -> None:
+    """Leave a BatchNorm the units with the numbers ``remaining``, int64 [k]."""
+    norm.num_features = len(remaining)
     for name in ("running_mean", "running_var"):
-        setattr(norm, name, norm.get_buffer(name)[kept])
+        setattr(norm, name, norm.get_buffer(name)[remaining])
     if norm.affine:
-        norm.weight, norm.bias = nn.Parameter(norm.weight[kept]), nn.Parameter(norm.bias[kept])
+        norm.weight = nn.Parameter(norm.weight[remaining])
+        norm.bias = nn.Parameter(norm.bias[remaining])
 
 
 @dataclass(eq=False)
@@ -243,20 +244,20 @@ def _shrink(model: nn.Module, stream: _Stream) -> bool:
     own = [*stream.makers, *(name for name, _ in stream.readers)]
     if not gone.any() or (len(gone) == 1 and not any(_edges(layers[name]).any() for name in own)):
         return False
-    kept = (~gone).nonzero().squeeze(1)
-    if not len(kept):
-        kept = torch.zeros(1, dtype=torch.long)  # one has to stay; it has no edges from now on
+    remaining = (~gone).nonzero().squeeze(1)
+    if not len(remaining):
+        remaining = torch.zeros(1, dtype=torch.long)  # one has to stay; it has no edges from now on
     for name, known in stream.readers:
-        _unread(layers[name], known, gone, kept, stands_in)
+        _unread(layers[name], known, gone, remaining, stands_in)
     for name in stream.makers:
         layer = layers[name]
-        live = ~gone[kept]
-        weight = layer.weight[kept] * live.view(-1, *[1] * (layer.weight.dim() - 1))
-        resize(layer, weight, None if layer.bias is None else layer.bias[kept] * live)
+        live = ~gone[remaining]
+        weight = layer.weight[remaining] * live.view(-1, *[1] * (layer.weight.dim() - 1))
+        resize(layer, weight, None if layer.bias is None else layer.bias[remaining] * live)
     for name in stream.norms:
         norm = model.get_submodule(name)
         assert isinstance(norm, _BatchNorm)
-        keep_units(norm, kept)
+        keep_units(norm, remaining)
     return True
 
 
@@ -285,20 +286,20 @@ def _dead(layers: dict[str, SparseLayer], stream: _Stream) -> tuple[Tensor, int 
 
 
 def _unread(
-    layer: SparseLayer, known: Tensor, gone: Tensor, kept: Tensor, stands_in: int | None
+    layer: SparseLayer, known: Tensor, gone: Tensor, remaining: Tensor, stands_in: int | None
 ) -> None:
-    """Make ``layer`` read the units ``kept`` only, and put what the others bring elsewhere."""
+    """Make ``layer`` read the units ``remaining`` only, and put what the others bring elsewhere."""
     weight = layer.weight.double()
     given = torch.where(gone & _edges(layer).any(0), known, 0)
     bias = layer.bias
     if given.any() and _pads(layer):
-        share = given / known[stands_in]
-        weight[:, stands_in] += (weight * share[:, None, None]).sum(1)
+        ratio = given / known[stands_in]
+        weight[:, stands_in] += (weight * ratio[:, None, None]).sum(1)
     elif given.any():
         bias = (0 if bias is None else bias.double()) + _sums(weight) @ given
     weight[:, gone] = 0
     kind = layer.weight.dtype
-    resize(layer, weight[:, kept].to(kind), None if bias is None else bias.to(kind))
+    resize(layer, weight[:, remaining].to(kind), None if bias is None else bias.to(kind))
 
 
 _MODULES: dict[str, tuple[type[nn.Module], ...]] = {

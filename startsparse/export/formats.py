@@ -135,8 +135,8 @@ def _from_csr(state: dict[str, Tensor], facts: Facts) -> dict[str, Tensor]:
     for name, (outputs, *rest) in json.loads(facts["shapes"]).items():
         values, columns, rows = (state.pop(f"{name}.{x}") for x in ("values", "columns", "rows"))
         weight = torch.zeros(outputs, torch.Size(rest).numel(), dtype=values.dtype)
-        place = torch.arange(outputs).repeat_interleave(rows.diff())
-        weight[place, columns.long()] = values
+        row_of = torch.arange(outputs).repeat_interleave(rows.diff())
+        weight[row_of, columns.long()] = values
         state[name] = weight.view(outputs, *rest)
     return state
 
@@ -149,10 +149,10 @@ def write_onnx(path: Path, model: nn.Module, facts: Facts, shape: Sequence[int])
     """
     import onnxruntime  # not of every installation: PACKAGES
 
-    images = torch.randn(3, *shape[1:], generator=torch.Generator().manual_seed(1))
+    inputs = torch.randn(3, *shape[1:], generator=torch.Generator().manual_seed(1))
     program = torch.onnx.export(
         model,
-        (images,),
+        (inputs,),
         dynamo=True,
         dynamic_shapes=({0: "batch"},),
         verbose=False,
@@ -164,7 +164,7 @@ def write_onnx(path: Path, model: nn.Module, facts: Facts, shape: Sequence[int])
     with replacing(path) as temporary:
         program.save(temporary, external_data=False)
         session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
-        for batch in (images, images[:1]):
+        for batch in (inputs, inputs[:1]):
             with torch.inference_mode():
                 expected = model(batch)
             (found,) = session.run(None, {"inputs": batch.numpy()})

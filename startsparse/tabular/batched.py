@@ -133,7 +133,7 @@ def train_batched(
     return losses / examples
 
 
-FORMS = {"batched": train_batched, "loop": train_loop}
+LOOPS = {"batched": train_batched, "loop": train_loop}
 
 
 class _BatchNorm(nn.BatchNorm1d):

@@ -143,12 +143,12 @@ def run(members: Sequence[Member], options: TabularOptions) -> pd.DataFrame:
         epochs = options.final_epochs if density == levels[-1] else options.epochs
         models, parts = [m.model for m in present], [m.train for m in present]
         forms = compute.sparse_forms(
-            models, parts, recipe, mode=options.sparse_compute, form=options.form
+            models, parts, recipe, mode=options.sparse_compute, loop=options.loop
         )
         if forms:
             batched.train_loop(models, parts, recipe, epochs, first_epoch, forms)
         else:
-            batched.FORMS[options.form](models, parts, recipe, epochs, first_epoch)
+            batched.LOOPS[options.loop](models, parts, recipe, epochs, first_epoch)
         first_epoch += epochs
         rows += [measure(member, density) for member in present]
     return pd.DataFrame(rows)

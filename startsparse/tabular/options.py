@@ -10,7 +10,7 @@ from startsparse import ratios, results
 from startsparse.commandline import write_yaml
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
-from startsparse.fields import Truth, choice, default_is, flag
+from startsparse.fields import Truth, called, choice, default_is, flag
 from startsparse.models import INITS
 from startsparse.optimizers import OPTIMIZERS
 from startsparse.options import require_distinct, require_range
@@ -63,7 +63,7 @@ class TabularOptions:
     """Epochs at each density"""
     final_epochs: int = 20
     """Epochs at the last density"""
-    form: Annotated[str, choice(batched.FORMS)] = "batched"
+    loop: Annotated[str, choice(batched.LOOPS), called("form")] = "batched"
     """Train all networks at once, or one after the other: the same within rounding"""
     sparse_compute: Annotated[str, choice(MODES)] = "auto"
     """Train one after the other, and compute and store only what is inside the masks; auto: at the

@@ -113,12 +113,12 @@ def split(table: Table, seed: int, *, valid: float = 0.1, test: float = 0.2) -> 
         raise UserError(f"{rows} rows are too few for training, validation and test")
     order = torch.randperm(rows, generator=seeding.generator(seed, "split"))
     # Each class is spread evenly over [0, 1): any stretch holds it with its share.
-    place = torch.empty(rows, dtype=torch.float64)
+    position = torch.empty(rows, dtype=torch.float64)
     for one in range(len(table.class_names)):
         members = order[table.labels[order] == one]
-        place[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
+        position[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
     # Shuffled, for equal places would otherwise leave the order of the file.
-    order = order[place[order].argsort(stable=True)]
+    order = order[position[order].argsort(stable=True)]
     chosen = order.split([tests, valids, rows - tests - valids])
     std, mean = torch.std_mean(table.features[chosen[2]].double(), dim=0, correction=0)
     # In float64 a constant column may come out as 1e-17 instead of 0.
