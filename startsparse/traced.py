@@ -8,7 +8,7 @@ def module_name(node: fx.Node) -> str:
     return str(node.target)
 
 
-def source(node: fx.Node, number: int = 0) -> fx.Node:
+def source_of(node: fx.Node, number: int = 0) -> fx.Node:
     """The node whose output is argument ``number`` of ``node``."""
     argument = node.args[number]
     assert isinstance(argument, fx.Node)

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from startsparse.errors import UserError
 from startsparse.masks import SparseLayer, sparse_layers
-from startsparse.traced import module_name, source
+from startsparse.traced import module_name, source_of
 
 _SMALLEST = 0.01  # of a unit that stands for others, beside them: rounding grows by the inverse
 
@@ -125,14 +125,14 @@ class _Analysis:
         """A constant of the network: no units."""
 
     def _output(self, node: fx.Node) -> None:
-        self.values[source(node)][0].fixed = True
+        self.values[source_of(node)][0].fixed = True
 
     def _product(self, node: fx.Node) -> None:
         name = module_name(node)
         layer = self.layers[name]
         if isinstance(layer, nn.Conv2d) and (layer.groups > 1 or layer.padding_mode != "zeros"):
             raise UserError(f"--compact: {name}: groups or padding that is not with zeros")
-        stream, known = self.values[source(node)]
+        stream, known = self.values[source_of(node)]
         inputs = layer.weight.shape[1]
         if len(known) not in (1, inputs):
             raise UserError(f"--compact: {name}: {len(known)} maps, {inputs} inputs")
@@ -146,7 +146,7 @@ class _Analysis:
         assert isinstance(norm, _BatchNorm)
         if norm.running_mean is None or norm.running_var is None:
             raise UserError(f"--compact: {name}: BatchNorm without running statistics")
-        stream, known = self.values[source(node)]
+        stream, known = self.values[source_of(node)]
         stream.norms.append(name)
         scale = (norm.running_var.double() + norm.eps).rsqrt()
         shift = torch.zeros_like(scale)
@@ -156,13 +156,13 @@ class _Analysis:
         self.values[node] = stream, torch.where(scale == 0, shift, known)
 
     def _relu(self, node: fx.Node) -> None:
-        stream, known = self.values[source(node)]
+        stream, known = self.values[source_of(node)]
         self.values[node] = stream, known.relu()
 
     def _add(self, node: fx.Node) -> None:
         if len(node.args) != 2 or any(arg not in self.values for arg in node.args):
             raise UserError(f"--compact: {node}: an addition of something else than two maps")
-        (one, known), (other, also_known) = (self.values[source(node, i)] for i in (0, 1))
+        (one, known), (other, also_known) = (self.values[source_of(node, i)] for i in (0, 1))
         if one is not other:
             for name in ("makers", "norms", "readers"):
                 getattr(one, name).extend(getattr(other, name))
@@ -174,10 +174,10 @@ class _Analysis:
         self.values[node] = one, known + also_known
 
     def _matmul(self, node: fx.Node) -> None:
-        if source(node).op != "get_attr":
+        if source_of(node).op != "get_attr":
             raise UserError(f"--compact: {node}: a product of two maps")
         stream, known = self.values[
-            source(node, 1)
+            source_of(node, 1)
         ]  # a sum over nodes keeps zeros and nothing else
         self.values[node] = stream, torch.where(known == 0, known, torch.nan)
 
@@ -200,7 +200,7 @@ class _Analysis:
         self._same(node)
 
     def _same(self, node: fx.Node) -> None:
-        self.values[node] = self.values[source(node)]
+        self.values[node] = self.values[source_of(node)]
 
     def _begin(self, node: fx.Node, stream: _Stream, known: Tensor) -> None:
         self.streams.append(stream)
