@@ -22,6 +22,7 @@ from STR.options import CONV_TYPES
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
+@pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("conv_type", CONV_TYPES)
 def test_resumed_equals_uninterrupted(run, monkeypatch, conv_type):
     """Gone within the first epoch; at its end, with best.pt newer than checkpoint.pt; later."""
@@ -97,7 +98,7 @@ def test_resume_over_pruning_levels(run, monkeypatch):
 
 
 def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path):
-    argv = [*TINY, "--epochs", "3", "--save-every", "1"]
+    argv = [*TINY, "--epochs", "3", "--save-every", "1", "--batch-size", "256"]
     whole = run(*argv, where="whole")
     for signum in (signal.SIGTERM, signal.SIGINT):
         where = tmp_path / str(int(signum))
