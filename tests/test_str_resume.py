@@ -4,13 +4,12 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pandas as pd
 import pytest
 import torch
+from forked import Script
 from script_runs import MLP, ROOT, SOFT, TINY, Crash, crashing, newest, same, steps, weights
 
 from startsparse import checkpoint
@@ -103,18 +102,13 @@ def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path):
     for signum in (signal.SIGTERM, signal.SIGINT):
         where = tmp_path / str(int(signum))
         folders = ["--log-dir", str(where / "runs"), "--result-dir", str(where)]
-        process = subprocess.Popen(
-            [sys.executable, ROOT / "STR/main.py", *argv, *folders],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = Script(ROOT / "STR/main.py", [*argv, *folders], where)
         while not list(where.rglob("checkpoint.pt")):
-            assert process.poll() is None
+            assert process.exit_code is None
             time.sleep(0.02)
         os.kill(process.pid, signum)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 128 + signum
+        _, errors = process.wait()
+        assert process.exit_code == 128 + signum
         assert errors.count("\n") == 1
         assert "continues" in errors
         folder = newest(where)
