@@ -89,7 +89,7 @@ def parse(
         log.info("--data: there is no such folder; taken as the set %s", alone.set)
     options = dataclasses.replace(from_flags(kind, words, base), config=base.config)
     with own_names(kind):
-        options.check_places()
+        options.check_folders()
         effects.refuse_named(options, named(kind, words))
         effects.settle(options)
         options.check()
