@@ -353,7 +353,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_levels(tmp_path, whole, 
             places.append(place(tmp_path))
     # The run of the last sweep lives on, and is waited for.
     assert run_imp.main([*argv(tmp_path, *TWO), *LONG]) == 0
-    assert "goes on in a process of another sweep; waiting" in capsys.readouterr().out
+    assert "runs in another sweep already; waiting" in capsys.readouterr().out
     assert not Path(f"/proc/{children[0]}").exists()
     assert (tmp_path / "levels.csv").read_bytes() == whole
     went_on, epochs = resumed(tmp_path)
