@@ -57,7 +57,7 @@ class DSTOptions(Options):
     data: Annotated[
         str,
         called("data-dir"),
-        default_is("$STARTSPARSE_DATA, else data/ at the root"),
+        default_is("$STARTSPARSE_DATA, else data/ of the checkout, or here"),
         counts(on.FILES),
     ] = ""
     """Folder of the data sets"""

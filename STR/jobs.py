@@ -1,7 +1,6 @@
 """The runs of a sweep as processes: how many at once, on which device, and how they are stopped."""
 
 import dataclasses
-import fcntl
 import os
 import signal
 import subprocess
@@ -11,13 +10,15 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from startsparse import runs, threads
 from startsparse.errors import UserError
+from STR.held import BUSY
 from STR.options import STROptions
 
-MAIN = Path(__file__).parent / "main.py"
+HELD = Path(__file__).with_name("held.py")
 
 
 @dataclasses.dataclass
@@ -92,13 +93,11 @@ def run_all(jobs: list[Job], at_once: int, devices: list[str]) -> list[Job]:
                         running[slot] = _start(job, slots[slot], environment, position=slot + 1)
                 time.sleep(0.5)
                 for slot, run in list(running.items()):
-                    _show(run.job, run.bar)
-                    if run.process is None:
-                        run.process = _launch(run.job, slots[slot], environment)
-                    elif run.process.poll() is not None:
+                    code = _exit_code(run, slots[slot], environment)
+                    if code is not None:
                         del running[slot]
                         sweep.update()
-                        if not _ended_well(run.job, run.bar, run.process.returncode):
+                        if code:
                             failed.append(run.job)
         finally:
             _stop(running.values())
@@ -115,8 +114,9 @@ def _stop_signals() -> Iterator[list[int]]:
     """Within it, signals that ask to stop do nothing but append their number to the list."""
     received: list[int] = []
     signals = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-        signals.append(signal.SIGHUP)  # the terminal is gone
+    hangup = getattr(signal, "SIGHUP", None)  # the terminal is gone; Windows has none
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
+        signals.append(hangup)
     handlers = {
         signum: signal.signal(signum, lambda number, _frame: received.append(number))
         for signum in signals
@@ -128,11 +128,20 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def _ended_well(job: Job, bar: tqdm, code: int) -> bool:
-    """Close the bar of a job that ended with exit code ``code``, and print how it ended."""
-    bar.close()
-    tqdm.write(f"{job.title}: {'failed' if code else 'finished'}")
-    return code == 0
+def _exit_code(run: Running, device: str, environment: dict[str, str]) -> int | None:
+    """Show the epochs of a run; its exit code once it ends. Launch it if another sweep ran it."""
+    _show(run.job, run.bar)
+    if run.process is None:
+        run.process = _launch(run.job, device, environment)
+        return None
+    code = run.process.poll()
+    if code == BUSY:  # another sweep was a moment faster
+        run.process = None
+        return None
+    if code is not None:
+        run.bar.close()
+        tqdm.write(f"{run.job.title}: {'failed' if code else 'finished'}")
+    return code
 
 
 def _stop(running: Collection[Running]) -> None:
@@ -174,13 +183,15 @@ def _start(job: Job, device: str, environment: dict[str, str], position: int) ->
 def _launch(job: Job, device: str, environment: dict[str, str]) -> subprocess.Popen | None:
     """The process of a job; None while another sweep runs the job."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(MAIN), *job.argv, *(["--multigpu", device] if device else [])]
+    lock = str(job.log.with_name(f".{job.log.name}.lock"))
+    command = [sys.executable, str(HELD), lock, *job.argv]
+    command += ["--multigpu", device] if device else []
+    try:
+        with FileLock(lock, timeout=0):
+            pass
+    except Timeout:
+        return None
     with job.log.open("a") as log:
-        try:
-            # The child inherits the lock with its stdout, and holds it until it exits.
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
         return subprocess.Popen(
             command,
             env=environment,

@@ -6,6 +6,7 @@ no operation: weights outside the mask are zero, and the soft threshold keeps ze
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class SoftThreshold(torch.autograd.Function):
     """sign(w) relu(|w| - t) for a weight of any shape and a threshold t >= 0 of shape [1]."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, threshold: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, threshold: Tensor) -> Tensor:
         """Two passes over the weight: subtracting the clamped weight is the soft threshold."""
         effective = weight.clamp(-threshold, threshold)
         torch.sub(weight, effective, out=effective)
@@ -28,7 +29,7 @@ class SoftThreshold(torch.autograd.Function):
         return effective
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """d/dw is 1 and d/dt is -sign(w) where |w| > t; both are 0 elsewhere."""
         (effective,) = ctx.saved_tensors
         sign = effective.sign()

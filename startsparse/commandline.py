@@ -86,7 +86,7 @@ def parse(
     if resumed:  # a run is continued with the options it was started with
         stored = run_folder(given.resume) / "options.yaml"
         base = dataclasses.replace(read_yaml(kind, stored), config=str(stored))
-    path = Path(given.config) if given.config else configs / f"{given.set}.yaml"
+    path = _config(given.config, configs) if given.config else configs / f"{given.set}.yaml"
     if base is None and (given.config or path.exists()):
         base = dataclasses.replace(read_yaml(kind, path), config=str(path))
         with own_names(kind):
@@ -105,6 +105,12 @@ def parse(
         effects.settle(options)
         options.check()
     return options
+
+
+def _config(name: str, configs: Path) -> Path:
+    """The file --config names: in the working folder, else beside the script."""
+    beside = configs.parent / name
+    return beside if beside.exists() and not Path(name).exists() else Path(name)
 
 
 def glance(kind: type[T], argv: Sequence[str]) -> T:

@@ -5,13 +5,14 @@ another one, its type says so (`called`), and a class may list further names in 
 """
 
 import dataclasses
-import functools
 import shlex
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
+
+from startsparse.cached import cached
 
 
 def normal(name: str) -> str:
@@ -112,27 +113,20 @@ def counts(*conditions: Condition) -> Counts:
 
 # --- names ----------------------------------------------------------------------------------------
 
-V = TypeVar("V")
-
-
-def _cached(function: Callable[[type], V]) -> Callable[[type], V]:
-    """`functools.cache`; by its own type it takes no dataclass, as the instances have no hash."""
-    return functools.cache(function)
-
 
 def field_names(kind: type) -> list[str]:
     """The options of a dataclass, as its code calls them."""
     return [field.name for field in dataclasses.fields(kind)]
 
 
-@_cached
+@cached
 def extras(kind: type) -> dict[str, tuple]:
     """Field -> what its Annotated type says besides the type."""
     hints = get_type_hints(kind, include_extras=True)
     return {name: get_args(hints[name])[1:] for name in field_names(kind)}
 
 
-@_cached
+@cached
 def shown(kind: type) -> dict[str, str]:
     """Field -> its name on the command line, without dashes in front."""
     return {
@@ -141,7 +135,7 @@ def shown(kind: type) -> dict[str, str]:
     }
 
 
-@_cached
+@cached
 def names(kind: type) -> dict[str, str]:
     """Every name of an option on the command line, normalised -> field."""
     found = {normal(name): field for field, name in shown(kind).items()}
@@ -155,7 +149,7 @@ def names(kind: type) -> dict[str, str]:
     return found
 
 
-@_cached
+@cached
 def opposites(kind: type) -> dict[str, str]:
     """no-NAME of every bare flag, normalised -> field; of no-bn-decay it is bn-decay."""
     found = {}

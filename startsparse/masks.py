@@ -131,7 +131,7 @@ def can_be_sparse(layer: nn.Module) -> bool:
     return isinstance(layer, EffectiveLayer) or getattr(layer, "weight_mask", None) is not None
 
 
-def active(layer: nn.Module) -> Tensor:
+def active(layer: SparseLayer) -> Tensor:
     """Bool tensor: which weights of ``layer`` take part (mask, effective weight, or all)."""
     if isinstance(layer, EffectiveLayer):
         return layer.effective_weight().detach() != 0

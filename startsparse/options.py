@@ -50,7 +50,7 @@ class Options(Meaning):
     set: Annotated[str, choice(SETS)] = "digits"
     """Data set"""
     data: Annotated[
-        str, default_is("$STARTSPARSE_DATA, else data/ at the root"), counts(on.FILES)
+        str, default_is("$STARTSPARSE_DATA, else data/ of the checkout, or here"), counts(on.FILES)
     ] = ""
     """Folder of the data sets"""
     mirror: Annotated[str, default_is("none"), counts(on.FETCHED)] = ""

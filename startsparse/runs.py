@@ -22,7 +22,6 @@
 """
 
 import dataclasses
-import fcntl
 import itertools
 import json
 import logging
@@ -40,6 +39,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 
 import startsparse
 from startsparse import effects, processes, results
@@ -72,11 +72,9 @@ class Run:
         self._open = ExitStack()
         if processes.rank() > 0:
             return
-        lock = self._open.enter_context((folder / ".lock").open("w"))
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._open.close()
+            self._open.enter_context(FileLock(folder / ".lock", timeout=0))
+        except Timeout:
             raise UserError(f"--resume: {folder} is in use by another process") from None
         self._open.enter_context(_logging_to(folder / "log.txt"))
 
@@ -235,7 +233,7 @@ def open_run(options: Options, folder: Path | None = None) -> Run:
 
 def environment() -> dict[str, Any]:
     """Versions, git state, machine and command line."""
-    here = Path(startsparse.__file__).parent
+    here = startsparse.checkout()
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "startsparse": startsparse.__version__,
@@ -306,7 +304,9 @@ def _create_by_rank_0(base: Path) -> Path:
     raise AssertionError
 
 
-def _git(folder: Path, *command: str) -> str:
+def _git(folder: Path | None, *command: str) -> str:
+    if folder is None:  # a repository around an installed package is another one
+        return ""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True

@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from forked import Script
 from script_runs import ROOT, Crash, crashing, newest, same
 from slt_runs import MLP, ticket
 
@@ -74,19 +73,14 @@ def test_resumed_inside_a_level(run_slt, whole, monkeypatch, ranking, count):
 
 def test_a_signal_saves_and_says_how_to_go_on(whole, tmp_path):
     argv = [*TINY, "--epochs", "5"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "ER_SLT/main.py", *argv, "--log-dir", f"{tmp_path}/runs",
-         "--result-dir", str(tmp_path), "--save-every", "1"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
+    folders = ["--log-dir", f"{tmp_path}/runs", "--result-dir", str(tmp_path)]
+    process = Script(ROOT / "ER_SLT/main.py", [*argv, *folders, "--save-every", "1"], tmp_path)
     while not list(tmp_path.rglob("checkpoint.pt")):
-        assert process.poll() is None
+        assert process.exit_code is None
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    _, errors = process.wait()
+    assert process.exit_code == 128 + signal.SIGTERM
     assert errors.count("\n") == 1
     assert "continues" in errors
     folder = newest(tmp_path)

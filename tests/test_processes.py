@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from forked import Script
 from processes_runs import BAD, INTERRUPTED, RUNS, STOP, STR, folders, forms
 from script_runs import ROOT, newest, same, weights
 
@@ -28,10 +29,10 @@ CPU = torch.device("cpu")
 
 def of_two(kind, where):
     """What the program of `processes_runs` prints."""
-    program = [sys.executable, ROOT / "tests/processes_runs.py", kind, where]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    program = Script(ROOT / "tests/processes_runs.py", [kind, where], where)
+    out, errors = program.wait()
+    assert program.exit_code == 0, errors
+    return json.loads(out)
 
 
 def test_two_processes_train_as_one(tmp_path):

@@ -4,13 +4,12 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pandas as pd
 import pytest
 import torch
+from forked import Script
 from script_runs import MLP, ROOT, SOFT, TINY, Crash, crashing, newest, same, steps, weights
 
 from startsparse import checkpoint
@@ -22,6 +21,7 @@ from STR.options import CONV_TYPES
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
+@pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("conv_type", CONV_TYPES)
 def test_resumed_equals_uninterrupted(run, monkeypatch, conv_type):
     """Gone within the first epoch; at its end, with best.pt newer than checkpoint.pt; later."""
@@ -97,23 +97,18 @@ def test_resume_over_pruning_levels(run, monkeypatch):
 
 
 def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path):
-    argv = [*TINY, "--epochs", "3", "--save-every", "1"]
+    argv = [*TINY, "--epochs", "3", "--save-every", "1", "--batch-size", "256"]
     whole = run(*argv, where="whole")
     for signum in (signal.SIGTERM, signal.SIGINT):
         where = tmp_path / str(int(signum))
         folders = ["--log-dir", str(where / "runs"), "--result-dir", str(where)]
-        process = subprocess.Popen(
-            [sys.executable, ROOT / "STR/main.py", *argv, *folders],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = Script(ROOT / "STR/main.py", [*argv, *folders], where)
         while not list(where.rglob("checkpoint.pt")):
-            assert process.poll() is None
+            assert process.exit_code is None
             time.sleep(0.02)
         os.kill(process.pid, signum)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 128 + signum
+        _, errors = process.wait()
+        assert process.exit_code == 128 + signum
         assert errors.count("\n") == 1
         assert "continues" in errors
         folder = newest(where)

@@ -146,7 +146,9 @@ class Data:
 
 
 def data_root(option: str) -> Path:
-    """Where the sets lie: --data if given, else $STARTSPARSE_DATA, else data/ beside the package.
+    """Where the sets lie: --data if given, else $STARTSPARSE_DATA, else data/.
+
+    That is in the checkout, or without one in the working folder.
 
     Raises:
         OptionError: --data names no folder.
@@ -155,8 +157,8 @@ def data_root(option: str) -> Path:
         raise OptionError(
             f"--data: '{option}' is no folder; name, or make, the one that holds the sets"
         )
-    beside = Path(startsparse.__file__).parents[1] / "data"
-    return Path(option or os.environ.get("STARTSPARSE_DATA") or beside).expanduser()
+    usual = (startsparse.checkout() or Path()) / "data"
+    return Path(option or os.environ.get("STARTSPARSE_DATA") or usual).expanduser()
 
 
 def load(

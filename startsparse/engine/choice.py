@@ -17,7 +17,7 @@ from startsparse.engine.layers import Product
 from startsparse.engine.maps import Space, lanes, to_map
 from startsparse.engine.network import SparseForm
 from startsparse.engine.program import DenseProduct, Either
-from startsparse.masks import active, mask_gradients, masked_weights
+from startsparse.masks import active, mask_gradients, masked_weights, sparse_layers
 from startsparse.seeding import generator
 
 _TRIES = 5  # at most; the fastest counts, since other work on the machine only adds
@@ -91,16 +91,16 @@ def choose(
         times[name] = masked.over(sparse)
         if sparse.fastest < dense.fastest:
             faster.add(name)
-    faster = frozenset(faster)
-    form.compute_sparsely(faster)
+    chosen = frozenset(faster)
+    form.compute_sparsely(chosen)
     if gain:
-        return Choice(times, faster, None, faster)
-    if not faster:
-        return Choice(times, faster, None)
+        return Choice(times, chosen, None, chosen)
+    if not chosen:
+        return Choice(times, chosen, None)
     masked, sparse = _steps(form, images, classes)
     if sparse.fastest > _GAIN * masked.fastest:
         form.compute_sparsely([])
-    return Choice(times, form.computes, sparse.over(masked), faster)
+    return Choice(times, form.computes, sparse.over(masked), chosen)
 
 
 def _work(form: SparseForm) -> float:
@@ -108,9 +108,10 @@ def _work(form: SparseForm) -> float:
 
     No layer counts more than it would where it takes the same time with all its weights.
     """
-    inside = every = 0
+    layers = sparse_layers(form.model)
+    inside, every = 0.0, 0
     for name, product in form.layers.items():
-        mask = active(form.model.get_submodule(name))
+        mask = active(layers[name])
         pixels = product.output.height * product.output.width
         most = min(1, winograd.break_even(product.window, product.input, product.output))
         inside += pixels * min(int(mask.count_nonzero()), most * mask.numel())
@@ -155,9 +156,8 @@ def _between_maps(both: Either, blocks: int, needs_input: bool) -> tuple[Seconds
     product, input, output = both.sparse, both.sparse.input, both.sparse.output
     images = lanes() * blocks
     x, d_y = (to_map(_noise(images, space), space) for space in (input, output))
-    stand_in = nn.Module()
-    stand_in.weight = nn.Parameter(_no_weight(both.dense))
-    dense = DenseProduct(stand_in, product.window, input, output)
+    dense = DenseProduct(both.dense.layer, product.window, input, output)
+    dense.effective = nn.Parameter(_no_weight(both.dense))
 
     def run(layer: Product | DenseProduct) -> Seconds:
         def step() -> None:
@@ -176,7 +176,7 @@ def _steps(form: SparseForm, images: Tensor, classes: int) -> tuple[Seconds, Sec
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.train()
 
-    def seconds(forward: Callable[[Tensor], Tensor], learning: list[nn.Parameter]) -> Seconds:
+    def seconds(forward: Callable[[Tensor], Tensor], learning: list[Tensor]) -> Seconds:
         """Of one; the optimizer's, on copies, is a good part of it."""
         copies = [nn.Parameter(torch.zeros_like(p)) for p in learning]
         optimizer = torch.optim.SGD(copies, 0.1, momentum=0.9, fused=True)
@@ -192,7 +192,7 @@ def _steps(form: SparseForm, images: Tensor, classes: int) -> tuple[Seconds, Sec
 
         return cpu_seconds(step)
 
-    def learning(*more: nn.Parameter) -> list[nn.Parameter]:
+    def learning(*more: Tensor) -> list[Tensor]:
         return [p for p in (*more, *model.parameters()) if p.requires_grad and p.numel()]
 
     masked = seconds(model, learning())

@@ -5,6 +5,8 @@ lists whose value is not zero, which costs one look at each entry; or all of the
 where most are used and `winograd` is faster.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ def nonzero(part: Entries, values: Tensor, stride: int) -> Nonzero:
     Args:
         stride: numbers from one input channel to the next.
     """
+    assert part.order is not None  # as `CompactedProduct` leaves it
     listed = part.for_stride(stride)
     first, *rest = kernels_for(values.dtype).list_nonzero(listed, part.order, values)
     offset, order, left = rest
@@ -47,6 +50,8 @@ class CompactedProduct(Product):
     the order of the flattened mask, which `Product` has only within blocks of channels. So whoever
     ranks them breaks ties as in the dense weight.
     """
+
+    entries: Entries
 
     def __init__(self, window: Window, input: Space, output: Space, zeros_learn: bool):
         """``zeros_learn``: whether values that are zero have a gradient; else it is left zero."""
@@ -70,11 +75,12 @@ class CompactedProduct(Product):
     def forward(self, x: Tensor, images: int) -> tuple[Tensor, tuple[Tensor, Tensor, Part]]:  # noqa: ARG002
         """The product; the border of its output is not set."""
         values, positions = self.values.detach(), self.positions(x.shape[1])[0]
+        part: Part
         if self.whole and int(values.count_nonzero()) >= self._many:
             part, used = self.whole.forward, values
         else:
-            part = nonzero(self.entries, values, positions.input_stride)
-            used = part.values
+            part = listed = nonzero(self.entries, values, positions.input_stride)
+            used = listed.values
         y = self.output.empty(x.shape[1], x)
         part.gather(x, y, used, positions, add=False)
         return y, (x, self.values, part)
@@ -88,7 +94,8 @@ class CompactedProduct(Product):
         d_values = self._gradient(part, x, d_y, values) if needs_gradient else None
         if into is None:
             return [None], [d_values]
-        if isinstance(part, Nonzero):
+        parts: Iterable[tuple[Part, Tensor]]
+        if self.whole is None or isinstance(part, Nonzero):
             stride = self.output.stride(x.shape[1])
             listed = (nonzero(part, values, stride) for part in self.transposed)
             parts = ((part, part.values) for part in listed)

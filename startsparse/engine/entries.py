@@ -1,6 +1,7 @@
 """Weights as the kernels want them: the entries of a mask, and where each finds its input."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,10 @@ class Entries(Listed):
         self._taps, self._divisor, self.modulus = taps, divisor, modulus
         self._stride = 0
 
+    def own(self, values: Tensor) -> Tensor:
+        """[entries], of those of the whole layer."""
+        return values if self.order is None else values.index_select(0, self.order)
+
     def for_stride(self, stride: int) -> "Entries":
         """Itself, where an input channel begins ``stride`` numbers after the last one."""
         if stride != self._stride:
@@ -139,7 +144,7 @@ def _tile() -> int:
     return kernels_for(torch.float32).sums
 
 
-def _block_size(kernel: tuple[int, int], rows: int, channels: int, count: int) -> int:
+def _block_size(kernel: Sequence[int], rows: int, channels: int, count: int) -> int:
     """Input channels of a block, for ``count`` entries in all."""
     # A tile of positions reads a strip of the input that is as high as the kernel.
     strip = kernel[0] * (kernel[1] + _tile() - 1) * lanes() * 4

@@ -99,9 +99,9 @@ def load(path: Path) -> ctypes.CDLL:
         function.restype, function.argtypes = result, arguments
     for kind in structs.STRUCTURES:
         name = kind.__name__
-        here, there = ctypes.sizeof(kind), _constant(library, f"size of {name}")
-        if here != there:
-            raise MismatchError(f"the structure {name} has {there} bytes, and in kernels.py {here}")
+        own, size = ctypes.sizeof(kind), _constant(library, f"size of {name}")
+        if own != size:
+            raise MismatchError(f"the structure {name} has {size} bytes, and in kernels.py {own}")
     return library
 
 

@@ -9,9 +9,11 @@ inside of a gradient counts, but a product's ``d_output`` has a border of zeros:
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from startsparse.engine import entries, whole, winograd
 from startsparse.engine.entries import Listed, Positions, Window
@@ -38,7 +40,7 @@ class Product:
     def __init__(self, window: Window, input: Space, output: Space):
         """Compute the map ``output`` from the map ``input``; their borders are wide enough."""
         self.window, self.input, self.output = window, input, output
-        self.values = nn.Parameter(torch.empty(0))
+        self.values: Tensor = nn.Parameter(torch.empty(0))
         # One of both: all weights, or those inside the mask.
         self.whole: whole.Whole | winograd.Winograd | None = None
         self.entries: entries.Entries | None = None
@@ -89,32 +91,37 @@ class Product:
         return self._positions[1]
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """What learns."""
         return [self.values]
 
-    def forward(self, x: Tensor, images: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    @property
+    def _part(self) -> Part:
+        part = self.whole.forward if self.whole else self.entries
+        assert part is not None  # `set_mask` made one
+        return part
+
+    def forward(self, x: Tensor, images: int) -> tuple[Tensor, Any]:  # noqa: ARG002
         """The product; the border of its output is not set."""
         blocks = x.shape[1]
         y, positions = self.output.empty(blocks, x), self.positions(blocks)[0]
-        part = self.whole.forward if self.whole else self.entries
-        part.gather(x, y, self.values.detach(), positions, add=False)
+        self._part.gather(x, y, self.values.detach(), positions, add=False)
         return y, x
 
     def backward(
-        self, x: Tensor, d_y: Tensor, into: Gradients | None
+        self, saved: Any, d_y: Tensor, into: Gradients | None
     ) -> tuple[Gradients, Gradients]:
         """``into`` None: the gradient of x is not needed."""
-        values, d_values = self.values.detach(), None
+        x, values, d_values = saved, self.values.detach(), None
         if self.values.requires_grad:
-            part = self.whole.forward if self.whole else self.entries
-            d_values = part.weight_gradient(x, d_y, self.positions(x.shape[1])[0])
+            d_values = self._part.weight_gradient(x, d_y, self.positions(x.shape[1])[0])
         if into is None:
             return [None], [d_values]
+        parts: Iterable[tuple[Part, Tensor]]
         if self.whole:
             parts = ((part, values) for part in self.whole.backward)
         else:
-            parts = ((part, values.index_select(0, part.order)) for part in self.transposed)
+            parts = ((part, part.own(values)) for part in self.transposed)
         return [self.to_input(d_y, into[0], parts)], [d_values]
 
     def to_input(
@@ -122,7 +129,7 @@ class Product:
     ) -> Tensor:
         """The gradient of x, added to ``d_x``; ``parts``: of each phase, and their values."""
         blocks, add = d_y.shape[1], d_x is not None
-        if not add:
+        if d_x is None:
             d_x = self.input.empty(blocks, d_y)
             if self.skips:
                 d_x.zero_()
@@ -140,24 +147,24 @@ class Affine:
 
     def __init__(
         self,
-        norm: nn.Module | None,
-        bias: nn.Parameter | None,
+        norm: _BatchNorm | None,
+        bias: Tensor | None,
         relu: bool,
         space: Space,
         relu_first: bool = False,
     ):
-        """``norm`` is a BatchNorm, whose running statistics are updated here."""
+        """The running statistics of ``norm`` are updated here."""
         self.norm, self.bias, self.relu, self.relu_first = norm, bias, relu, relu_first
         self.input, self.output, self.residual = space, space, space
 
     @property
-    def parameters(self) -> list[nn.Parameter | None]:
+    def parameters(self) -> list[Tensor | None]:
         """Scale, shift, and bias before the first ReLU; or None."""
         if self.norm is None:
             return [None, self.bias, None]
         return [self.norm.weight, self.norm.bias, self.bias if self.relu_first else None]
 
-    def forward(self, y: Tensor, *rest: Tensor | int) -> tuple[Tensor, tuple]:
+    def forward(self, y: Tensor, *rest: Any) -> tuple[Tensor, tuple]:
         """Of y, and a residual if there is one; images that are not there become zero.
 
         With ``relu_first`` y is overwritten.
@@ -188,10 +195,10 @@ class Affine:
         kernels_for(y.dtype).affine_backward(
             (self.output, d_z), None if z is None else (self.output, z), (self.input, y),
             self.relu_first, norm, self.relu, _last(images), (self.input, d_y),
-            (self.residual, d_residual) if has_residual else None, *learned,
+            None if d_residual is None else (self.residual, d_residual), *learned,
         )  # fmt: skip
-        gradients = [d_y]
-        if has_residual:
+        gradients: Gradients = [d_y]
+        if d_residual is not None:
             gradients.append(added(d_residual, into[1]))
         return gradients, [*learned[:2], learned[2] if self.relu_first else None]
 
@@ -205,7 +212,7 @@ class Affine:
         if batch and images * self.input.height * self.input.width == 1:
             raise ValueError("BatchNorm in training needs more than one value per channel")
         momentum = norm.momentum
-        if norm.training and norm.running_mean is not None:
+        if norm.training and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
             if momentum is None:  # the plain average over all batches
                 momentum = 1 / norm.num_batches_tracked.item()
@@ -227,7 +234,7 @@ class MaxPool:
 
     def __init__(self, window: Window, input: Space, output: Space):
         """Compute the map ``output`` from the map ``input``; kernel, stride, padding are square."""
-        self.numbers = [n[0] for n in (window.kernel, window.stride, window.padding)]
+        self.numbers = window.kernel[0], window.stride[0], window.padding[0]
         self.input, self.output = input, output
 
     def forward(self, x: Tensor, images: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # noqa: ARG002

@@ -49,7 +49,7 @@ class DenseProduct:
         wanted = [t for t, want in ((x, into is not None), (weight, weight.requires_grad)) if want]
         gradients = list(torch.autograd.grad(y, wanted, d_y)) if wanted else []
         d_x = None if into is None else added(gradients.pop(0).contiguous(), into[0])
-        return [d_x], gradients or [None]
+        return [d_x], [gradients[0] if gradients else None]
 
     def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
         inside = self.input.inside(x).permute(1, 4, 2, 3, 0)  # channels_last is the fast layout
@@ -168,9 +168,10 @@ class Program:
     def _backward(self, saved: list, d_logits: Tensor) -> dict[int, Tensor]:
         """``id`` of a parameter -> its gradient. Uses ``saved`` up."""
         d_result = to_map(d_logits[:, :, None, None], self.spaces[self.result])
-        maps, gradients = {self.result: d_result}, {}
+        maps: dict[str, Tensor | None] = {self.result: d_result}
+        gradients: dict[int, Tensor] = {}
         for step in reversed(self.steps):
-            into = [maps.pop(name, None) for name in step.inputs]
+            into: Gradients | None = [maps.pop(name, None) for name in step.inputs]
             if step.inputs == [self.start] and isinstance(step.run, Either):
                 into = None  # nobody asks for the gradient of the images
             of_step, parameters = saved.pop()
@@ -187,13 +188,13 @@ class _Run(torch.autograd.Function):
     """A program as one function: autograd between its steps would take longer than small layers."""
 
     @staticmethod
-    def forward(ctx, program: Program, images: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, program: Program, images: Tensor, *parameters: Tensor) -> Tensor:
         logits, ctx.saved = program._forward(images, save=True)
         ctx.program, ctx.parameters = program, parameters
         return logits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_logits: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.program._backward(ctx.saved, d_logits)
         return None, None, *(gradients.get(id(parameter)) for parameter in ctx.parameters)

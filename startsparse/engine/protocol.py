@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -39,7 +39,7 @@ class Norm:
     running_variance: Tensor | None = None
     momentum: float = 0.0
     epsilon: float = 0.0
-    handle: object = None
+    handle: Any = None
 
 
 @dataclass

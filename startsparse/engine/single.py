@@ -5,7 +5,9 @@ memory is there before the first image, so that an image is a list of prepared c
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +48,7 @@ class _Plane:
 class _Copy:
     """Some of a parameter's values in another order, as they are at each `refresh`."""
 
-    def __init__(self, source: nn.Parameter, flat: Tensor):
+    def __init__(self, source: Tensor, flat: Tensor):
         self.source, self.flat = source, flat
         self.values = torch.empty(len(flat), dtype=source.dtype)
         self._version = -1
@@ -72,14 +74,15 @@ class SingleImage:
         self._sources = [p for s in program.effective.values() for p in s.layer.parameters()]
         self._versions = [parameter._version for parameter in self._sources]
         self._planes = {program.start: self._padded(program.start)}
+        prepare: dict[type, Callable[[Any, list[str], str], _Plane]] = {
+            Either: self._product,
+            Affine: self._affine,
+            MaxPool: self._max_pool,
+            MeanPixels: self._mean,
+        }
         for step in program.steps:
-            make = {
-                Either: self._product,
-                Affine: self._affine,
-                MaxPool: self._max_pool,
-                MeanPixels: self._mean,
-            }[type(step.run)]
-            self._planes[step.output] = make(step.run, step.inputs, step.output)
+            plane = prepare[type(step.run)](step.run, step.inputs, step.output)
+            self._planes[step.output] = plane
 
     @staticmethod
     def fits(program: Program) -> bool:
@@ -99,12 +102,12 @@ class SingleImage:
             images = images.flatten(1)[:, :, None, None]
         input, output = self._planes[self.program.start], self._planes[self.program.result]
         logits = images.new_empty(len(images), output.space.channels)
-        input, output = input.inside, output.inside[:, 0, 0]
+        pixels, result = input.inside, output.inside[:, 0, 0]
         for image, row in zip(images, logits):
-            input.copy_(image)
+            pixels.copy_(image)
             for call in self._calls:
                 call()
-            row.copy_(output)
+            row.copy_(result)
         return logits
 
     def _padded(self, name: str) -> _Plane:
@@ -156,7 +159,7 @@ class SingleImage:
                 weight = weight.new_zeros(math.prod(shape)).scatter_(0, flat, weight)
             listed = forward_entries((weight != 0).view(shape), product.input, blocked)
             return listed, weight[listed.flat]
-        if sparse and blocked and not product.whole:
+        if sparse and blocked and product.entries:
             return product.entries, product.values.detach()
         mask = getattr(layer, "weight_mask", None)
         mask = torch.ones_like(layer.weight, dtype=torch.bool) if mask is None else mask

@@ -95,5 +95,5 @@ class Whole:
     def lists(self) -> list[Tensor]:
         """Where the stored values go."""
         parts = [self.forward, *self.backward]
-        chosen = [part.chosen for part in self.backward]
+        chosen = [part.chosen for part in self.backward if part.chosen is not None]
         return [*(part.packed for part in parts), *chosen]

@@ -23,7 +23,7 @@ class TabularOptions:
 
     tables: tuple[str, ...] = ("breast-cancer",)
     """breast-cancer, digits, ACSEmployment, ACSIncome, or the paths of .csv files"""
-    data: Annotated[str, default_is("$STARTSPARSE_DATA, else data/ at the root")] = ""
+    data: Annotated[str, default_is("$STARTSPARSE_DATA, else data/ of the checkout, or here")] = ""
     """Folder of the census files"""
     state: str = "AL"
     """State of the census, two letters"""
