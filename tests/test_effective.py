@@ -335,8 +335,8 @@ def test_masked_layers_beside_a_formula_have_their_masked_weights():
 def test_a_file_tells_which_layers_have_a_formula(tmp_path):
     model = network(Gain)
     path = tmp_path / "a.pt"
-    checkpoint.save(path, {"model": model.state_dict()})
-    checkpoint.save(path, checkpoint.load(path))  # as the best epoch is kept
+    checkpoint.save_by_rank_0(path, {"model": model.state_dict()})
+    checkpoint.save_by_rank_0(path, checkpoint.load(path))  # as the best epoch is kept
     assert effective.formulas(checkpoint.load(path)["model"]) == dict.fromkeys("037", "Gain")
     assert effective.formulas(plain_state(model)) == {}
     stored = io.BytesIO()
