@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from startsparse import models
 from startsparse.errors import OptionError
-from startsparse.masks import keep_inside, kept, masked_weights, sparse_layers
+from startsparse.masks import active, keep_inside, masked_weights, sparse_layers
 from startsparse.models.gcn import GCN
 from startsparse.models.looks_linear import looks_linear
 from startsparse.models.vgg import VGG
 from startsparse.seeding import generator
 
 
-class Place(NamedTuple):
-    """Where a weight is: all that a rule knows of its layer."""
+class Spec(NamedTuple):
+    """What a rule knows of the layer that it draws a weight for."""
 
     shape: torch.Size
     """[out, in, *kernel]"""
@@ -29,51 +29,51 @@ class Place(NamedTuple):
     last: bool
 
 
-Init = Callable[[Place, torch.Generator], Tensor]
+Init = Callable[[Spec, torch.Generator], Tensor]
 
 
-def _normal(place: Place, draw: torch.Generator) -> Tensor:
+def _normal(spec: Spec, draw: torch.Generator) -> Tensor:
     """Normal. Each output is a sum of fan_in * p terms, so it has the variance of the inputs."""
-    return place.std * torch.randn(place.shape, generator=draw, dtype=torch.float32, device="cpu")
+    return spec.std * torch.randn(spec.shape, generator=draw, dtype=torch.float32, device="cpu")
 
 
-def _uniform(place: Place, draw: torch.Generator) -> Tensor:
+def _uniform(spec: Spec, draw: torch.Generator) -> Tensor:
     """Uniform in +-sqrt(3) std, which has the same variance."""
-    bound = math.sqrt(3) * place.std
-    weight = torch.empty(place.shape, dtype=torch.float32, device="cpu")
+    bound = math.sqrt(3) * spec.std
+    weight = torch.empty(spec.shape, dtype=torch.float32, device="cpu")
     return weight.uniform_(-bound, bound, generator=draw)
 
 
-def _bimodal(place: Place, draw: torch.Generator) -> Tensor:
+def _bimodal(spec: Spec, draw: torch.Generator) -> Tensor:
     """+std or -std with equal probability: only the mask and the signs are random."""
-    signs = torch.randint(2, place.shape, generator=draw, dtype=torch.float32, device="cpu")
-    return place.std * (2 * signs - 1)
+    signs = torch.randint(2, spec.shape, generator=draw, dtype=torch.float32, device="cpu")
+    return spec.std * (2 * signs - 1)
 
 
-def _looks_linear(place: Place, draw: torch.Generator) -> Tensor:
+def _looks_linear(spec: Spec, draw: torch.Generator) -> Tensor:
     """See `looks_linear`. It is not scaled by density.
 
     Only a dense network begins linear: a random mask is not mirrored, and cuts the mirror image.
     """
-    return looks_linear(place.shape, draw, first=place.first, last=place.last)
+    return looks_linear(spec.shape, draw, first=spec.first, last=spec.last)
 
 
-def _fan_out(place: Place, draw: torch.Generator) -> Tensor:
+def _fan_out(spec: Spec, draw: torch.Generator) -> Tensor:
     """Normal with variance 2 / fan_out, fan_out = out * kernel (He et al. 2015, equation 14)."""
-    fan_out = place.shape[0] * math.prod(place.shape[2:])
-    weight = torch.randn(place.shape, generator=draw, dtype=torch.float32, device="cpu")
+    fan_out = spec.shape[0] * math.prod(spec.shape[2:])
+    weight = torch.randn(spec.shape, generator=draw, dtype=torch.float32, device="cpu")
     return math.sqrt(2 / fan_out) * weight
 
 
-def _small(place: Place, draw: torch.Generator) -> Tensor:
+def _small(spec: Spec, draw: torch.Generator) -> Tensor:
     """Normal with standard deviation 0.01 (the classifier of VGG)."""
-    return 0.01 * torch.randn(place.shape, generator=draw, dtype=torch.float32, device="cpu")
+    return 0.01 * torch.randn(spec.shape, generator=draw, dtype=torch.float32, device="cpu")
 
 
-def _glorot(place: Place, draw: torch.Generator) -> Tensor:
+def _glorot(spec: Spec, draw: torch.Generator) -> Tensor:
     """Uniform with variance 2 / (in + out) (Glorot and Bengio 2010, equation 16)."""
-    weight = torch.empty(place.shape, dtype=torch.float32, device="cpu")
-    bound = math.sqrt(6 / (place.shape[0] + place.shape[1]))
+    weight = torch.empty(spec.shape, dtype=torch.float32, device="cpu")
+    bound = math.sqrt(6 / (spec.shape[0] + spec.shape[1]))
     return weight.uniform_(-bound, bound, generator=draw)
 
 
@@ -139,10 +139,10 @@ def init_weights(model: nn.Module, how: str, seed: int) -> None:
         if rule is None:
             continue
         # fan_in * p is the mean number of edges of an output; an empty layer has no scale
-        edges = max(int(kept(layer).sum()), 1) / len(layer.weight)
-        place = Place(layer.weight.shape, 1 / math.sqrt(edges), number == 1, number == len(layers))
+        edges = max(int(active(layer).sum()), 1) / len(layer.weight)
+        spec = Spec(layer.weight.shape, 1 / math.sqrt(edges), number == 1, number == len(layers))
         try:
-            layer.weight.copy_(rule(place, generator(seed, f"weights/{name}")))
+            layer.weight.copy_(rule(spec, generator(seed, f"weights/{name}")))
         except ValueError as error:
             raise OptionError(f"--init-method: {how}: layer {name!r}: {error}") from None
     keep_inside(model)

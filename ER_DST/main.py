@@ -6,6 +6,7 @@ cd ER_DST && python main.py [--config FILE.yaml] [options]; --help lists them.
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import startsparse.threads  # noqa: F401 - before torch
@@ -13,11 +14,11 @@ import startsparse.threads  # noqa: F401 - before torch
 import torch
 from torch import nn
 
+from ER_DST.checks import check_flow, warn_of_thin_start
+from ER_DST.dynamic import phase, preserve_flow, remember
 from ER_DST.initializers import init_weights, ortho_repair
 from ER_DST.options import DSTOptions
 from ER_DST.sparse_inits import find_snip, pruner_ratio
-from ER_DST.topology import remember
-from ER_DST.updates import check_flow, phase, preserve_flow, warn_of_thin_start
 from startsparse import data, er, flops, masks, parallel, recipe, runs
 from startsparse.commandline import own_names, parse
 from startsparse.errors import OptionError
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(options: DSTOptions) -> None:
     """The run that ``options`` describe."""
-    folder = runs.find_run(options)
+    folder = runs.find_run_by_rank_0(options)
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
@@ -45,8 +46,8 @@ def train(options: DSTOptions) -> None:
     devices = parallel.choose_devices(options.multigpu)
     recipe.show_run(options, folder, model, devices)
     check_flow(model, planned, options)
-    images = recipe.load_data(options, devices[0])
-    model, requested, spent = network(options, images, devices[0], folder)
+    dataset = recipe.load_data(options, devices[0])
+    model, requested, spent = network(options, dataset, devices[0], folder)
     if not planned:
         check_flow(model, requested, options)
 
@@ -54,7 +55,7 @@ def train(options: DSTOptions) -> None:
         if options.searches:
             run.write_json("ratios.json", requested)
             run.write_json("search.json", {"flops": spent})
-        trainer = Trainer(model, images, options, run, devices, lambda: flops.densities(model))
+        trainer = Trainer(model, dataset, options, run, devices, lambda: flops.densities(model))
         if options.evaluate:
             recipe.say_accuracies(trainer)
             return
@@ -62,7 +63,8 @@ def train(options: DSTOptions) -> None:
         trainer.load()
         recipe.show_start(trainer, requested)
         warn_of_thin_start(model, options)
-        trainer.run_phases([phase(options, len(images.train))])
+        report = partial(trainer.add_row, "topology")
+        trainer.run_phases([phase(options, len(dataset.train), report)])
         result = trainer.test() | {"search_flops": spent}
         recipe.finish(trainer, options.requested, requested, result)
 
@@ -84,7 +86,7 @@ def plan(options: DSTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, f
 
 
 def network(
-    options: DSTOptions, images: data.Data, device: torch.device, folder: Path | None = None
+    options: DSTOptions, dataset: data.Data, device: torch.device, folder: Path | None = None
 ) -> tuple[nn.Module, dict[str, float], float]:
     """The initialised network on ``device``, sparse as asked for.
 
@@ -93,21 +95,21 @@ def network(
     Returns:
         The network; the density asked of each layer; the FLOPs that the search for them took.
     """
-    model, requested = plan(options, images.shape)
+    model, requested = plan(options, dataset.shape)
     init_weights(model, options.init, options.seed)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     spent = 0.0
     if not options.sparse:
         return model, {}, spent
     if options.er_sparse_method == "snip":
-        spent = find_snip(model, options, images)
+        spent = find_snip(model, options, dataset)
         requested = flops.densities(model)
     else:
         if options.searches and folder and (folder / "search.json").exists():
             requested = er.read_densities(folder / "ratios.json")
             spent = json.loads((folder / "search.json").read_text())["flops"]
         elif options.searches:
-            found, spent = pruner_ratio(model, options, images)
+            found, spent = pruner_ratio(model, options, dataset)
             requested = er.requested_densities(model, options, found)
         er.attach_er_masks(model, requested, options)
     if options.flow_preservation != "False":
@@ -117,7 +119,7 @@ def network(
         for name, (before, after) in ortho_repair(model).items():
             log.info("ortho-repair: %s %.4g -> %.4g", name, before, after)
     if options.moves:
-        remember(model, momentum=options.grows and options.growth == "momentum")
+        remember(model, options.growth_rule)
     return model, requested, spent
 
 

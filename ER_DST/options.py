@@ -7,7 +7,7 @@ import torch
 
 from ER_DST.initializers import INITS
 from ER_DST.sparse_inits import PRUNER_RATIOS
-from ER_DST.topology import GROWTH, METHODS, PRUNE
+from ER_DST.topology import GROWTH, METHODS, PRUNE, Growth
 from startsparse import conditions as on
 from startsparse import masks, ratios, schedules
 from startsparse.data import PADDINGS, SETS
@@ -52,21 +52,23 @@ class DSTOptions(Options):
 
     log_dir: Annotated[str, called("log-dir", "--save")] = "runs"
     """Folder that holds the run folders: <log-dir>/<config>/<name>/seed-<seed>"""
-    set: Annotated[choice(SETS), called("data")] = "digits"
+    set: Annotated[str, choice(SETS), called("data")] = "digits"
     """Data set"""
     data: Annotated[
         str,
         called("data-dir"),
-        default_is("$STARTSPARSE_DATA, else data/ at the root"),
+        default_is("$STARTSPARSE_DATA, else data/ of the checkout, or here"),
         counts(on.FILES),
     ] = ""
     """Folder of the data sets"""
-    padding: Annotated[choice(PADDINGS), counts(on.IMAGES, on.AUGMENTED, on.PADDED)] = "reflect"
+    padding: Annotated[str, choice(PADDINGS), counts(on.IMAGES, on.AUGMENTED, on.PADDED)] = (
+        "reflect"
+    )
     """What random crops show beyond the border of an image: black, or the image mirrored; crops of
     imagenet lie inside it"""
-    arch: Annotated[choice(MODELS), called("model")] = "resnet20"
+    arch: Annotated[str, choice(MODELS), called("model")] = "resnet20"
     """Network"""
-    init: Annotated[choice(INITS), called("init-method")] = "default"
+    init: Annotated[str, choice(INITS), called("init-method")] = "default"
     """Initial weights. default, as published for the network: VGG: Kaiming normal with fan_out, the
     classifier normal with 0.01; ResNets, mlp and algorithmic: PyTorch's own rule, also for biases
     (those of ImageNet: convolutions as in VGG); gcn: Glorot uniform. kaiming: Kaiming normal with
@@ -74,7 +76,7 @@ class DSTOptions(Options):
     orthogonal blocks, with which a dense mlp begins linear; random masks are not mirrored and break
     that"""
     er_sparse_method: Annotated[
-        choice(SPARSE_INITS, ratios.ALIASES), called("sparse-init"), counts(on.MASK)
+        str, choice(SPARSE_INITS, ratios.ALIASES), called("sparse-init"), counts(on.MASK)
     ] = "ERK"
     """Initial mask: random with this layer-wise ratio; snip: the mask that SNIP finds; ER_snip,
     ER_synflow, ER_imp: random with the layer-wise ratio that this pruner finds"""
@@ -86,29 +88,29 @@ class DSTOptions(Options):
     """Run folder, checkpoint or JSON of layer densities whose ratio is taken: by --sparse-init
     network, and by ER_snip, ER_synflow and ER_imp instead of pruning here. Of a run that found a
     ratio by a pruner it is that one (ratios.json), else that of its network (layers.json)"""
-    er_budget: Annotated[choice(ratios.BUDGETS), counts(on.MASK, RANDOM, on.CLIPS)] = "exact"
+    er_budget: Annotated[str, choice(ratios.BUDGETS), counts(on.MASK, RANDOM, on.CLIPS)] = "exact"
     """exact: the density asked for; clip: the clipped, lower one of the paper's research code"""
-    er_sampling: Annotated[choice(masks.SAMPLINGS), counts(on.MASK, RANDOM)] = "bernoulli"
+    er_sampling: Annotated[str, choice(masks.SAMPLINGS), counts(on.MASK, RANDOM)] = "bernoulli"
     """bernoulli: each weight is drawn by itself; exact: a fixed number of weights per layer"""
     weight_decay: Annotated[float, called("l2", "--wd", "--weight-decay")] = 5e-4
     """Weight decay"""
     batch_size: Annotated[int, called("batch-size", "-b"), counts(on.BATCHES)] = 100
     """Images, or other examples, per step; a graph is always one batch"""
-    lr_policy: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "multistep"
+    lr_policy: Annotated[str, choice(schedules.LEARNING_RATES, schedules.ALIASES)] = "multistep"
     """Schedule of the learning rate; multistep divides by 10 at 1/2 and 3/4"""
     nesterov: Annotated[bool, counts(on.SGD)] = True
     """Nesterov momentum of SGD"""
 
     sparse: bool = False
     """Train a sparse network; without it, a dense one"""
-    method: Annotated[choice(METHODS), counts(SPARSE, MOVES)] = "GraNet"
+    method: Annotated[str, choice(METHODS), counts(SPARSE, MOVES)] = "GraNet"
     """GraNet: prune from --init-density to --final-density, drop and grow each time; GMP: prune
     only; DST: drop and grow at --init-density; _uniform: prune every layer to the same density"""
     final_density: Annotated[float, counts(SPARSE, MOVES, PRUNES)] = 0.05
     """Density that GraNet and GMP prune to"""
-    prune: Annotated[choice(PRUNE), counts(SPARSE, MOVES)] = "magnitude"
+    prune: Annotated[str, choice(PRUNE), counts(SPARSE, MOVES)] = "magnitude"
     """What decides which weights go"""
-    growth: Annotated[choice(GROWTH), counts(SPARSE, MOVES, GROWS)] = "gradient"
+    growth: Annotated[str, choice(GROWTH), counts(SPARSE, MOVES, GROWS)] = "gradient"
     """What decides which weights come: chance, the largest gradients, or the largest sums of past
     gradients with the factor --momentum, whatever the optimizer"""
     prune_rate: Annotated[float, counts(SPARSE, MOVES, GROWS)] = 0.5
@@ -129,7 +131,7 @@ class DSTOptions(Options):
     """False: the mask stays as it was drawn"""
     grow_within_init: Annotated[bool, counts(SPARSE, MOVES, GROWS)] = False
     """Grow only weights of the initial mask; --flow-preservation always may still add others"""
-    flow_preservation: Annotated[choice(FLOW, FLOW_ALIASES), counts(SPARSE)] = "False"
+    flow_preservation: Annotated[str, choice(FLOW, FLOW_ALIASES), counts(SPARSE)] = "False"
     """True: give every unit without an incoming or outgoing edge a random one, at the same density,
     in the initial mask; always: also after every update, which may leave units without again"""
     ortho_repair: Annotated[Truth, counts(SPARSE)] = False
@@ -155,7 +157,8 @@ class DSTOptions(Options):
     @property
     def uses_momentum(self) -> bool:
         """Whether something is averaged with --momentum: growth as well."""
-        return super().uses_momentum or (self.grows and self.growth == "momentum")
+        rule = self.growth_rule
+        return super().uses_momentum or bool(rule and rule.accumulate)
 
     @property
     def draws_singly(self) -> bool:
@@ -184,6 +187,11 @@ class DSTOptions(Options):
         return self.moves and METHODS[self.method].grow
 
     @property
+    def growth_rule(self) -> Growth | None:
+        """What says which weights come; None: nothing grows."""
+        return GROWTH[self.growth] if self.grows else None
+
+    @property
     def prune_end(self) -> float:
         """Epochs after which the final density is reached."""
         last = self.final_prune_epoch
@@ -198,8 +206,8 @@ class DSTOptions(Options):
 
     def no_sparse_compute(self, device: torch.device) -> str:
         """Why --sparse-compute is out of the question, if it is."""
-        if self.grows and self.growth == "momentum":
-            return "--growth momentum needs the gradients outside the masks in every step"
+        if self.growth_rule and self.growth_rule.dense_gradients == "always":
+            return f"--growth {self.growth} needs the gradients outside the masks in every step"
         return super().no_sparse_compute(device)
 
     def default_name(self) -> str:

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +11,18 @@ from torch import Tensor, nn
 from startsparse import er, flops, parallel, training
 from startsparse.data import Data, first_batch
 from startsparse.masks import attach_masks, masked_weights, sparse_layers
-from startsparse.options import Options
 from startsparse.pruning import prune, weights_left
 from startsparse.schedules import geometric
-from startsparse.trainer import make_optimizer
+
+if TYPE_CHECKING:
+    from ER_DST.options import DSTOptions
 
 log = logging.getLogger("startsparse")
 
 KEEP = 0.8  # of the weights, at each pruning of ER_imp; the last goes on to the target
 
 
-def find_snip(model: nn.Module, options: Options, data: Data) -> float:
+def find_snip(model: nn.Module, options: "DSTOptions", data: Data) -> float:
     """Put the mask of --init-density that SNIP finds beside the weights, and zero the others.
 
     Returns:
@@ -30,7 +32,9 @@ def find_snip(model: nn.Module, options: Options, data: Data) -> float:
     return _prune(model, "snip", options, data)
 
 
-def pruner_ratio(model: nn.Module, options: Options, data: Data) -> tuple[dict[str, float], float]:
+def pruner_ratio(
+    model: nn.Module, options: "DSTOptions", data: Data
+) -> tuple[dict[str, float], float]:
     """Layer -> density, in the mask of --init-density that the pruner of --sparse-init finds.
 
     It works on a copy of ``model``, dense, on ``data``'s device.
@@ -44,7 +48,7 @@ def pruner_ratio(model: nn.Module, options: Options, data: Data) -> tuple[dict[s
     return flops.densities(network), spent
 
 
-def full_masks(model: nn.Module, options: Options) -> None:
+def full_masks(model: nn.Module, options: "DSTOptions") -> None:
     """Masks of ones, but for the layers that are kept dense."""
     dense = er.dense_layers(model, options)
     ones = {
@@ -55,7 +59,7 @@ def full_masks(model: nn.Module, options: Options) -> None:
     attach_masks(model, ones)
 
 
-def _prune(model: nn.Module, pruner: str, options: Options, data: Data) -> float:
+def _prune(model: nn.Module, pruner: str, options: "DSTOptions", data: Data) -> float:
     forward, spent = _forward_flops(model, data), 0.0
 
     def count(_: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -84,15 +88,15 @@ def _forward_flops(model: nn.Module, data: Data) -> dict[str, float]:
     return flops.forward_flops(model, torch.zeros(data.shape.input, device=device))
 
 
-def _snip(model: nn.Module, options: Options, data: Data) -> float:
+def _snip(model: nn.Module, options: "DSTOptions", data: Data) -> float:
     return _prune(model, "snip", options, data)
 
 
-def _synflow(model: nn.Module, options: Options, data: Data) -> float:
+def _synflow(model: nn.Module, options: "DSTOptions", data: Data) -> float:
     return _prune(model, "synflow", options, data)
 
 
-def _imp(model: nn.Module, options: Options, data: Data) -> float:
+def _imp(model: nn.Module, options: "DSTOptions", data: Data) -> float:
     """--imp-epochs of training at --lr, prune by a fifth, back to the start, and again."""
     device = next(model.parameters()).device
     first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -100,20 +104,21 @@ def _imp(model: nn.Module, options: Options, data: Data) -> float:
     forward, spent = _forward_flops(model, data), 0.0
     inputs = options.imp_epochs * (len(data.train) if data.shape.nodes else data.train.examples)
     for level, density in enumerate(densities):
-        optimizer = make_optimizer(model, options)
+        learner = training.Learner(
+            model,
+            options.make_optimizer(model),
+            autocast=parallel.autocast(device, options.amp),
+            label_smoothing=options.label_smoothing,
+            clip_norm=options.clip_norm,
+        )
         for epoch in range(level * options.imp_epochs, (level + 1) * options.imp_epochs):
             sums = training.new_sums(device)
             training.train_epoch(
-                model,
-                model,
+                learner,
                 data.train,
-                optimizer,
                 lambda _: options.lr,
+                sums,
                 epoch=epoch,
-                sums=sums,
-                autocast=parallel.autocast(device, options.amp),
-                label_smoothing=options.label_smoothing,
-                clip_norm=options.clip_norm,
                 title=f"ER_imp {level + 1}/{len(densities)}",
             )
         spent += inputs * flops.training(forward, flops.densities(model))
@@ -126,7 +131,7 @@ def _imp(model: nn.Module, options: Options, data: Data) -> float:
     return spent
 
 
-PRUNER_RATIOS: dict[str, Callable[[nn.Module, Options, Data], float]] = {
+PRUNER_RATIOS: dict[str, Callable[[nn.Module, "DSTOptions", Data], float]] = {
     "ER_imp": _imp,
     "ER_synflow": _synflow,
     "ER_snip": _snip,

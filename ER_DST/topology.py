@@ -1,7 +1,7 @@
-"""How masks move in training: drop and grow, and gradual pruning.
+"""How masks can move: which weights go, which come, and when. `dynamic` has the step that does it.
 
 Everything works in place on `masked_weights(model)`. A new growth rule is a function and a line in
-`GROWTH`; a new way to prune is one in `PRUNE`; a method, one in `METHODS`, is when to use which.
+`GROWTH`; a new way to prune is one in `PRUNE`; a method, one in `METHODS`, is what an update does.
 """
 
 import math
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from startsparse import scores
-from startsparse.masks import masked_weights, sparse_layers
+from startsparse.masks import SparseLayer, gradient, masked_weights
+from startsparse.method import When
 from startsparse.pruning import layer_counts, weights_left
 from startsparse.schedules import cosine, cubic
-from startsparse.seeding import generator
 
 LAST_FRACTION = 0.005  # of a layer's weights that is dropped and grown at the end
 
@@ -28,26 +28,50 @@ def _magnitude(weight: Tensor) -> Tensor:
 PRUNE: dict[str, Callable[[Tensor], Tensor]] = {"magnitude": _magnitude}
 
 
-def _random(layer: nn.Module, draw: torch.Generator) -> Tensor:
+class Growth(NamedTuple):
+    """A rule that says which weights come; FLOPs and sparse compute follow from what it needs.
+
+    Attributes:
+        score: (layer, generator) -> score like the weight; the highest outside the mask come.
+        dense_gradients: in which steps it needs the gradients outside the masks.
+        accumulate: (model, --momentum), called after the backward pass of each step until masks
+            grow no more; adds to the buffer ``growth_state``, like the weight, of masked layers.
+    """
+
+    score: Callable[[SparseLayer, torch.Generator], Tensor]
+    dense_gradients: When = "never"
+    accumulate: Callable[[nn.Module, float], None] | None = None
+
+
+def _random(layer: SparseLayer, draw: torch.Generator) -> Tensor:
     """Chance (SET, Mocanu et al. 2018)."""
     return torch.rand(layer.weight.shape, generator=draw).to(layer.weight.device)
 
 
-def _gradient(layer: nn.Module, _: torch.Generator) -> Tensor:
+def _gradient(layer: SparseLayer, _: torch.Generator) -> Tensor:
     """|dL/dw| of this step's batch, dense (RigL, Evci et al. 2020)."""
-    return layer.weight.grad.abs()
+    return gradient(layer.weight).abs()
 
 
-def _momentum(layer: nn.Module, _: torch.Generator) -> Tensor:
+def _momentum(layer: SparseLayer, _: torch.Generator) -> Tensor:
     """|momentum| of the dense gradient (sparse momentum, Dettmers & Zettlemoyer 2019)."""
-    return layer.weight_momentum.abs()
+    return layer.get_buffer("growth_state").abs()
 
 
-# --growth: (layer, generator) -> score like the weight; the highest outside the mask come.
-GROWTH: dict[str, Callable[[nn.Module, torch.Generator], Tensor]] = {
-    "random": _random,
-    "gradient": _gradient,
-    "momentum": _momentum,
+@torch.no_grad()
+def add_to_momentum(model: nn.Module, factor: float) -> None:
+    """growth_state <- factor growth_state + gradient, in every masked layer."""
+    masked = [(model.get_submodule(name), weight) for name, weight, _ in masked_weights(model)]
+    sums = [layer.get_buffer("growth_state") for layer, _ in masked]
+    torch._foreach_mul_(sums, factor)
+    torch._foreach_add_(sums, [gradient(weight) for _, weight in masked])
+
+
+# --growth
+GROWTH: dict[str, Growth] = {
+    "random": Growth(_random),
+    "gradient": Growth(_gradient, "at updates"),
+    "momentum": Growth(_momentum, "always", add_to_momentum),
 }
 
 
@@ -102,19 +126,19 @@ def drop_and_grow(
     mask |= candidates
 
 
-class Method(NamedTuple):
+class Update(NamedTuple):
     """What a method does in an update: prune (or not), then drop and grow (or not)."""
 
     prune: Callable[[nn.Module, float, str], None] | None
     grow: bool
 
 
-METHODS: dict[str, Method] = {
-    "GraNet": Method(prune_globally, grow=True),  # Liu et al. 2021
-    "GraNet_uniform": Method(prune_uniformly, grow=True),
-    "DST": Method(None, grow=True),  # SET, RigL: constant density
-    "GMP": Method(prune_globally, grow=False),  # Zhu & Gupta 2017
-    "GMP_uniform": Method(prune_uniformly, grow=False),
+METHODS: dict[str, Update] = {
+    "GraNet": Update(prune_globally, grow=True),  # Liu et al. 2021
+    "GraNet_uniform": Update(prune_uniformly, grow=True),
+    "DST": Update(None, grow=True),  # SET, RigL: constant density
+    "GMP": Update(prune_globally, grow=False),  # Zhu & Gupta 2017
+    "GMP_uniform": Update(prune_uniformly, grow=False),
 }
 
 
@@ -123,6 +147,7 @@ class Schedule(NamedTuple):
 
     Attributes:
         steps: of the whole training.
+        per_epoch: steps of an epoch.
         every: steps between updates.
         start, end: of the pruning; at ``end`` the final density is reached.
         stop: the first step that drops and grows no more.
@@ -132,6 +157,7 @@ class Schedule(NamedTuple):
     """
 
     steps: int
+    per_epoch: int
     every: int
     start: int
     end: int
@@ -166,59 +192,3 @@ class Schedule(NamedTuple):
         if step >= self.stop:
             return 0.0
         return cosine(step / self.stop, self.fraction, min(self.fraction, LAST_FRACTION))
-
-
-def remember(model: nn.Module, momentum: bool) -> None:
-    """Put beside each mask what an update needs to know of the past, in the state_dict as well.
-
-    ``initial_mask`` and ``ever_active`` are bool; with ``momentum``, ``weight_momentum`` sums up
-    the dense gradients.
-    """
-    for name, weight, mask in list(masked_weights(model)):
-        layer = model.get_submodule(name)
-        layer.register_buffer("initial_mask", mask.clone())
-        layer.register_buffer("ever_active", mask.clone())
-        if momentum:
-            layer.register_buffer("weight_momentum", torch.zeros_like(weight))
-
-
-@torch.no_grad()
-def add_to_momentum(model: nn.Module, factor: float) -> None:
-    """weight_momentum <- factor weight_momentum + gradient, in every masked layer."""
-    layers = [model.get_submodule(name) for name, _, _ in masked_weights(model)]
-    sums = [layer.weight_momentum for layer in layers]
-    torch._foreach_mul_(sums, factor)
-    torch._foreach_add_(sums, [layer.weight.grad for layer in layers])
-
-
-@torch.no_grad()
-def update(
-    model: nn.Module,
-    method: str,
-    *,
-    density: float,
-    fraction: float,
-    prune: str,
-    growth: str,
-    within_initial: bool,
-    seed: int,
-    step: int,
-) -> None:
-    """One update of all masks: prune to ``density``, then drop and grow ``fraction``.
-
-    Weights and optimizer state outside the new masks are the caller's to zero
-    (`masks.keep_inside`); what is new is zero because it was outside before.
-    """
-    chosen = METHODS[method]
-    if chosen.prune:
-        chosen.prune(model, density, prune)
-    if chosen.grow and fraction > 0:
-        layers = sparse_layers(model)
-        for name, weight, mask in masked_weights(model):
-            layer = layers[name]
-            growing = GROWTH[growth](layer, generator(seed, f"grow/{name}", 0, step))
-            allowed = layer.initial_mask if within_initial else None
-            try:
-                drop_and_grow(mask, PRUNE[prune](weight), growing, fraction, allowed)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None

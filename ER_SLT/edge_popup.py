@@ -16,6 +16,7 @@ weight decay or momentum changes that.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +36,13 @@ class Kept(torch.autograd.Function):
     """w * m, with the straight-through gradient to the scores s that m was chosen by."""
 
     @staticmethod
-    def forward(ctx, frozen: Tensor, score: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: Any, frozen: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         """All of one shape; ``mask`` is 0 or 1 in their dtype."""
         ctx.save_for_backward(frozen, score)
         return frozen * mask
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         """dL/ds = dL/de * w * sign(s)."""
         frozen, score = ctx.saved_tensors
         sign = torch.copysign(torch.ones((), dtype=score.dtype, device=score.device), score)
@@ -59,6 +60,10 @@ class Popup(EffectiveLayer):
     zeros_learn = True  # the scores of weights that are not kept have a gradient, too
     entrywise = True  # but for ranking, which asks for the order of entries only
 
+    weight_score: nn.Parameter
+    bias_score: nn.Parameter | None
+    keep: Tensor
+
     def set_up(self) -> None:
         """Freeze what the layer has; all scores are 0."""
         self.weight.requires_grad_(False)
@@ -67,9 +72,9 @@ class Popup(EffectiveLayer):
         if self.bias is not None:
             self.bias.requires_grad_(False)
             self.bias_score = nn.Parameter(torch.zeros_like(self.bias))
-        if self._inside() is not None:
+        if (inside := self._inside()) is not None:
             # Not -0, which a product leaves: what is not stored comes back as 0, to the bit.
-            self.weight.data.masked_fill_(~self._inside(), 0)
+            self.weight.data.masked_fill_(~inside, 0)
         self.register_buffer("keep", torch.tensor(self.allowed(), device=self.weight.device))
 
     def size(self) -> int:
@@ -78,13 +83,14 @@ class Popup(EffectiveLayer):
 
     def allowed(self) -> int:
         """Number of weights inside the mask, and biases. Waits for the device."""
-        outside = 0 if self._inside() is None else int((~self._inside()).sum())
+        inside = self._inside()
+        outside = 0 if inside is None else int((~inside).sum())
         return self.size() - outside
 
     def keep_inside(self) -> None:
         """Zero the scores outside the mask."""
-        if self._inside() is not None:
-            self.weight_score.mul_(self._inside())
+        if (inside := self._inside()) is not None:
+            self.weight_score.mul_(inside)
 
     def ranked(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """Magnitudes of the scores, and where entries are allowed: of weights, then of biases."""
@@ -147,7 +153,9 @@ def popup(model: nn.Module, seed: int, score_init: str = "kaiming", ranking: str
         _draw_scores(layer, score_init, generator(seed, f"score/{name}"))
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            module.affine, module.weight, module.bias = False, None, None
+            module.affine = False
+            module.register_parameter("weight", None)
+            module.register_parameter("bias", None)
 
 
 @torch.no_grad()

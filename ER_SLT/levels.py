@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from ER_SLT.edge_popup import count, found_masks, popup_layers, set_density
 from ER_SLT.initializers import has_batchnorm
 from ER_SLT.options import SLTOptions
-from ER_SLT.ticket import SHUFFLES, load_ticket, save_ticket, shuffled
+from ER_SLT.ticket import SHUFFLES, load_ticket, save_ticket_by_rank_0, shuffled
 from startsparse import checkpoint, data, flops
 from startsparse.commandline import plain_values
 from startsparse.masks import density_table, masked_weights
+from startsparse.phases import Phase
 from startsparse.runs import FREE
-from startsparse.trainer import Phase, Trainer
+from startsparse.trainer import Trainer
 
 log = logging.getLogger("startsparse")
 
@@ -105,7 +106,7 @@ def warn_of_small_logits(model: nn.Module, train: data.AnyBatches, options: SLTO
         )
 
 
-def next_level(trainer: Trainer, *, level: int, density: float) -> None:
+def next_level(trainer: Trainer[SLTOptions], *, level: int, density: float) -> None:
     """Record the level that was just trained; the next one has ``density``."""
     last = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     record_level(trainer, level=level)
@@ -113,7 +114,7 @@ def next_level(trainer: Trainer, *, level: int, density: float) -> None:
     set_density(trainer.model, density)
 
 
-def record_level(trainer: Trainer, *, level: int) -> dict[str, float]:
+def record_level(trainer: Trainer[SLTOptions], *, level: int) -> dict[str, float]:
     """Test what a level found and keep its ticket; a row of levels.csv.
 
     Columns: level; requested and density, share of all weights; kept, weights used, and
@@ -140,16 +141,15 @@ def record_level(trainer: Trainer, *, level: int) -> dict[str, float]:
     }
     saved = folder / f"levels/level-{level}.safetensors"
     for path in (saved, folder / TICKET) if level == options.levels else (saved,):
-        save_ticket(path, model, {"options": lasting(options), **row})
+        save_ticket_by_rank_0(path, model, {"options": lasting(options), **row})
     if options.save_model:
-        checkpoint.save(saved.with_suffix(".pt"), {"model": model.state_dict()})
+        checkpoint.save_by_rank_0(saved.with_suffix(".pt"), {"model": model.state_dict()})
     trainer.run.write_table(f"levels/level-{level}.csv", table)
     before = load_ticket(saved.with_name(f"level-{level - 1}.safetensors")) if level > 1 else None
     row |= {"overlap": overlap(found, before.found) if before else math.nan}
     row |= score_statistics(model)
-    trainer.tables.setdefault("levels", []).append(row)
+    trainer.add_row("levels", row, level)
     trainer.write_tables()
-    trainer.run.show("levels", row, level)
     log.info(
         "level %d at density %.6f: test %.2f %%, dead units %d%s",
         level,
@@ -167,7 +167,7 @@ def lasting(options: SLTOptions) -> dict:
     return plain_values(dataclasses.replace(options, **free))
 
 
-def count_gradients(trainer: Trainer) -> None:
+def count_gradients(trainer: Trainer[SLTOptions]) -> None:
     """Add the gradients of scores that are not kept to the FLOPs of the level that was trained.
 
     `Trainer` counts those of the weights in use; scores learn in all of the random mask. At the
@@ -175,11 +175,11 @@ def count_gradients(trainer: Trainer) -> None:
     """
     inside = {name: mask.double().mean().item() for name, _, mask in masked_weights(trainer.model)}
     per_step = sum(
-        (inside.get(name, 1.0) - used) * trainer.forward_flops[name]
+        (inside.get(name, 1.0) - used) * trainer.ledger.forward[name]
         for name, used in flops.densities(trainer.model).items()
     )
     steps = trainer.options.epochs * len(trainer.data.train)
-    trainer.flops["training"] += steps * per_step
+    trainer.ledger.training += steps * per_step
 
 
 def overlap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -201,7 +201,7 @@ def score_statistics(model: nn.Module) -> dict[str, float]:
     return dict(zip(("score_mean", "score_std", "score_min", "score_max"), values.tolist()))
 
 
-def try_shuffles(trainer: Trainer) -> dict[str, float]:
+def try_shuffles(trainer: Trainer[SLTOptions]) -> dict[str, float]:
     """--shuffle: test the network after each of several shuffles; rows of shuffles.csv.
 
     BatchNorm keeps the statistics of the ticket.

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None, kind: type[SLTOptions] = SLTOptions)
 
 def train(options: SLTOptions) -> None:
     """The run that ``options`` describe."""
-    folder = runs.find_run(options)
+    folder = runs.find_run_by_rank_0(options)
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
@@ -57,17 +57,17 @@ def train(options: SLTOptions) -> None:
 
     devices = parallel.choose_devices(options.multigpu)
     recipe.show_run(options, folder, planned, devices)
-    images = recipe.load_data(options, devices[0])
-    model, requested = plan(options, images.shape)
+    dataset = recipe.load_data(options, devices[0])
+    model, requested = plan(options, dataset.shape)
     er.attach_er_masks(model, requested, options)
     random_mask = masks.density_table(model, requested)
     pop_up(model, options)
     set_density(model, densities(options)[0])
-    model.to(devices[0], memory_format=torch.channels_last)
+    model.to(devices[0]).to(memory_format=torch.channels_last)
 
     with runs.open_run(options, folder) as run:
-        warn_of_small_logits(model, images.train, options)
-        trainer = Trainer(model, images, options, run, devices, lambda: flops.densities(model))
+        warn_of_small_logits(model, dataset.train, options)
+        trainer = Trainer(model, dataset, options, run, devices, lambda: flops.densities(model))
         trainer.load()
         recipe.show_densities(run, random_mask, "random_mask.csv")
         recipe.say_deviation(model, requested, options)
@@ -123,14 +123,14 @@ def evaluate(path: Path, argv: list[str]) -> None:
         runs.check_same(options, saved, f"the ticket {path} was found")
 
     device = parallel.choose_devices(options.multigpu)[0]
-    images = recipe.load_data(options, device)
-    model = recipe.build(options, images.shape)
+    dataset = recipe.load_data(options, device)
+    model = recipe.build(options, dataset.shape)
     masks.attach_masks(model, ticket.er_masks)
     pop_up(model, options)
     put_in_place(model, ticket)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     autocast = parallel.autocast(device, options.amp)
-    found = training.evaluate(model, model, images.test, autocast, device)["accuracy"]
+    found = training.evaluate(model, model, dataset.test, autocast, device)["accuracy"]
     agrees = "as" if found == told else f"but {told!r} is what"
     log.info("test accuracy %.2f %% (%r, %s the ticket says)", 100 * found, found, agrees)
 

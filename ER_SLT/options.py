@@ -46,17 +46,17 @@ class SLTOptions(Options):
         ""
     )
     """Name of the run"""
-    evaluate: Annotated[str, default_is("train")] = ""
+    evaluate: Annotated[str, default_is("train")] = ""  # type: ignore[assignment]  # no switch here
     """Do not train: print the test accuracy of this ticket file, or that of this run folder; the
     ticket says with which options"""
 
-    set: Annotated[choice(SETS), called("dataset")] = "digits"
+    set: Annotated[str, choice(SETS), called("dataset")] = "digits"
     """Data set"""
     augment: Annotated[bool, counts(on.IMAGES)] = False
     """Crop training images at random, and flip them unless they are digits"""
-    arch: Annotated[choice(MODELS), called("model")] = "resnet18"
+    arch: Annotated[str, choice(MODELS), called("model")] = "resnet18"
     """Network"""
-    init: Annotated[choice(INITS), called("initBias")] = "kn-zero-bias"
+    init: Annotated[str, choice(INITS), called("initBias")] = "kn-zero-bias"
     """How the frozen weights and biases are drawn. kn: normal, ortho: mirrored orthogonal blocks,
     signed-const: + or - one value per layer; without biases, with biases of the same kind, or
     special: biases that undo one another"""
@@ -73,7 +73,9 @@ class SLTOptions(Options):
 
     no_bn_decay: Annotated[bool, counts(NO_NORM)] = False
     """Of no effect: BatchNorm has no parameters"""
-    er_sparse_method: Annotated[choice(ratios.METHODS, ratios.ALIASES), counts(on.MASK)] = "uniform"
+    er_sparse_method: Annotated[str, choice(ratios.METHODS, ratios.ALIASES), counts(on.MASK)] = (
+        "uniform"
+    )
     """Layer-wise ratio of the random mask; network: the ratio of --er-sparsity-file"""
     er_sparse_init: Annotated[float, called("er-init-density", "--er-sparse-init")] = 0.5
     """Density of the random mask, in (0, 1]: kept weights of all weights"""
@@ -95,7 +97,7 @@ class SLTOptions(Options):
     """Number of levels"""
     epochs: int = 100
     """Epochs of each level"""
-    score_init: choice(SCORE_INITS) = "kaiming"
+    score_init: Annotated[str, choice(SCORE_INITS)] = "kaiming"
     """Initial scores: all 0.5, with an excess below 0.0001 to break ties, or uniform in
     +-1/sqrt(fan_in)"""
     per_layer: Annotated[bool, default_is("yes, without --global"), counts(GLOBAL)] = False
@@ -105,7 +107,7 @@ class SLTOptions(Options):
 
     batch_size: Annotated[int, called("batch-size", "-b"), counts(on.BATCHES)] = 128
     """Images, or other examples, per step; a graph is always one batch"""
-    lr_policy: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "every30"
+    lr_policy: Annotated[str, choice(schedules.LEARNING_RATES, schedules.ALIASES)] = "every30"
     """Schedule of each level; every30 divides by 10 every 30 epochs and every60 (step) every 60,
     never in a level that is shorter; multistep at 1/2 and 3/4"""
     weight_decay: Annotated[float, called("wd", "--weight-decay")] = 5e-4
@@ -172,5 +174,5 @@ class SLTOptions(Options):
 class CIFAROptions(SLTOptions):
     """Strong lottery tickets on CIFAR10, where nothing else is said."""
 
-    set: Annotated[choice(SETS), called("dataset")] = "cifar10"
+    set: Annotated[str, choice(SETS), called("dataset")] = "cifar10"
     """Data set"""

@@ -9,6 +9,7 @@ can trace it.
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def by_counting(
     for shift in range(width - _BITS, -1, -_BITS):
         digits = 2 ** (_BITS - 1) if shift == width - _BITS else 2**_BITS  # the sign bit is 0
         tries = kth + (torch.arange(1, digits, dtype=pattern, device=kth.device) << shift)
-        counts = sum((b >= tries[:, None]).sum(1) for b in bits)
+        counts = reduce(torch.add, ((b >= tries[:, None]).sum(1) for b in bits))
         kth = kth + ((counts >= keep).sum().to(pattern) << shift)
     return _masks(magnitudes, allowed, kth.view(magnitudes[0].dtype), keep)
 
@@ -111,9 +112,9 @@ def _kth_by_sampling(parts: Sequence[np.ndarray], k: int) -> tuple[float, int]:
     else:
         positions = [np.flatnonzero(u ^ a) for u, a in zip(upper, above)]
         band = np.concatenate([part[where] for part, where in zip(parts, positions)])
-    place = len(band) - (k - more)
-    kth = np.partition(band, place)[place]
-    return float(kth), more + np.count_nonzero(band >= kth)
+    index = len(band) - (k - more)
+    kth = np.partition(band, index)[index]
+    return float(kth), more + int(np.count_nonzero(band >= kth))
 
 
 def _flat(tensor: Tensor) -> Tensor:

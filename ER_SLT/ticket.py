@@ -28,7 +28,7 @@ from ER_SLT.edge_popup import found_masks, popup_layers
 from startsparse.atomic import replacing
 from startsparse.errors import UserError
 from startsparse.masks import masked_weights
-from startsparse.processes import by_first
+from startsparse.processes import by_rank_0
 from startsparse.seeding import generator
 
 log = logging.getLogger("startsparse")
@@ -44,7 +44,7 @@ class Ticket:
     """What a ticket file holds.
 
     Attributes:
-        description: what the caller of `save_ticket` passed: options, accuracy.
+        description: what the caller of `save_ticket_by_rank_0` passed: options, accuracy.
         er_masks: layer name -> bool mask; dense layers have none.
         found: parameter name -> bool mask, as `edge_popup.found_masks` gives it.
         statistics: buffer name -> running mean (float32), variance or count of a BatchNorm.
@@ -58,8 +58,8 @@ class Ticket:
     weights: str
 
 
-@by_first
-def save_ticket(path: Path, model: nn.Module, description: Mapping[str, object]) -> None:
+@by_rank_0
+def save_ticket_by_rank_0(path: Path, model: nn.Module, description: Mapping[str, object]) -> None:
     """Write what ``model``, in edge-popup form, uses now; whole or not at all.
 
     Args:
@@ -88,7 +88,7 @@ def save_ticket(path: Path, model: nn.Module, description: Mapping[str, object])
 
 
 def load_ticket(path: Path) -> Ticket:
-    """Read what `save_ticket` wrote, on the CPU.
+    """Read what `save_ticket_by_rank_0` wrote, on the CPU.
 
     Raises:
         UserError: the file is missing, is no ticket, or has lost or changed as much as one bit.

@@ -11,8 +11,9 @@ from startsparse.data import first_batch
 from startsparse.errors import OptionError, UserError
 from startsparse.flops import densities
 from startsparse.masks import density_table, keep_inside, masked_weights
+from startsparse.phases import Phase
 from startsparse.pruning import prune, weights_left
-from startsparse.trainer import Phase, Trainer
+from startsparse.trainer import Trainer
 from STR.options import STROptions
 from STR.rewinds import REWINDS, State, flipped
 
@@ -26,8 +27,6 @@ def phases(options: STROptions) -> list[Phase]:
     else, so momentum goes on; where weights go back, momentum that moved others says nothing.
     """
     keeps_momentum = options.rewind == "none"
-    policy = {"lr_policy": options.prune_scheduler, "lr_min": options.lr_min}
-    policy |= {"keeps_momentum": keeps_momentum}
     rise = options.warmup_epochs
     warm_up = Phase(
         "warm-up", rise, "constant", warmup=rise, drifts=options.effective, then=keep_rewind_point
@@ -36,7 +35,9 @@ def phases(options: STROptions) -> list[Phase]:
         Phase(
             f"level {level}",
             options.final_prune_epoch,
-            **policy,
+            options.prune_scheduler,
+            options.lr_min,
+            keeps_momentum=keeps_momentum,
             then=partial(next_level, level=level, density=density),
         )
         for level, density in enumerate(options.threshold_list)
@@ -52,23 +53,25 @@ def phases(options: STROptions) -> list[Phase]:
     return [warm_up, *levels, final] if rise else [*levels, final]
 
 
-def begin(trainer: Trainer) -> None:
+def begin(trainer: Trainer[STROptions]) -> None:
     """Keep the state in which a run with levels begins: initial.pt, and rewind.pt for now.
 
     With --start-from the initial.pt is that run's, if it has one: signs flip since initialisation.
     """
-    if trainer.options.threshold_list and not trainer.history and not trainer.place.step:
+    if trainer.options.threshold_list and not trainer.history and not trainer.position.step:
         state = {"model": trainer.model.state_dict()}
         before = trainer.run.source("start_from") / "initial.pt"
         if trainer.options.start_from and before.exists():
             state = checkpoint.load(before)
-        checkpoint.save(trainer.run.folder / "initial.pt", state)
+        checkpoint.save_by_rank_0(trainer.run.folder / "initial.pt", state)
         keep_rewind_point(trainer)
 
 
-def keep_rewind_point(trainer: Trainer) -> None:
+def keep_rewind_point(trainer: Trainer[STROptions]) -> None:
     """Keep the state that --rewind goes back to: rewind.pt."""
-    checkpoint.save(trainer.run.folder / "rewind.pt", {"model": trainer.model.state_dict()})
+    checkpoint.save_by_rank_0(
+        trainer.run.folder / "rewind.pt", {"model": trainer.model.state_dict()}
+    )
 
 
 def check_levels(model: nn.Module, options: STROptions) -> None:
@@ -113,10 +116,10 @@ def check_reference(model: nn.Module, options: STROptions, level: int, count: in
                 f"--target-expt-name: the mask of '{name}' in {options.target_expt_name} does not "
                 "lie inside this run's; both need the same network, --seed and --er-sparse-*"
             )
-    kept = sum(int(masks[f"{name}.weight_mask"].sum()) for name, _, _ in given)
-    if kept != count:
+    nnz = sum(int(masks[f"{name}.weight_mask"].sum()) for name, _, _ in given)
+    if nnz != count:
         raise OptionError(
-            f"--target-expt-name: level {level} of {options.target_expt_name} keeps {kept} "
+            f"--target-expt-name: level {level} of {options.target_expt_name} keeps {nnz} "
             f"weights, --threshold-list asks for {count}"
         )
 
@@ -147,7 +150,7 @@ def start_from(model: nn.Module, options: STROptions) -> dict[str, float]:
     return densities(model)
 
 
-def prune_to(trainer: Trainer, *, level: int, density: float) -> None:
+def prune_to(trainer: Trainer[STROptions], *, level: int, density: float) -> None:
     """Shrink the masks to ``density`` by --pruner; pruning number ``level``, counted from 1."""
     model, options = trainer.model, trainer.options
     count = weights_left(model, density)
@@ -186,7 +189,7 @@ def take_masks(model: nn.Module, state: State) -> None:
     keep_inside(model)
 
 
-def next_level(trainer: Trainer, *, level: int, density: float) -> None:
+def next_level(trainer: Trainer[STROptions], *, level: int, density: float) -> None:
     """Record the level that was just trained, prune to the next density, and rewind."""
     last = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     record_level(trainer, level=level)
@@ -210,7 +213,7 @@ def next_level(trainer: Trainer, *, level: int, density: float) -> None:
     REWINDS[trainer.options.rewind](trainer.model, checkpoint.load(path, trainer.device)["model"])
 
 
-def record_level(trainer: Trainer, *, level: int) -> dict[str, float]:
+def record_level(trainer: Trainer[STROptions], *, level: int) -> dict[str, float]:
     """Test the selected weights of a level; a row of levels.csv, and levels/ has the details.
 
     Leaves the selected weights in place and returns what `Trainer.test` does.
@@ -234,7 +237,7 @@ def record_level(trainer: Trainer, *, level: int) -> dict[str, float]:
     trainer.tables.setdefault("levels", []).append(row)
     trainer.write_tables()
     trainer.run.write_table(f"levels/level-{level}.csv", table)
-    checkpoint.save(folder / f"levels/level-{level}.pt", {"model": model.state_dict()})
+    checkpoint.save_by_rank_0(folder / f"levels/level-{level}.pt", {"model": model.state_dict()})
     log.info(
         "level %d at density %.6f: test %.2f %%, dead units %d, signs flipped %.2f %%",
         level,

@@ -1,7 +1,6 @@
 """The runs of a sweep as processes: how many at once, on which device, and how they are stopped."""
 
 import dataclasses
-import fcntl
 import os
 import signal
 import subprocess
@@ -9,13 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from startsparse import runs, threads
 from startsparse.errors import UserError
+from STR.held import BUSY
 from STR.options import STROptions
 
-MAIN = Path(__file__).parent / "main.py"
+HELD = Path(__file__).with_name("held.py")
 
 
 @dataclasses.dataclass
@@ -36,7 +37,7 @@ class Job:
     @property
     def folder(self) -> Path | None:
         """Run folder, if it has begun."""
-        self.found = self.found or runs.find_run(self.options)
+        self.found = self.found or runs.find_run_by_rank_0(self.options)
         return self.found
 
     @property
@@ -82,8 +83,9 @@ def run_all(jobs: list[Job], at_once: int, devices: list[str]) -> list[Job]:
     running: dict[int, Running] = {}
     stopped: list[int] = []
     signals = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-        signals.append(signal.SIGHUP)  # the terminal is gone
+    hangup = getattr(signal, "SIGHUP", None)  # the terminal is gone; Windows has none
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
+        signals.append(hangup)
     handlers = {
         signum: signal.signal(signum, lambda number, _frame: stopped.append(number))
         for signum in signals
@@ -100,7 +102,9 @@ def run_all(jobs: list[Job], at_once: int, devices: list[str]) -> list[Job]:
                 _show(run.job, run.bar)
                 if run.process is None:
                     run.process = _launch(run.job, slots[slot], environment)
-                elif run.process.poll() is not None:
+                elif (code := run.process.poll()) == BUSY:  # another sweep was a moment faster
+                    run.process = None
+                elif code is not None:
                     del running[slot]
                     run.bar.close()
                     sweep.update()
@@ -154,13 +158,15 @@ def _start(job: Job, device: str, environment: dict[str, str], position: int) ->
 def _launch(job: Job, device: str, environment: dict[str, str]) -> subprocess.Popen | None:
     """The process of a job; None while another process has it."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(MAIN), *job.argv, *(["--multigpu", device] if device else [])]
+    lock = str(job.log.with_name(f".{job.log.name}.lock"))
+    command = [sys.executable, str(HELD), lock, *job.argv]
+    command += ["--multigpu", device] if device else []
+    try:
+        with FileLock(lock, timeout=0):
+            pass
+    except Timeout:
+        return None
     with job.log.open("a") as log:
-        try:
-            # The child inherits the lock with its output, and has it for as long as it lives.
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
         return subprocess.Popen(
             command,
             env=environment,

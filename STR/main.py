@@ -28,7 +28,7 @@ log = logging.getLogger("startsparse")
 def main(argv: Sequence[str] | None = None) -> None:
     """One run, from options to report."""
     options = parse(STROptions, CONFIGS, argv)
-    folder = runs.find_run(options)
+    folder = runs.find_run_by_rank_0(options)
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
@@ -36,15 +36,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     devices = parallel.choose_devices(options.multigpu)
     recipe.show_run(options, folder, planned, devices)
-    images = recipe.load_data(options, devices[0])
-    model, requested = network(options, images.shape)
+    dataset = recipe.load_data(options, devices[0])
+    model, requested = network(options, dataset.shape)
     if options.start_from:
         requested = start_from(model, options)
     check_levels(model, options)
-    model.to(devices[0], memory_format=torch.channels_last)
+    model.to(devices[0]).to(memory_format=torch.channels_last)
 
     with runs.open_run(options, folder) as run:
-        trainer = Trainer(model, images, options, run, devices, lambda: watched(model))
+        trainer = Trainer(model, dataset, options, run, devices, lambda: watched(model))
         if options.evaluate:
             recipe.say_accuracies(trainer)
             return

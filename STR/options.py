@@ -55,20 +55,20 @@ class STROptions(Options):
         "hardware": Options.groups["hardware"],
     }
 
-    arch: Annotated[choice(MODELS), counts(ARCH)] = "resnet20"
+    arch: Annotated[str, choice(MODELS), counts(ARCH)] = "resnet20"
     """Network"""
-    init: Annotated[choice(INITS), counts(OWN_WEIGHTS)] = "kaiming_normal"
+    init: Annotated[str, choice(INITS), counts(OWN_WEIGHTS)] = "kaiming_normal"
     """Initialisation of the weights"""
-    conv_type: choice(CONV_TYPES, {"ConvER": "ConvMask"}) = "ConvMask"
+    conv_type: Annotated[str, choice(CONV_TYPES, {"ConvER": "ConvMask"})] = "ConvMask"
     """DenseConv: no mask; ConvMask (or ConvER): a fixed ER mask; STRConv: soft thresholds;
     STRConvER: soft thresholds inside an ER mask"""
-    resnet_type: Annotated[choice(("", *RESNET_TYPES)), default_is("none")] = ""
+    resnet_type: Annotated[str, choice(("", *RESNET_TYPES)), default_is("none")] = ""
     """A named ResNet instead of --arch: large is ResNet18, small-dense is --width wide in every
     stage, small-dense-inc doubles from --width, res50 is ResNet50"""
     expt_setup: Annotated[str, default_is("none")] = ""
     """A label for results.csv; it has no other effect"""
 
-    sparse_function: Annotated[choice(FUNCTIONS), counts(SOFT)] = "sigmoid"
+    sparse_function: Annotated[str, choice(FUNCTIONS), counts(SOFT)] = "sigmoid"
     """g in the threshold g(s) of a layer"""
     sInit_value: Annotated[float, counts(SOFT)] = -200.0  # noqa: N815 - the name that people know
     """Initial s of every layer; very negative is dense"""
@@ -77,7 +77,7 @@ class STROptions(Options):
 
     threshold_list: Annotated[tuple[float, ...], default_is("no pruning")] = ()
     """Densities to prune to, one after the other"""
-    pruner: Annotated[choice(PRUNER_NAMES), counts(PRUNES)] = "mag"
+    pruner: Annotated[str, choice(PRUNER_NAMES), counts(PRUNES)] = "mag"
     """What decides which weights go; mask-ref takes the masks of the run --target-expt-name"""
     grasp_temperature: Annotated[float, counts(PRUNES, GRASP)] = scores.TEMPERATURE
     """Logits are divided by this for --pruner grasp; 1 is the loss of the training"""
@@ -88,14 +88,14 @@ class STROptions(Options):
     asked for there takes the place of --er-sparse-init"""
     final_prune_epoch: Annotated[int, counts(PRUNES)] = 150
     """Epochs before each pruning of --threshold-list; the final --epochs come after the last"""
-    rewind: Annotated[choice(REWINDS), counts(PRUNES)] = "none"
+    rewind: Annotated[str, choice(REWINDS), counts(PRUNES)] = "none"
     """What is taken back after each pruning to where it was after --warmup-epochs: none
     (learning-rate rewinding), weights (all of them: IMP), bn, amplitudes (signs stay), signs
     (magnitudes stay)"""
     reset_weights: Annotated[bool, counts(PRUNES)] = False
     """The same as --rewind weights"""
     prune_scheduler: Annotated[
-        choice(schedules.LEARNING_RATES, schedules.ALIASES), counts(PRUNES)
+        str, choice(schedules.LEARNING_RATES, schedules.ALIASES), counts(PRUNES)
     ] = "cosine"
     """Schedule of the learning rate before each pruning, begun anew each time; step is every60"""
     warmup_epochs: int = 0
@@ -175,8 +175,9 @@ class STROptions(Options):
             names = ("summary.json", "options.yaml", runs.tested_weights(run).name, "initial.pt")
             found["start_from"] = {name: run / name for name in names if (run / name).exists()}
         if self.target_expt_name:
-            names = [f"levels/level-{level}.pt" for level, _ in enumerate(self.threshold_list, 1)]
-            found["target_expt_name"] = {n: Path(self.target_expt_name) / n for n in names}
+            levels = range(1, len(self.threshold_list) + 1)
+            masks = [f"levels/level-{level}.pt" for level in levels]
+            found["target_expt_name"] = {n: Path(self.target_expt_name) / n for n in masks}
         return found
 
     def decay(self, module: nn.Module, parameter: str) -> float:

@@ -20,7 +20,8 @@ def flipped(model: nn.Module, initial: State) -> dict[str, float]:
         for name, weight, mask in masked_weights(model)
     }
     if counts:
-        counts["total"] = tuple(map(sum, zip(*counts.values())))
+        changed, kept = map(sum, zip(*counts.values()))
+        counts["total"] = changed, kept
     return {name: changed / max(1, kept) for name, (changed, kept) in counts.items()}
 
 

@@ -37,7 +37,7 @@ class SweepOptions:
 
     config: str = str(CONFIGS / "largescale/resnet18-cifar-str-1.yaml")
     """YAML file of the runs"""
-    set: Annotated[choice(("", *SETS)), default_is("the config's")] = ""
+    set: Annotated[str, choice(("", *SETS)), default_is("the config's")] = ""
     """Data set"""
     seeds: tuple[int, ...] = (1,)
     """Seeds"""
@@ -72,17 +72,22 @@ class SweepOptions:
     dry_run: bool = False
     """Print the commands and the number of epochs in all, and stop"""
 
+    @property
+    def at_once(self) -> int:
+        """Runs at the same time."""
+        return self.devices.count(",") + 1 if self.jobs is None else self.jobs
+
     def check(self) -> None:
         """Raise `OptionError` for values that cannot be meant; names the option."""
-        if processes.count() > 1:
+        if processes.world_size() > 1:
             raise OptionError("torchrun: is for main.py; a sweep starts its own runs, see --jobs")
         require_range(self, "keep", low=0, high=1, open_low=True, open_high=True)
         require_range(self, "target", low=0, high=1, open_low=True)
         require_gpus(self, "devices")
         gpus = self.devices.count(",") + 1
-        self.jobs = gpus if self.jobs is None else self.jobs
-        require_range(self, "jobs", low=1)
-        if self.jobs < gpus:
+        if self.jobs is not None:
+            require_range(self, "jobs", low=1)
+        if self.at_once < gpus:
             raise OptionError(
                 f"--jobs: {self.jobs} uses only some of --devices {self.devices}; give at least "
                 f"{gpus}, or fewer devices"
@@ -148,7 +153,7 @@ def collect(jobs: list[Job], path: Path) -> None:
     """
     rows = []
     for job in jobs:
-        if job.finished:
+        if job.folder and job.finished:
             levels = pd.read_csv(job.folder / "levels.csv").to_dict("records")
             rows += [{"run": job.folder, **level, **computed(job.options)} for level in levels]
     results.add(path, rows)
@@ -247,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     levels = Path(options.result_dir) / "levels.csv"
     check_tables(jobs, levels)
-    failed = run_all(jobs, options.jobs, options.devices.split(","))
+    failed = run_all(jobs, options.at_once, options.devices.split(","))
     if any(job.finished for job in jobs):
         collect(jobs, levels)
         print(write_report(levels))

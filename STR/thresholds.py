@@ -6,12 +6,13 @@ the mask; weights live inside it, and the threshold of a zero is zero, so this n
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from startsparse.effective import EffectiveLayer, effective_layers
-from startsparse.masks import kept, sparse_layers
+from startsparse.masks import active, sparse_layers
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "exp": torch.exp}
 
@@ -20,7 +21,7 @@ class SoftThreshold(torch.autograd.Function):
     """sign(w) relu(|w| - t) for a weight of any shape and a threshold t >= 0 of shape [1]."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, threshold: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, threshold: Tensor) -> Tensor:
         """Two passes over the weight: what the clamp leaves over is the soft threshold."""
         effective = weight.clamp(-threshold, threshold)
         torch.sub(weight, effective, out=effective)
@@ -28,7 +29,7 @@ class SoftThreshold(torch.autograd.Function):
         return effective
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """d/dw is 1 and d/dt is -sign(w) where |w| > t; both are 0 elsewhere."""
         (effective,) = ctx.saved_tensors
         sign = effective.sign()
@@ -73,7 +74,7 @@ def why_dense(model: nn.Module, s_init: float, decay: float) -> str:
     layers = effective_layers(model, SoftThresholded).values()
     masks = [getattr(layer, "weight_mask", torch.ones_like(layer.weight)) for layer in layers]
     allowed = sum(int(torch.count_nonzero(mask)) for mask in masks)
-    used = sum(int(kept(layer).sum()) for layer in layers)
+    used = sum(int(active(layer).sum()) for layer in layers)
     if used <= 0.99 * allowed:
         return ""
     highest = max(layer.threshold_logit.item() for layer in layers)
@@ -89,7 +90,7 @@ def layer_table(model: nn.Module) -> dict[str, dict[str, float]]:
     """Layer -> density and, where there is one, threshold: --er-sparsity-file reads it back."""
     soft = thresholds(model)
     return {
-        name: {"density": kept(layer).double().mean().item()}
+        name: {"density": active(layer).double().mean().item()}
         | ({"threshold": soft[name]} if name in soft else {})
         for name, layer in sparse_layers(model).items()
     }

@@ -16,6 +16,7 @@ from benchmarks.steps import OneBatch, interleaved, loop_step, random_images
 from startsparse import flops
 from startsparse.engine.compute import Compute
 from startsparse.masks import masked_weights
+from startsparse.training import Learner
 
 DENSITIES = 0.9, 0.6, 0.4, 0.3, 0.2, 0.1, 0.02
 CPU = torch.device("cpu")
@@ -28,7 +29,7 @@ def main() -> None:
     for arch, (_, size, shape) in NETWORKS.items():
         images = random_images(size, CPU, torch.channels_last, shape)
         base, batch = dense(arch, images)
-        base_step = loop_step(base, base, OneBatch(batch), sgd(base))
+        base_step = loop_step(Learner(base, sgd(base)), OneBatch(batch))
         forward = flops.forward_flops(base, batch[:1])
         of_step = size * flops.training(forward, dict.fromkeys(forward, 1.0))
         for density in DENSITIES:
@@ -47,7 +48,8 @@ def main() -> None:
             lists = time.perf_counter() - started
 
             with compute.sparse(optimizer):
-                mine = loop_step(model, compute, OneBatch(images), optimizer)
+                learner = Learner(model, optimizer, forward=compute)
+                mine = loop_step(learner, OneBatch(images))
                 seconds, dense_seconds, ratio = interleaved(mine, base_step, *PAIRS[arch])
             print(
                 f"{f'{arch} {density:g}':<14} {f'{len(computes)}/{len(compute.form.layers)}':>8} "

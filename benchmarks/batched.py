@@ -1,7 +1,7 @@
 """The MLPs of tabular.ipynb trained as one batched model, divided by one after the other.
 
 The notebook's networks: width 256, breast cancer, batch 64, Adam, a dense start and ER 0.5, with
-and without reset, five seeds. A round trains all 20 for one epoch in each form, in turns; the
+and without reset, five seeds. A round trains all 20 for one epoch in each loop, in turns; the
 median over rounds of loop / batched is printed, for one thread and for all. Narrow networks, where
 the overhead of each call weighs more, gain more. Goal: above 1 everywhere.
 """
@@ -16,11 +16,11 @@ from startsparse.tabular import batched, tables
 EPOCHS, ROUNDS = 1, 5
 
 
-def seconds(form: str, members: list[tabular.Member]) -> float:
+def seconds(loop: str, members: list[tabular.Member]) -> float:
     """One training of all networks."""
     models, parts = [m.model for m in members], [m.train for m in members]
     started = time.perf_counter()
-    batched.FORMS[form](models, parts, batched.Recipe(), EPOCHS)
+    batched.LOOPS[loop](models, parts, batched.Recipe(), EPOCHS)
     return time.perf_counter() - started
 
 
@@ -34,7 +34,7 @@ def main() -> None:
             steps = EPOCHS * len(members[0].train) * len(members)
             times = torch.tensor(
                 [
-                    [seconds(form, members) for form in ("loop", "batched")]
+                    [seconds(loop, members) for loop in ("loop", "batched")]
                     for _ in range(1 + ROUNDS)
                 ]
             )[1:]  # the first round warms up

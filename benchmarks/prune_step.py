@@ -86,7 +86,7 @@ def main() -> None:
         reference = Path(folder)
         model = half_dense()
         pruning.prune(model, "mag", goal(model), seed=1, level=1)
-        checkpoint.save(reference / "levels/level-1.pt", {"model": model.state_dict()})
+        checkpoint.save_by_rank_0(reference / "levels/level-1.pt", {"model": model.state_dict()})
         for device in devices():
             rounds = 3 if device.type == "cpu" else 50
             train = make_step("ConvMask", device)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from startsparse import parallel, training
 from startsparse.data import Shape
+from startsparse.method import PLAIN, Method
 from startsparse.options import Options
-from startsparse.trainer import make_optimizer
 from STR.main import network
 from STR.options import CONV_TYPES, STROptions
 
@@ -79,47 +79,35 @@ def timed_step(
     memory_format: torch.memory_format = torch.channels_last,
     lr: float = 1e-3,
     compiled: bool = False,
-    after_backward: Callable[[int], None] | None = None,
+    method: Method = PLAIN,
 ) -> Callable[[], float]:
     """A function that does one training step of ``model``, and returns its seconds."""
     model.to(device, memory_format=memory_format)
     batches = OneBatch(random_images(batch, device, memory_format))
-    optimizer = make_optimizer(model, options)
-    autocast = parallel.autocast(device, "auto")
-    forward = torch.compile(model) if compiled else model
-    return loop_step(
-        model, forward, batches, optimizer, lr=lr, autocast=autocast, after_backward=after_backward
+    learner = training.Learner(
+        model,
+        options.make_optimizer(model),
+        forward=torch.compile(model) if compiled else model,
+        autocast=parallel.autocast(device, "auto"),
     )
+    return loop_step(learner, batches, lr=lr, method=method)
 
 
 def loop_step(
-    model: nn.Module,
-    forward: Callable[[Tensor], Tensor],
+    learner: training.Learner,
     batches: OneBatch,
-    optimizer: torch.optim.Optimizer,
     *,
     lr: float = 1e-3,
-    autocast: torch.autocast | None = None,
-    after_backward: Callable[[int], None] | None = None,
+    method: Method = PLAIN,
 ) -> Callable[[], float]:
     """A function that does one step of the training loop, and returns its seconds."""
     device = batches.images.device
-    autocast = autocast or parallel.autocast(device, "off")
 
     def step() -> float:
         sums = training.new_sums(device)
         started = time.perf_counter()
-        training.train_epoch(
-            model,
-            forward,
-            batches,
-            optimizer,
-            lambda _: lr,
-            epoch=0,
-            sums=sums,
-            autocast=autocast,
-            after_backward=after_backward,
-        )  # reads the sums at its end, and so waits for the device
+        # It reads the sums at its end, and so waits for the device.
+        training.train_epoch(learner, batches, lambda _: lr, sums, epoch=0, method=method)
         return time.perf_counter() - started
 
     return step

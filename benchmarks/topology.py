@@ -19,13 +19,14 @@ import torch
 from torch import nn
 
 from benchmarks.steps import OneBatch, devices, random_images, timed_step
+from ER_DST.dynamic import DynamicSparse, describe, remember, schedule, update
 from ER_DST.main import network
 from ER_DST.options import DSTOptions
-from ER_DST.topology import GROWTH, add_to_momentum, remember, update
-from ER_DST.updates import describe, schedule, step_masks
+from ER_DST.topology import GROWTH, add_to_momentum
 from startsparse import flow, models, parallel, training
 from startsparse.data import Shape
 from startsparse.masks import attach_masks, draw_masks, keep_inside, masked_weights, sparse_layers
+from startsparse.method import PLAIN, Method
 
 
 def make_step(growth: str, device: torch.device) -> Callable[[], float]:
@@ -40,12 +41,8 @@ def make_step(growth: str, device: torch.device) -> Callable[[], float]:
     )
     shape = SimpleNamespace(shape=Shape(classes=10, channels=3, size=32))
     model, *_ = network(options, shape, device)
-    trainer, plan = SimpleNamespace(model=model, options=options), schedule(options, 1000)
-
-    def move_nothing(_: int) -> None:
-        step_masks(trainer, 1, plan=plan)
-
-    return timed_step(model, options, device, after_backward=move_nothing if growth else None)
+    method = DynamicSparse(options, schedule(options, 1000)) if growth else PLAIN
+    return timed_step(model, options, device, method=method)
 
 
 def move_masks(
@@ -74,6 +71,19 @@ def move_masks(
     describe(model, before)
 
 
+class Always(Method):
+    """An update in each step."""
+
+    def __init__(self, growth: str):
+        self.growth = growth
+
+    def after_backward(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """The update."""
+        if accumulate := GROWTH[self.growth].accumulate:
+            accumulate(model, 0.9)
+        move_masks(model, optimizer, self.growth, step)
+
+
 def make_update(
     growth: str, device: torch.device, preserve_flow: bool = False
 ) -> Callable[[], float]:
@@ -85,7 +95,7 @@ def make_update(
     model.to(device, memory_format=torch.channels_last)
     if preserve_flow:  # as the update before has left it
         flow.repair(model, 1, 0, by_magnitude=False)
-    remember(model, momentum=True)
+    remember(model, GROWTH["momentum"])
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     add_to_momentum(model, 0.9)
@@ -118,26 +128,15 @@ def peak(growth: str, device: torch.device) -> float:
         attach_masks(model, draw_masks(shapes, [0.01] * len(shapes), 1, "exact"))
     model.to(device, memory_format=torch.channels_last)
     if growth:
-        remember(model, momentum=growth == "momentum")
+        remember(model, GROWTH[growth])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
 
-    def change(step: int) -> None:
-        if growth == "momentum":
-            add_to_momentum(model, 0.9)
-        move_masks(model, optimizer, growth, step)
-
+    learner = training.Learner(model, optimizer, autocast=parallel.autocast(device, "auto"))
+    batches = OneBatch(random_images(128, device, torch.channels_last))
+    method = Always(growth) if growth else PLAIN
     for _ in range(3):
-        training.train_epoch(
-            model,
-            model,
-            OneBatch(random_images(128, device, torch.channels_last)),
-            optimizer,
-            lambda _: 0.01,
-            epoch=0,
-            sums=training.new_sums(device),
-            autocast=parallel.autocast(device, "auto"),
-            after_backward=change if growth else None,
-        )
+        sums = training.new_sums(device)
+        training.train_epoch(learner, batches, lambda _: 0.01, sums, epoch=0, method=method)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 2**10

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from startsparse import checkpoint
-from startsparse.processes import by_first
+from startsparse.processes import by_rank_0
 
 NEAR = 0.1  # a density is that of the end if it differs from it by at most this share of it
 RETURN = 1.25  # the density is not expected to come back from farther away than by this factor
@@ -45,7 +45,8 @@ def hopeful(rows: list[Row]) -> list[Row]:
 class Candidates:
     """The best epoch so far, and its rivals; their weights are in the run folder.
 
-    best.pt holds those of the best; best-EPOCH.pt those of each rival, until the phase ends.
+    best.pt holds those of the best; best-EPOCH.pt those of each rival, until the phase ends. `add`
+    and `tidy` are collectives.
 
     Attributes:
         best: epoch, valid_accuracy and density of the best so far; {} if there is none.
@@ -76,13 +77,15 @@ class Candidates:
         else:
             self.best = best_of([row, *[before] * bool(before)])
         if row in self.rivals:
-            checkpoint.save(self._path(row), {"model": model.state_dict()})
+            checkpoint.save_by_rank_0(self._path(row), {"model": model.state_dict()})
         if self.best == row:
-            checkpoint.save(self.folder / "best.pt", {"model": model.state_dict()})
+            checkpoint.save_by_rank_0(self.folder / "best.pt", {"model": model.state_dict()})
         elif self.best != before:
-            checkpoint.save(self.folder / "best.pt", checkpoint.load(self._path(self.best)))
+            checkpoint.save_by_rank_0(
+                self.folder / "best.pt", checkpoint.load(self._path(self.best))
+            )
 
-    @by_first
+    @by_rank_0
     def tidy(self) -> None:
         """Remove the weights of epochs that are no rivals."""
         for path in self.folder.glob("best-*.pt"):

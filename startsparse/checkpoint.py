@@ -9,18 +9,18 @@ from torch import nn
 
 from startsparse.atomic import replacing
 from startsparse.errors import UserError
-from startsparse.processes import by_first
+from startsparse.processes import by_rank_0
 
 
-@by_first
-def save(path: Path, state: dict) -> None:
+@by_rank_0
+def save_by_rank_0(path: Path, state: dict) -> None:
     """Write tensors and plain values, whole or not at all."""
     with replacing(path) as temporary:
         torch.save(state, temporary)
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict:
-    """Read what `save` wrote, tensors on ``device``. Executes nothing from the file.
+    """Read what `save_by_rank_0` wrote, tensors on ``device``. Executes nothing from the file.
 
     Raises:
         UserError: the file is missing, incomplete or no checkpoint.

@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -25,9 +25,13 @@ from startsparse.errors import OptionError, UserError
 from startsparse.fields import TRUTH, default, flag, names, normal, opposites, shown, truth
 from startsparse.yaml_values import read_values, write_values
 
+if TYPE_CHECKING:
+    from startsparse.options import Options
+
 log = logging.getLogger("startsparse")
 
-T = TypeVar("T")  # a dataclass with the fields and methods that startsparse.options.Options has
+T = TypeVar("T")  # a dataclass of options
+S = TypeVar("S", bound="Options")  # of a script
 
 # tyro's own messages speak of Python; these speak of the value.
 _plain = ConstructorRegistry()
@@ -61,8 +65,8 @@ _rule(bool, dataclasses.replace(TRUTH, nargs=(0, 1), metavar="[{True,False}]"))
 
 
 def parse(
-    kind: type[T], configs: Path, argv: Sequence[str] | None = None, base: T | None = None
-) -> T:
+    kind: type[S], configs: Path, argv: Sequence[str] | None = None, base: S | None = None
+) -> S:
     """Options from the command line and the YAML file it names.
 
     Args:
@@ -82,7 +86,7 @@ def parse(
     if resumed:  # a run is continued with the options it was started with
         stored = run_folder(given.resume) / "options.yaml"
         base = dataclasses.replace(read_yaml(kind, stored), config=str(stored))
-    path = Path(given.config) if given.config else configs / f"{given.set}.yaml"
+    path = _config(given.config, configs) if given.config else configs / f"{given.set}.yaml"
     if base is None and (given.config or path.exists()):
         base = dataclasses.replace(read_yaml(kind, path), config=str(path))
         with own_names(kind):
@@ -101,6 +105,12 @@ def parse(
         effects.settle(options)
         options.check()
     return options
+
+
+def _config(name: str, configs: Path) -> Path:
+    """The file --config names: in the working folder, else beside the script."""
+    beside = configs.parent / name
+    return beside if beside.exists() and not Path(name).exists() else Path(name)
 
 
 def glance(kind: type[T], argv: Sequence[str]) -> T:
@@ -138,7 +148,8 @@ def from_values(kind: type[T], content: Mapping[str, Any], path: Path) -> T:
 
     Values are texts or lists of them, as of `read_values`, or what they mean: `plain_values`.
     """
-    argv, seen = [], {}
+    argv: list[str] = []
+    seen: dict[str, str] = {}
     for key, value in content.items():
         field = names(kind).get(normal(key))
         if field is None:
@@ -192,8 +203,8 @@ def _near(name: str, kind: type, dashes: str) -> str:
 def named(kind: type, argv: Sequence[str]) -> set[str]:
     """The fields that a command line names."""
     words = [normal(word.partition("=")[0].lstrip("-")) for word in argv if word.startswith("-")]
-    found = {names(kind).get(word, opposites(kind).get(word)) for word in words}
-    return found - {None}
+    known = {**opposites(kind), **names(kind)}
+    return {known[word] for word in words if word in known}
 
 
 def from_flags(kind: type[T], argv: Sequence[str], base: T) -> T:

@@ -2,10 +2,9 @@
 
 from typing import ClassVar
 
-import torch
-
 from startsparse.data import NOT_FETCHED, OWN_PARTS, SHAPES, WITHOUT_FILES
 from startsparse.fields import Condition
+from startsparse.optimizers import OPTIMIZERS
 
 MASK = Condition(lambda o: o.draws_mask, "{o.no_mask}")
 CLIPS = Condition(
@@ -15,7 +14,7 @@ FILE = Condition(
     lambda o: o.er_sparse_method in o.file_methods, "without --er-sparse-method {o.takes_file}"
 )
 DENSE = Condition(lambda o: o.keeps_dense, "{o.no_mask}")
-SGD = Condition(lambda o: o.optimizer == "sgd", "with --optimizer {o.optimizer}")
+SGD = Condition(lambda o: OPTIMIZERS[o.optimizer].momentum, "with --optimizer {o.optimizer}")
 IMAGES = Condition(lambda o: SHAPES[o.set].size > 1, "with --set {o.set}, which has no images")
 AUGMENTED = Condition(lambda o: o.augment, "with --no-augment")
 PADDED = Condition(lambda o: o.set != "imagenet", "with --set imagenet, whose crops lie inside")
@@ -45,6 +44,10 @@ FALLING = ("cosine", "multistep")
 
 class Meaning:
     """What is asked of options to know which count, and how they are called and grouped."""
+
+    er_sparse_method: str
+    lr_policy: str
+    optimizer: str
 
     # the methods of --er-sparse-method that take their ratio from --er-sparsity-file
     file_methods: ClassVar[tuple[str, ...]] = ("network",)
@@ -128,9 +131,4 @@ class Meaning:
     @property
     def uses_momentum(self) -> bool:
         """Whether something is averaged with --momentum."""
-        return self.optimizer == "sgd"
-
-    @property
-    def obstacle(self) -> str:
-        """Why --sparse-compute is out of the question on a CPU, if it is."""
-        return self.no_sparse_compute(torch.device("cpu"))
+        return OPTIMIZERS[self.optimizer].momentum

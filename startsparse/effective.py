@@ -16,14 +16,15 @@ Masks, densities, FLOPs, sparse compute, checkpoints and export then know of it,
 type. Masks may be there before or come later. `plain_state` is the network without its formulas.
 """
 
-import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from startsparse.cached import cached
 
 
 class EffectiveLayer(nn.Module):
@@ -122,20 +123,24 @@ class EffectiveLayer(nn.Module):
 class _Conv2d(nn.Conv2d):
     """The forward pass of a convolution with an effective weight."""
 
-    def forward(self, images: Tensor) -> Tensor:
+    effective: Callable[[], tuple[Tensor, Tensor | None]]
+
+    def forward(self, inputs: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C', H', W']."""
-        return self._conv_forward(images, *self.effective())
+        return self._conv_forward(inputs, *self.effective())
 
 
 class _Linear(nn.Linear):
     """The forward pass of a linear layer with an effective weight."""
+
+    effective: Callable[[], tuple[Tensor, Tensor | None]]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., n_in] -> [..., n_out]."""
         return F.linear(inputs, *self.effective())
 
 
-@functools.cache
+@cached
 def _layer_class(formula: type[EffectiveLayer], replaced: type[nn.Module]) -> type[EffectiveLayer]:
     """A layer of class ``replaced`` with this formula.
 
@@ -174,18 +179,26 @@ def replace_layers(
     Raises:
         TypeError: `EffectiveLayer.check`; or a layer has a formula already.
     """
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear) and name not in dense:
-            if isinstance(layer, EffectiveLayer):
-                raise TypeError(f"'{name}' has a formula already: {layer.formula.__name__}")
-            own = frozenset(layer.state_dict()) - {"weight_mask"}
-            layer.__class__ = _layer_class(formula, type(layer))
-            layer.plain_names = own
-            layer.set_up(*settings)
-            layer.check()
-    if formula.agree.__func__ is not EffectiveLayer.agree.__func__:
+    layers: dict[str, Any] = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear) and name not in dense
+    }
+    for name, layer in layers.items():
+        if isinstance(layer, EffectiveLayer):
+            raise TypeError(f"'{name}' has a formula already: {layer.formula.__name__}")
+        own = frozenset(layer.state_dict()) - {"weight_mask"}
+        layer.__class__ = _layer_class(formula, type(layer))
+        layer.plain_names = own
+        layer.set_up(*settings)
+        layer.check()
+    if _function(formula.agree) is not _function(EffectiveLayer.agree):  # one of its own
         model.register_forward_pre_hook(agree)
     return effective_layers(model, formula)
+
+
+def _function(method: Any) -> Callable:
+    return method.__func__
 
 
 def effective_layers(
@@ -213,15 +226,16 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     bias has 1 and 0.
     """
     agree(model)
-    found = {name: layer.effective() for name, layer in effective_layers(model).items()}
+    # By module, since a layer may have several names.
+    found = {layer: layer.effective() for layer in effective_layers(model).values()}
     state = {}
     for name, tensor in model.state_dict().items():
         path, _, kind = name.rpartition(".")
         module = model.get_submodule(path)
         if not _is_plain(module, kind):
             continue
-        if path in found and kind in ("weight", "bias"):
-            tensor = found[path][kind == "bias"].detach()
+        if module in found and kind in ("weight", "bias"):
+            tensor = found[module][kind == "bias"].detach()
         elif (mask := getattr(module, f"{kind}_mask", None)) is not None:
             tensor = tensor * mask
         state[name] = tensor

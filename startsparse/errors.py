@@ -1,7 +1,6 @@
 """Errors that a user can cause: always one line, never a traceback."""
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 
@@ -31,6 +30,7 @@ def run_script(main: Callable[[], int | None], say: Callable[[str], None] = say)
     On CPUs it has the threads that `threads.fit` leaves it.
     """
     threads.fit()
+    code: str | int | None
     try:
         try:
             code = main() or 0
@@ -40,7 +40,7 @@ def run_script(main: Callable[[], int | None], say: Callable[[str], None] = say)
         sys.exit(code)
     except BrokenPipeError:  # whoever reads has read enough: head, for one
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(141)  # 128 + SIGPIPE, which Windows has not
     except UserError as error:
         say(f"error: {error}")
         sys.exit(error.exit_code)

@@ -4,13 +4,15 @@ Options are fields of a dataclass. Inside, each has one name; where the users of
 another one, its type says so (`called`), and a class may list further names in ``other_names``.
 """
 
-import functools
+import dataclasses
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
+
+from startsparse.cached import cached
 
 
 def normal(name: str) -> str:
@@ -26,8 +28,10 @@ def flag(name: str) -> str:
 # --- types ----------------------------------------------------------------------------------------
 
 
-def choice(names: Iterable[str], aliases: Mapping[str, str] | None = None) -> Any:
-    """The type of an option that takes one of ``names``, or an alias of one."""
+def choice(
+    names: Iterable[str], aliases: Mapping[str, str] | None = None
+) -> PrimitiveConstructorSpec[str]:
+    """The values of an option: one of ``names``, or an alias of one. Part of its Annotated type."""
     names = tuple(names)
     table = {normal(name): name for name in names}
     table.update({normal(alias): name for alias, name in (aliases or {}).items()})
@@ -37,14 +41,13 @@ def choice(names: Iterable[str], aliases: Mapping[str, str] | None = None) -> An
             raise ValueError(f"'{strings[0]}' is none of {', '.join(n or repr(n) for n in names)}")
         return table[normal(strings[0])]
 
-    spec = PrimitiveConstructorSpec(
+    return PrimitiveConstructorSpec(
         nargs=1,
         metavar="{" + ",".join(filter(None, names)) + "}",
         instance_from_str=convert,
         is_instance=lambda value: value in names,
         str_from_instance=lambda value: [value],
     )
-    return Annotated[str, spec]
 
 
 def also(*flags: str) -> Any:
@@ -111,14 +114,19 @@ def counts(*conditions: Condition) -> Counts:
 # --- names ----------------------------------------------------------------------------------------
 
 
-@functools.cache
+def field_names(kind: type) -> list[str]:
+    """The options of a dataclass, as its code calls them."""
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+@cached
 def extras(kind: type) -> dict[str, tuple]:
     """Field -> what its Annotated type says besides the type."""
     hints = get_type_hints(kind, include_extras=True)
-    return {name: get_args(hints[name])[1:] for name in kind.__dataclass_fields__}
+    return {name: get_args(hints[name])[1:] for name in field_names(kind)}
 
 
-@functools.cache
+@cached
 def shown(kind: type) -> dict[str, str]:
     """Field -> its name on the command line, without dashes in front."""
     return {
@@ -127,7 +135,7 @@ def shown(kind: type) -> dict[str, str]:
     }
 
 
-@functools.cache
+@cached
 def names(kind: type) -> dict[str, str]:
     """Every name of an option on the command line, normalised -> field."""
     found = {normal(name): field for field, name in shown(kind).items()}
@@ -141,7 +149,7 @@ def names(kind: type) -> dict[str, str]:
     return found
 
 
-@functools.cache
+@cached
 def opposites(kind: type) -> dict[str, str]:
     """no-NAME of every bare flag, normalised -> field; of no-bn-decay it is bn-decay."""
     found = {}
@@ -155,13 +163,12 @@ def opposites(kind: type) -> dict[str, str]:
 
 def is_flag(kind: type, field: str) -> bool:
     """Whether the option needs no value."""
-    default = kind.__dataclass_fields__[field].default
-    return isinstance(default, bool) and TRUTH not in extras(kind)[field]
+    return isinstance(default(kind, field), bool) and TRUTH not in extras(kind)[field]
 
 
 def default(kind: type, field: str) -> Any:
     """The value of an option that nothing names."""
-    return kind.__dataclass_fields__[field].default
+    return getattr(kind, field)
 
 
 def text(value: Any) -> str:

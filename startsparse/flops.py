@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from startsparse.masks import kept, sparse_layers
+from startsparse.masks import active, sparse_layers
+from startsparse.method import Method
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def forward_flops(model: nn.Module, example: Tensor) -> dict[str, float]:
 def densities(model: nn.Module) -> dict[str, float]:
     """Share of the weights of each sparse layer that take part."""
     return {
-        name: torch.count_nonzero(kept(layer)).item() / layer.weight.numel()
+        name: torch.count_nonzero(active(layer)).item() / layer.weight.numel()
         for name, layer in sparse_layers(model).items()
     }
 
@@ -59,3 +60,62 @@ def training(forward: Mapping[str, float], density: Mapping[str, float]) -> floa
 def dense_gradients(forward: Mapping[str, float], density: Mapping[str, float]) -> float:
     """FLOPs that the weight gradients outside the masks add, in steps that look at them."""
     return sum((1 - density[name]) * flops for name, flops in forward.items())
+
+
+class Ledger:
+    """What training has cost, and what dense training would have cost: FLOPs of one input per step.
+
+    Attributes:
+        forward: `forward_flops` of one example, or of the whole graph.
+        training: spent so far.
+        dense: what dense training would have spent.
+        counted: steps of this phase that are counted.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor):
+        self.model, self.forward = model, forward_flops(model, example)
+        self.training, self.dense, self.counted = 0.0, 0.0, 0
+
+    @property
+    def dense_step(self) -> float:
+        """FLOPs of a step of dense training."""
+        return training(self.forward, dict.fromkeys(self.forward, 1.0))
+
+    def before_step(self, step: int, method: Method) -> None:
+        """Where ``step`` moves masks, count at the densities before: of these its gradients are."""
+        if method.moves_masks(step):
+            self.count(step, method)
+            if method.dense_gradients == "at updates" and method.needs_dense_gradients(step):
+                self.training += dense_gradients(self.forward, densities(self.model))
+
+    def count(self, done: int, method: Method) -> None:
+        """Count the steps of the phase before ``done`` at the densities of this moment."""
+        uncounted, density = range(self.counted, done), densities(self.model)
+        self.training += len(uncounted) * training(self.forward, density)
+        if method.dense_gradients == "always":
+            looked = sum(map(method.needs_dense_gradients, uncounted))
+            self.training += looked * dense_gradients(self.forward, density)
+        self.dense += len(uncounted) * self.dense_step
+        self.counted = done
+
+    def costs(self, batch: float) -> dict[str, float]:
+        """FLOPs of the network as it is and of the training so far, and their share of dense.
+
+        inference_flops is for one input, training_flops for steps of ``batch`` inputs.
+        """
+        now = inference(self.forward, densities(self.model))
+        return {
+            "inference_flops": now,
+            "inference_flops_share": now / sum(self.forward.values()),
+            "training_flops": batch * self.training,
+            "training_flops_share": self.training / max(self.dense, 1),
+        }
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"training": self.training, "dense": self.dense, "counted": self.counted}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Go on from the `state` of another ledger."""
+        self.training, self.dense = state["training"], state["dense"]
+        self.counted = int(state["counted"])

@@ -84,14 +84,14 @@ def _removable(spare: Tensor, out_degree: Tensor, in_degree: Tensor, most: int) 
 
     Once through is enough: degrees only fall, so what cannot go now cannot go later.
     """
-    out_degree, in_degree = out_degree.tolist(), in_degree.tolist()
-    rows = []
+    outgoing, incoming = out_degree.tolist(), in_degree.tolist()
+    rows: list[int] = []
     for row, (output, input_) in enumerate(zip(spare[:, 0].tolist(), spare[:, 1].tolist())):
         if len(rows) == most:
             break
-        if out_degree[output] > 1 and in_degree[input_] > 1:
-            out_degree[output] -= 1
-            in_degree[input_] -= 1
+        if outgoing[output] > 1 and incoming[input_] > 1:
+            outgoing[output] -= 1
+            incoming[input_] -= 1
             rows.append(row)
     return spare[torch.tensor(rows, dtype=torch.int64)]
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn, get_type_hints
 import tyro
 from tyro.constructors import ConstructorRegistry
 
+from startsparse.conditions import Meaning
 from startsparse.fields import default, text
 
 FLAGS = ("-h", "--help")
@@ -21,14 +22,16 @@ def docstrings(kind: type) -> dict[str, str]:
     for parent in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(parent):
             continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0].body
+        tree = ast.parse(textwrap.dedent(inspect.getsource(parent)))
+        body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef))
         for field, below in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-                found[field.target.id] = " ".join(ast.literal_eval(below.value).split())
+                words = ast.literal_eval(below.value).split()
+                found[ast.unparse(field.target)] = " ".join(words)
     return found
 
 
-def show(kind: type, options: Any, registry: ConstructorRegistry) -> NoReturn:
+def show(kind: type[Meaning], options: Any, registry: ConstructorRegistry) -> NoReturn:
     """Print the options of ``kind``, with the values of ``options`` as defaults, and exit.
 
     A class says in ``groups`` which fields belong together: title -> fields.
@@ -38,13 +41,14 @@ def show(kind: type, options: Any, registry: ConstructorRegistry) -> NoReturn:
     for title, fields in kind.groups.items():
         typed = []
         for name in fields:
-            value, told = getattr(options, name), {"help": texts[name]}
+            value, hint = getattr(options, name), None
             if value != default(kind, name):  # what the type says is of the option's own default
-                told["help_behavior_hint"] = f"(default: {text(value)})"
-            typed.append((name, Annotated[hints[name], tyro.conf.arg(**told)], value))
+                hint = f"(default: {text(value)})"
+            told = tyro.conf.arg(help=texts[name], help_behavior_hint=hint)
+            typed.append((name, Annotated[hints[name], told], value))
         group = dataclasses.make_dataclass(title.title().replace(" ", ""), typed)
         group.__doc__ = ""  # not its signature
-        named = Annotated[group, tyro.conf.arg(name=title)]
+        named = Annotated[group, tyro.conf.arg(name=title)]  # type: ignore[valid-type]  # made here
         groups.append((title.replace(" ", "_"), named, dataclasses.field(default_factory=group)))
     nested = dataclasses.make_dataclass("Options", groups)
     tyro.cli(

@@ -10,11 +10,12 @@ them at exactly zero, at the price of one multiply per step and of nothing in th
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from startsparse.console import number
@@ -23,14 +24,16 @@ from startsparse.seeding import generator
 
 SAMPLINGS = ("bernoulli", "exact")
 
+SparseLayer = nn.Conv2d | nn.Linear
+"""A layer that can be sparse."""
 
-def sparse_layers(model: nn.Module) -> dict[str, nn.Module]:
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """The layers that can be sparse, name -> module, in forward order."""
-    kinds = (nn.Conv2d, nn.Linear)
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLayer)}
 
 
-def masked_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+def masked_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(layer name, weight, mask) of every layer that has a mask, in forward order.
 
     Everything that reads or changes topology goes through this.
@@ -42,7 +45,7 @@ def masked_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor
 
 
 def draw_masks(
-    shapes: Mapping[str, Sequence[int]], densities: Sequence[float], seed: int, sampling: str
+    shapes: Mapping[str, Sequence[int]], densities: Collection[float], seed: int, sampling: str
 ) -> dict[str, Tensor]:
     """Random (Erdos-Renyi) masks, name -> bool tensor of that shape.
 
@@ -67,12 +70,12 @@ def draw_masks(
     return masks
 
 
-def round_to_total(expected: Sequence[float]) -> np.ndarray:
-    """Whole numbers next to ``expected`` with total round(sum): largest remainders go up."""
-    expected = np.asarray(expected, float)
-    counts = np.floor(expected).astype(int)
-    missing = round(float(expected.sum())) - counts.sum()
-    counts[np.argsort(counts - expected, kind="stable")[:missing]] += 1
+def round_to_total(expected: ArrayLike) -> np.ndarray:
+    """Whole numbers next to ``expected`` [n] with total round(sum): largest remainders go up."""
+    exact = np.asarray(expected, float)
+    counts = np.floor(exact).astype(int)
+    missing = round(float(exact.sum())) - counts.sum()
+    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
     return counts
 
 
@@ -105,8 +108,14 @@ def keep_inside(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
                     state.mul_(_factor(mask))
 
 
+def gradient(weight: Tensor) -> Tensor:
+    """The gradient of a weight, which a backward pass has left."""
+    assert weight.grad is not None
+    return weight.grad
+
+
 @torch.no_grad()
-def mask_gradients(gradients: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+def mask_gradients(gradients: list[Tensor], masks: Sequence[Tensor]) -> None:
     """Zero the gradients outside the masks, in place, by one foreach multiply."""
     if gradients:
         torch._foreach_mul_(gradients, [_factor(mask) for mask in masks])
@@ -122,7 +131,7 @@ def can_be_sparse(layer: nn.Module) -> bool:
     return isinstance(layer, EffectiveLayer) or getattr(layer, "weight_mask", None) is not None
 
 
-def kept(layer: nn.Module) -> Tensor:
+def active(layer: SparseLayer) -> Tensor:
     """Bool tensor: which weights of ``layer`` take part (mask, effective weight, or all)."""
     if isinstance(layer, EffectiveLayer):
         return layer.effective_weight().detach() != 0
@@ -138,7 +147,7 @@ def density_table(model: nn.Module, requested: Mapping[str, float] | None = None
     """
     rows = []
     for name, layer in sparse_layers(model).items():
-        edges = kept(layer).flatten(2).sum(2) if layer.weight.dim() > 2 else kept(layer).int()
+        edges = active(layer).flatten(2).sum(2) if layer.weight.dim() > 2 else active(layer).int()
         rows.append(
             {
                 "layer": name,

@@ -23,6 +23,7 @@ from startsparse.fields import (
 )
 from startsparse.models import MODELS
 from startsparse.models.init import INITS
+from startsparse.optimizers import OPTIMIZERS, decay_groups, make_optimizer
 
 
 @dataclasses.dataclass
@@ -46,10 +47,10 @@ class Options(Meaning):
     save_every: int = 0
     """Also save a checkpoint every so many steps (0: after each epoch)"""
 
-    set: choice(SETS) = "digits"
+    set: Annotated[str, choice(SETS)] = "digits"
     """Data set"""
     data: Annotated[
-        str, default_is("$STARTSPARSE_DATA, else data/ at the root"), counts(on.FILES)
+        str, default_is("$STARTSPARSE_DATA, else data/ of the checkout, or here"), counts(on.FILES)
     ] = ""
     """Folder of the data sets"""
     mirror: Annotated[str, default_is("none"), counts(on.FETCHED)] = ""
@@ -61,7 +62,7 @@ class Options(Meaning):
     """Processes that decode images (imagenet only; small sets are held on the device)"""
     augment: Annotated[bool, counts(on.IMAGES)] = True
     """Crop training images at random, and flip them unless they are digits"""
-    padding: Annotated[choice(PADDINGS), counts(on.IMAGES, on.AUGMENTED, on.PADDED)] = "zeros"
+    padding: Annotated[str, choice(PADDINGS), counts(on.IMAGES, on.AUGMENTED, on.PADDED)] = "zeros"
     """What random crops show beyond the border of an image: black, or the image mirrored; crops of
     imagenet lie inside it"""
 
@@ -71,15 +72,15 @@ class Options(Meaning):
     """Share of all pairs to train on, in (0, 1); the rest is half validation, half test;
     modular-addition only"""
 
-    arch: choice(MODELS) = "resnet20"
+    arch: Annotated[str, choice(MODELS)] = "resnet20"
     """Network"""
     width: int = 0
     """Channels of the first stage, units of the hidden layers of an mlp or gcn, or dimensions of
     the embedding of an algorithmic network (0: the network's own)"""
-    init: choice(INITS) = "kaiming_normal"
+    init: Annotated[str, choice(INITS)] = "kaiming_normal"
     """Initialisation of the weights"""
 
-    er_sparse_method: Annotated[choice(ratios.METHODS, ratios.ALIASES), counts(on.MASK)] = (
+    er_sparse_method: Annotated[str, choice(ratios.METHODS, ratios.ALIASES), counts(on.MASK)] = (
         "balanced"
     )
     """Layer-wise ratio of the random mask; network: the ratio of --er-sparsity-file"""
@@ -88,10 +89,10 @@ class Options(Meaning):
     er_sparsity_file: Annotated[str, default_is("none"), counts(on.MASK, on.FILE)] = ""
     """Run folder, checkpoint or JSON of layer densities that --er-sparse-method network copies; of
     a run that found a ratio by a pruner it is that one (ratios.json), not its last (layers.json)"""
-    er_budget: Annotated[choice(ratios.BUDGETS), counts(on.MASK, on.CLIPS)] = "exact"
+    er_budget: Annotated[str, choice(ratios.BUDGETS), counts(on.MASK, on.CLIPS)] = "exact"
     """exact: the density asked for; clip: the clipped, lower one of the paper's research code, in
     which levels above it prune nothing"""
-    er_sampling: Annotated[choice(masks.SAMPLINGS), counts(on.MASK)] = "bernoulli"
+    er_sampling: Annotated[str, choice(masks.SAMPLINGS), counts(on.MASK)] = "bernoulli"
     """bernoulli: each weight is drawn by itself, so that the density is met on average; exact: a
     fixed number of weights per layer"""
     first_layer_dense: Annotated[bool, counts(on.DENSE)] = False
@@ -106,14 +107,14 @@ class Options(Meaning):
     epoch, validation and a checkpoint, takes longer than the epoch"""
     batch_size: Annotated[int, also("-b"), counts(on.BATCHES)] = 256
     """Images, or other examples, per step; a graph is always one batch"""
-    optimizer: choice(("sgd", "adam")) = "sgd"
+    optimizer: Annotated[str, choice(OPTIMIZERS)] = "sgd"
     """Optimizer"""
     lr: float = 0.1
     """Learning rate, before its schedule"""
     lr_min: Annotated[float, counts(on.FALLS)] = 0.0
     """Learning rate at the end of a cosine; multistep does not go below it, and every30, every60
     and constant do not look at it"""
-    lr_policy: choice(schedules.LEARNING_RATES, schedules.ALIASES) = "cosine"
+    lr_policy: Annotated[str, choice(schedules.LEARNING_RATES, schedules.ALIASES)] = "cosine"
     """Schedule of the final training; multistep divides by 10 at 1/2 and 3/4 of it, every30 every
     30 epochs and every60 (step) every 60, never in a training that is shorter"""
     warmup_length: int = 0
@@ -131,17 +132,17 @@ class Options(Meaning):
     """Label smoothing of the training loss, in [0, 1)"""
     clip_norm: float = 0.0
     """Clip the norm of the gradients inside the masks (0: do not)"""
-    select: choice(("best", "last")) = "best"
+    select: Annotated[str, choice(("best", "last"))] = "best"
     """Weights that are tested: those of the best validation epoch (with soft thresholds, of the
     best one within 10 % of the final density), or of the last epoch"""
 
     multigpu: Annotated[str, default_is("the first, if there is one")] = ""
     """GPUs, as in 0,1; several train by DataParallel. On CPUs, torchrun starts several processes"""
-    amp: choice(("auto", "bf16", "off")) = "auto"
+    amp: Annotated[str, choice(("auto", "bf16", "off"))] = "auto"
     """bf16 autocast; auto: on GPUs that have it"""
     compile: bool = False
     """torch.compile the network"""
-    sparse_compute: Annotated[choice(MODES), counts(on.SPARSE_FORM)] = "auto"
+    sparse_compute: Annotated[str, choice(MODES), counts(on.SPARSE_FORM)] = "auto"
     """Compute and store only what is inside the masks, on CPUs, and of that compute only what soft
     thresholds and edge-popup use; auto: the layers that are faster so, found by trying"""
 
@@ -176,6 +177,16 @@ class Options(Meaning):
         bare = self.no_bn_decay and isinstance(module, nn.modules.batchnorm._BatchNorm)
         return 0.0 if bare else self.weight_decay
 
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer for the parameters of ``model``, each with its `decay`."""
+        return make_optimizer(
+            self.optimizer,
+            decay_groups(model, self.decay),
+            lr=self.lr,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+        )
+
     def no_sparse_compute(self, device: torch.device) -> str:
         """Why --sparse-compute is out of the question, if it is."""
         if device.type != "cpu":
@@ -183,6 +194,11 @@ class Options(Meaning):
         if self.amp == "bf16":
             return "--amp bf16 computes in a format that it does not have"
         return "--compile has a form of its own" if self.compile else ""
+
+    @property
+    def obstacle(self) -> str:
+        """Why --sparse-compute is out of the question on a CPU, if it is."""
+        return self.no_sparse_compute(torch.device("cpu"))
 
     def check_places(self) -> None:
         """Raise `OptionError` for a folder that is not there; asked before anything else."""
@@ -216,7 +232,7 @@ class Options(Meaning):
             "save_every",
         ):
             require_range(self, name, low=0)
-        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
+        if OPTIMIZERS[self.optimizer].momentum and self.nesterov and self.momentum == 0:
             raise OptionError("--nesterov: needs a --momentum above 0")
         modular.check(self.modulus, self.train_fraction)
         if self.valid_split == 0 and self.select == "best" and self.set not in OWN_PARTS:
@@ -226,7 +242,7 @@ class Options(Meaning):
             raise OptionError("--compile: works on one device; name one GPU in --multigpu")
         if "," in self.multigpu and SHAPES[self.set].nodes:
             raise OptionError(f"--multigpu: {self.set} is one batch; name one GPU")
-        if processes.count() > 1:
+        if processes.world_size() > 1:
             self.check_processes()
         self.check_evaluate()
         if self.er_sparse_method == "network" and not self.er_sparsity_file:
@@ -241,10 +257,10 @@ class Options(Meaning):
             )
         if SHAPES[self.set].nodes:
             raise OptionError(f"--set: {self.set} is one batch; start one process without torchrun")
-        if self.batch_size < 2 * processes.count():
+        least = 2 * processes.world_size()
+        if self.batch_size < least:
             raise OptionError(
-                f"--batch-size: {self.batch_size} should be at least {2 * processes.count()}, two "
-                "for each process"
+                f"--batch-size: {self.batch_size} should be at least {least}, two for each process"
             )
 
     def check_evaluate(self) -> None:
@@ -253,7 +269,7 @@ class Options(Meaning):
             raise OptionError("--evaluate: name the run to evaluate with --resume")
 
 
-def require_gpus(options: Options, name: str) -> None:
+def require_gpus(options: Any, name: str) -> None:
     """Raise `OptionError` unless the value lists GPUs, as in 0,1, or none."""
     value = getattr(options, name)
     if not re.fullmatch(r"(\d+(,\d+)*)?", value):
@@ -269,7 +285,7 @@ def require_distinct(options: Any, name: str) -> None:
 
 
 def require_range(
-    options: Options,
+    options: Any,
     name: str,
     *,
     low: float,

@@ -24,7 +24,7 @@ def choose_devices(multigpu: str) -> list[torch.device]:
         if multigpu:
             log.info("--multigpu %s: there is no CUDA here, the CPU is used", multigpu)
         return [torch.device("cpu")]
-    if processes.count() > 1:
+    if processes.world_size() > 1:
         raise OptionError(
             "torchrun: several processes train on CPUs only; hide the GPUs by "
             "CUDA_VISIBLE_DEVICES='', or train on them by one process and --multigpu"

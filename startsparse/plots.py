@@ -1,9 +1,10 @@
 """Pictures of runs, of tables over settings, and of curves over epochs."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ import pandas as pd
 from startsparse.atomic import replacing
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import normal
-from startsparse.processes import by_first
+from startsparse.processes import by_rank_0
 from startsparse.results import OTHER_NAMES
 
 if TYPE_CHECKING:  # matplotlib is slow to import, and needed when a run has finished
@@ -53,9 +54,10 @@ def label(name: str) -> str:
 def shown(value: object) -> str:
     """A value of an option as people write it."""
     if isinstance(value, float | np.floating):
-        if np.isnan(value):
+        x = float(value)
+        if math.isnan(x):
             return ""
-        return f"{value:.0f}" if abs(value) < 10**15 and value == round(value) else f"{value:.4g}"
+        return f"{x:.0f}" if abs(x) < 10**15 and x == round(x) else f"{x:.4g}"
     return str(value)
 
 
@@ -91,8 +93,8 @@ def save(figure: "Figure", path: Path, dpi: int = 120) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-@by_first
-def plot_run(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
+@by_rank_0
+def plot_run_by_rank_0(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
     """A picture of a run: loss, accuracy, density over the epochs, and density per layer.
 
     Densities are logarithmic where some are below 0.1.
@@ -222,7 +224,7 @@ def plot(means: pd.DataFrame, by: Sequence[str], of: str, path: Path) -> None:
 
 
 def _x_ticks(axis: "Axes", ticks: list, places: dict, logarithmic: bool, falls: bool) -> None:
-    crowded = {"rotation": 60, "fontsize": 7} if len(ticks) > 8 else {}
+    crowded: dict[str, Any] = {"rotation": 60, "fontsize": 7} if len(ticks) > 8 else {}
     if not logarithmic:
         axis.set_xticks(list(places.values()), [shown(place) for place in places], **crowded)
         axis.set_xlim(-0.5, len(places) - 0.5)

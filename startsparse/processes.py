@@ -1,14 +1,19 @@
 """Several processes that train one network on CPUs, as torchrun starts them.
 
 Each runs the whole script. All draw the same weights and masks, since randomness is derived; each
-has its share of every batch (`data.batches.parts`), and `average_gradients` makes of its gradients
-those of the whole batch, so that weights stay the same everywhere. Files are written, and what may
-come out differently is found, by the first process for all (`by_first`).
+has its part of every batch (`data.batches.parts`), and `all_average_gradients` makes of its
+gradients those of the whole batch, so that weights stay the same everywhere. Rank 0 writes the
+files for all, and finds for all what may come out differently (`by_rank_0`).
+
+Collectives are functions that every process must call, in the same order: one that calls alone
+waits for ever. Their names begin with ``all_`` or end in ``_by_rank_0``; all methods of `runs.Run`
+and `candidates.Candidates` are collectives, too.
 
 In a process that is alone all of this does nothing.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import logging
@@ -24,8 +29,23 @@ from startsparse import errors
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_rank, _count = 0, 1
-_store: dist.Store | None = None
+
+@dataclasses.dataclass
+class World:
+    """The processes of this run, as this one sees them.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: number of processes.
+        store: what they can read and write without a collective; None where one is alone.
+    """
+
+    rank: int = 0
+    size: int = 1
+    store: dist.Store | None = None
+
+
+_world = World()
 
 
 class LostError(errors.UserError):
@@ -34,12 +54,12 @@ class LostError(errors.UserError):
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return _rank
+    return _world.rank
 
 
-def count() -> int:
+def world_size() -> int:
     """Number of processes."""
-    return _count
+    return _world.size
 
 
 def run_script(main: Callable[[], int | None]) -> None:
@@ -49,48 +69,46 @@ def run_script(main: Callable[[], int | None]) -> None:
 
 
 def start() -> None:
-    """Find the other processes, if torchrun started any; only the first one logs."""
-    global _rank, _count, _store
+    """Find the other processes, if torchrun started any; only rank 0 logs."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return
-    _store, _rank, _count = next(dist.rendezvous("env://"))
-    # A process that ends is noticed at once; the others may wait while the first one downloads.
+    _world.store, _world.rank, _world.size = next(dist.rendezvous("env://"))
+    # A process that ends is noticed at once; the others may wait while rank 0 downloads.
     patience = datetime.timedelta(days=1)
-    dist.init_process_group("gloo", None, patience, _count, _rank, _store)
-    logging.getLogger("startsparse").disabled = _rank > 0
+    dist.init_process_group("gloo", None, patience, _world.size, _world.rank, _world.store)
+    logging.getLogger("startsparse").disabled = _world.rank > 0
 
 
 def _say_once(line: str) -> None:
     """Say why this process stops, unless another one has said why all do."""
-    if _count == 1:
+    if _world.store is None:
         errors.say(line)
         return
     with contextlib.suppress(dist.DistError):  # the process that said it is gone
-        if _store.add("stopping", 1) == 1:
+        if _world.store.add("stopping", 1) == 1:
             errors.say(line)
-            _store.set("said", "")
+            _world.store.set("said", "")
         else:  # not before: torchrun kills all others when one ends
-            _store.wait(["said"], datetime.timedelta(seconds=10))
+            _world.store.wait(["said"], datetime.timedelta(seconds=10))
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Within it, this process is the only one."""
-    global _rank, _count
-    before = _rank, _count
-    _rank, _count = 0, 1
+    before = _world.rank, _world.size
+    _world.rank, _world.size = 0, 1
     try:
         yield
     finally:
-        _rank, _count = before
+        _world.rank, _world.size = before
 
 
-def from_first(make: Callable[[], T]) -> T:
-    """What ``make`` returns in the first process, which alone calls it, when it has returned."""
-    if _count == 1:
+def all_from_rank_0(make: Callable[[], T]) -> T:
+    """What ``make`` returns in rank 0, which alone calls it, when it has returned."""
+    if _world.size == 1:
         return make()
-    made = [None]
-    if _rank == 0:
+    made: list = [None]
+    if _world.rank == 0:
         with alone():
             made = [make()]
     with _talking():
@@ -98,47 +116,47 @@ def from_first(make: Callable[[], T]) -> T:
     return made[0]
 
 
-def by_first(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorator: a call that all processes make is made by the first (`from_first`)."""
+def by_rank_0(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorator: a call that all processes make is made by rank 0 (`all_from_rank_0`)."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        return from_first(lambda: function(*args, **kwargs))
+        return all_from_rank_0(lambda: function(*args, **kwargs))
 
     return call
 
 
 @contextlib.contextmanager
-def first_goes_ahead() -> Iterator[None]:
-    """The first process does what is within before the others, which find it done."""
-    if _rank > 0:
-        from_first(lambda: None)
+def all_after_rank_0() -> Iterator[None]:
+    """Rank 0 does what is within before the others, which find it done."""
+    if _world.rank > 0:
+        all_from_rank_0(lambda: None)
     try:
         yield
     finally:  # errors too may come again in the others
-        if _rank == 0:
-            from_first(lambda: None)
+        if _world.rank == 0:
+            all_from_rank_0(lambda: None)
 
 
-def align(model: nn.Module) -> None:
-    """Weights, masks and running statistics as the first process has them.
+def all_take_rank_0s(model: nn.Module) -> None:
+    """Weights, masks and running statistics as rank 0 has them.
 
     Statistics of BatchNorm are of each process's own share until then, as with DataParallel.
     """
-    if _count > 1:
-        model.load_state_dict(from_first(model.state_dict))
+    if _world.size > 1:
+        model.load_state_dict(all_from_rank_0(model.state_dict))
 
 
-def add_up(sums: Tensor) -> Tensor:
+def all_reduce(sums: Tensor) -> Tensor:
     """Replace ``sums`` by the sum over the processes."""
-    if _count > 1:
+    if _world.size > 1:
         with _talking():
             dist.all_reduce(sums)
     return sums
 
 
 @torch.no_grad()
-def average_gradients(
+def all_average_gradients(
     parameters: Sequence[nn.Parameter], examples: int, stop: bool = False
 ) -> bool:
     """Make the gradients those of the whole batch: means weighted by the examples of each process.
@@ -148,13 +166,13 @@ def average_gradients(
 
     Args:
         parameters: of the same shapes in the same order in all processes.
-        examples: of this process's share; 0: its gradients are left out, and it may have none.
+        examples: of this process's part; 0: its gradients are left out, and it may have none.
         stop: whether this process was asked to stop.
 
     Returns:
         Whether any process was.
     """
-    if _count == 1:
+    if _world.size == 1:
         return stop
     sizes = [parameter.numel() for parameter in parameters]
     message = torch.empty(sum(sizes) + 2, dtype=parameters[0].dtype)
@@ -168,7 +186,7 @@ def average_gradients(
             torch.mul(parameter.grad, examples, out=view)
         else:
             view.zero_()
-    add_up(message)
+    all_reduce(message)
     total, stops = message[-2:].tolist()
     message.div_(total)
     for view, parameter in zip(views, parameters):

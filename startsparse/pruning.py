@@ -51,7 +51,7 @@ def prune(
         count: weights of the masked layers that stay.
         seed: the run's.
         level: number of the pruning in the run; random pruners draw anew at each.
-        batch: gives (images, labels) for snip and grasp, on the model's device. Called once.
+        batch: gives (examples, labels) for snip and grasp, on the model's device. Called once.
         shape: of an input, see `scores.synflow`.
         temperature: of the logits, see `scores.grasp`.
 
@@ -82,8 +82,8 @@ def _snip(model: nn.Module, count: int, inputs: Inputs) -> None:
 
 
 def _grasp(model: nn.Module, count: int, inputs: Inputs) -> None:
-    images, labels = _batch("grasp", inputs)
-    scores.keep_top(model, scores.grasp(model, images, labels, inputs.temperature), count)
+    examples, labels = _batch("grasp", inputs)
+    scores.keep_top(model, scores.grasp(model, examples, labels, inputs.temperature), count)
 
 
 def _batch(pruner: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ def _random_by(ratio: str) -> Callable[[nn.Module, int, Inputs], None]:
 
 
 def layer_counts(
-    ratio: str, shapes: Sequence[Sequence[int]], left: Sequence[int], count: int
+    ratio: str, shapes: Sequence[Sequence[int]], left: Sequence[float], count: int
 ) -> np.ndarray:
     """How many of the ``left`` weights of each layer stay, ``count`` in all.
 
@@ -136,18 +136,18 @@ def layer_counts(
         left: weights that each layer has; at least ``count`` in all.
     """
     sizes = np.array([math.prod(shape) for shape in shapes], dtype=float)
-    left = np.asarray(left, dtype=float)
-    counts, free = left.copy(), np.ones(len(sizes), dtype=bool)
+    has = np.asarray(left, dtype=float)
+    counts, free = has.copy(), np.ones(len(sizes), dtype=bool)
     while free.any():
-        rest = count - left[~free].sum()
+        rest = count - has[~free].sum()
         if rest <= 0:
             counts[free] = 0
             break
         own = [shape for shape, is_free in zip(shapes, free) if is_free]
         density = min(1.0, rest / sizes[free].sum())
         counts[free] = layer_densities(ratio, own, density) * sizes[free]
-        short = free & (counts > left)
-        counts[short] = left[short]
+        short = free & (counts > has)
+        counts[short] = has[short]
         free &= ~short
         if not short.any():
             break

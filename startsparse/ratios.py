@@ -82,46 +82,46 @@ def layer_densities(
     sizes = np.array([math.prod(shape) for shape in shapes], dtype=float)
     free = np.ones(len(shapes), dtype=bool)
     free[list(dense)] = False
-    kept = density * sizes.sum() - sizes[~free].sum()
-    if kept <= 0 and free.any():
+    nnz = density * sizes.sum() - sizes[~free].sum()
+    if nnz <= 0 and free.any():
         least = sizes[~free].sum() / sizes.sum()
         raise ValueError(f"density {density:g} is below {least:.4g}, the dense layers' share alone")
     result = np.ones(len(shapes))
     if method == "pyramidal":
-        result[free] = _geometric(sizes[free], kept)
+        result[free] = _geometric(sizes[free], nnz)
     else:
         full = np.asarray(profile, float) if method == "network" else PROFILES[method](shapes)
         solve = _solve if budget == "exact" else _clip
-        result[free] = solve(full[free], sizes[free], kept)
+        result[free] = solve(full[free], sizes[free], nnz)
     return result
 
 
-def _clip(profile: np.ndarray, sizes: np.ndarray, kept: float) -> np.ndarray:
-    return np.minimum(1, kept / (profile @ sizes) * profile)
+def _clip(profile: np.ndarray, sizes: np.ndarray, nnz: float) -> np.ndarray:
+    return np.minimum(1, nnz / (profile @ sizes) * profile)
 
 
-def _solve(profile: np.ndarray, sizes: np.ndarray, kept: float) -> np.ndarray:
-    """min(1, c profile) with c such that it sums to ``kept``: saturate, solve the rest, repeat."""
+def _solve(profile: np.ndarray, sizes: np.ndarray, nnz: float) -> np.ndarray:
+    """min(1, c profile) with c such that it sums to ``nnz``: saturate, solve the rest, repeat."""
     reachable = sizes[profile > 0].sum()
-    if reachable < kept * (1 - 1e-9):
+    if reachable < nnz * (1 - 1e-9):
         most = reachable / sizes.sum()
         raise ValueError(f"the layers that are not empty hold a share of {most:.4g} of the weights")
     full = np.zeros(len(sizes), dtype=bool)
     while True:
         rest = profile * sizes * ~full
-        scale = (kept - sizes[full].sum()) / rest.sum() if rest.any() else 0.0
+        scale = (nnz - sizes[full].sum()) / rest.sum() if rest.any() else 0.0
         over = ~full & (scale * profile > 1)
         if not over.any():
             return np.where(full, 1.0, scale * profile)
         full |= over
 
 
-def _geometric(sizes: np.ndarray, kept: float) -> np.ndarray:
-    """r^l for l = 1..L with sum(n_l r^l) = kept. The sum grows with r: bisect."""
+def _geometric(sizes: np.ndarray, nnz: float) -> np.ndarray:
+    """r^l for l = 1..L with sum(n_l r^l) = nnz. The sum grows with r: bisect."""
     depth = np.arange(1, len(sizes) + 1)
     low, high = 0.0, 1.0
     while (middle := (low + high) / 2) not in (low, high):
-        low, high = (middle, high) if sizes @ middle**depth < kept else (low, middle)
+        low, high = (middle, high) if sizes @ middle**depth < nnz else (low, middle)
     return high**depth
 
 

@@ -24,10 +24,10 @@ def already_done(options: Options, folder: Path | None) -> bool:
         OptionError: it has none, and could not add it to results.csv.
     """
     done = None if folder is None or options.evaluate else runs.summary(folder)
-    if done:
+    if done and folder:
         log.info("%s", report.text(done, folder))
     elif not options.evaluate:
-        runs.check_results(options)
+        runs.check_results_by_rank_0(options)
     return bool(done)
 
 
@@ -92,7 +92,7 @@ def build(options: Options, shape: data.Shape, resnet_type: str = "") -> torch.n
 
 def load_data(options: Options, device: torch.device) -> data.Data:
     """The data set of --set, on ``device``."""
-    with processes.first_goes_ahead():  # it fetches and unpacks what is missing
+    with processes.all_after_rank_0():  # it fetches and unpacks what is missing
         return data.load(
             options.set,
             root=data.data_root(options.data),
@@ -123,7 +123,7 @@ def show_start(trainer: Trainer, requested: dict[str, float]) -> None:
     trainer.decide()
     table = trainer.compute.columns(masks.density_table(trainer.model, requested))
     show_densities(trainer.run, table, "density.csv")
-    if requested and not trainer.history and not trainer.place.step:  # later masks are not drawn
+    if requested and not trainer.history and not trainer.position.step:  # later masks are not drawn
         say_deviation(trainer.model, requested, trainer.options)
 
 
@@ -163,12 +163,12 @@ def finish(
     """
     run, model = trainer.run, trainer.model
     if effective_layers(model):
-        checkpoint.save(run.folder / runs.PLAIN_WEIGHTS, {"model": plain_state(model)})
+        checkpoint.save_by_rank_0(run.folder / runs.PLAIN_WEIGHTS, {"model": plain_state(model)})
     table = masks.density_table(model, requested)
     run.write_table("density.csv", trainer.compute.columns(table))
     own = {name: {"density": density} for name, density in flops.densities(model).items()}
     run.write_json("layers.json", layers or own)
-    plots.plot_run(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
+    plots.plot_run_by_rank_0(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
     summary = report.summary(asked, table, result | trainer.costs(), trainer.seconds)
     run.finish(summary)
     log.info("%s", report.text(summary, run.folder))

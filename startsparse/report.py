@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -79,7 +79,7 @@ def summarise(results: pd.DataFrame, by: Sequence[str], of: Sequence[str]) -> pd
 
     A mean is NaN where a run of the setting has no value. Without ``by`` all are one setting.
     """
-    columns = {"runs": (of[0], "size")}
+    columns: dict[str, tuple[str, Any]] = {"runs": (of[0], "size")}
     for name in of:
         columns[name] = (name, lambda values: values.mean(skipna=False))
         columns[f"{name}_ci95"] = (name, half_width)
@@ -261,7 +261,7 @@ def read(options: ReportOptions) -> tuple[pd.DataFrame, list[str]]:
             if flag == "--of" and not pd.api.types.is_numeric_dtype(table[found]):
                 raise OptionError(f"--of: the column '{name}' of {path} is none of numbers")
             names[found] = name.replace("-", "_")
-    asked = [results.column(table, name) for name in options.by]
+    asked = list(filter(None, (results.column(table, name) for name in options.by)))
     by, more = settings(table, asked or None, options_of(table))
     if more:
         say(f"note: differs within a setting and is added to --by: {', '.join(more)}")

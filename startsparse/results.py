@@ -6,7 +6,6 @@ text that was written, so that no name becomes a number. What was measured comes
 column is ``seconds``; options follow, by the names that they have in the code of all scripts.
 """
 
-import fcntl
 import itertools
 import os
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock
 
 from startsparse.atomic import replacing
 from startsparse.errors import OptionError, UserError
@@ -108,8 +108,7 @@ def check(path: Path) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file beside ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(path.parent / f".{path.name}.lock"):
         yield
 
 

@@ -22,7 +22,6 @@
 """
 
 import dataclasses
-import fcntl
 import itertools
 import json
 import logging
@@ -40,6 +39,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 
 import startsparse
 from startsparse import effects, processes, results
@@ -49,7 +49,7 @@ from startsparse.console import log, number
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import flag
 from startsparse.options import Options
-from startsparse.processes import by_first
+from startsparse.processes import by_rank_0
 
 # Options that a resumed run may be given anew: they do not change what is computed.
 FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
@@ -60,9 +60,10 @@ PLAIN_WEIGHTS = "dense_weights.pt"
 
 
 class Run:
-    """The folder of one run, held by this process, or the first of several, until it is closed.
+    """The folder of one run, held by this process, or rank 0 of several, until it is closed.
 
-    A context manager: it is closed where the ``with`` ends.
+    A context manager: it is closed where the ``with`` ends. Its methods are collectives: all
+    processes call them, and rank 0 does what they say.
     """
 
     def __init__(self, folder: Path, options: Options):
@@ -71,11 +72,9 @@ class Run:
         self._open = ExitStack()
         if processes.rank() > 0:
             return
-        lock = self._open.enter_context((folder / ".lock").open("w"))
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._open.close()
+            self._open.enter_context(FileLock(folder / ".lock", timeout=0))
+        except Timeout:
             raise UserError(f"--resume: {folder} is in use by another process") from None
         self._open.enter_context(_logging_to(folder / "log.txt"))
 
@@ -85,7 +84,7 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    @by_first
+    @by_rank_0
     def record(self, row: dict, watched: dict[str, float]) -> None:
         """Say what an epoch brought, and show it, and ``watched``, in TensorBoard."""
         log.info(
@@ -100,7 +99,7 @@ class Run:
         )
         self.show("", {**row, **watched}, row["epoch"])
 
-    @by_first
+    @by_rank_0
     def show(self, board: str, values: dict[str, Any], step: int) -> None:
         """Show the numbers among ``values`` in TensorBoard; each board counts steps of its own.
 
@@ -117,15 +116,20 @@ class Run:
                 self._boards[board].add_scalar(name, value, step)
         self._boards[board].flush()
 
+    @by_rank_0
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file of the run folder, whole or not at all."""
+        write_text(self.folder / name, text)
+
     def write_table(self, name: str, table: pd.DataFrame) -> None:
         """Write a table of the run folder as CSV, whole or not at all."""
-        write_text(self.folder / name, table.to_csv(index=False))
+        self.write_text(name, table.to_csv(index=False))
 
     def write_json(self, name: str, content: dict) -> None:
         """Write JSON into the run folder, whole or not at all."""
-        write_text(self.folder / name, json.dumps(content, indent=1) + "\n")
+        self.write_text(name, json.dumps(content, indent=1) + "\n")
 
-    @by_first
+    @by_rank_0
     def keep_sources(self) -> None:
         """Copy what other runs and files give this one: it then needs them no more."""
         for name, files in self.options.sources().items():
@@ -142,7 +146,7 @@ class Run:
         """Where this run reads what option ``name`` gave it."""
         return _copy_or_original(self.folder, self.options, name)
 
-    @by_first
+    @by_rank_0
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json and add the run to <result-dir>/results.csv."""
         fields = dataclasses.asdict(self.options)
@@ -164,7 +168,8 @@ def selected_weights(folder: Path, select: str) -> Path:
 
 def tested_weights(folder: Path) -> Path:
     """The same by what the run's options.yaml says."""
-    return selected_weights(folder, read_values(folder / "options.yaml").get("select", "best"))
+    select = read_values(folder / "options.yaml").get("select", "best")
+    return selected_weights(folder, str(select))
 
 
 def results_csv(options: Options) -> Path:
@@ -172,8 +177,8 @@ def results_csv(options: Options) -> Path:
     return Path(options.result_dir) / "results.csv"
 
 
-@by_first
-def check_results(options: Options) -> None:
+@by_rank_0
+def check_results_by_rank_0(options: Options) -> None:
     """Raise `OptionError` unless the row can be added: better before training than after it."""
     results.check(results_csv(options))
 
@@ -184,8 +189,8 @@ def source(options: Options, name: str) -> Path:
     return _copy_or_original(folder, options, name)
 
 
-@by_first
-def find_run(options: Options) -> Path | None:
+@by_rank_0
+def find_run_by_rank_0(options: Options) -> Path | None:
     """The folder of the run that --resume names; None if a new one is to be made.
 
     Raises:
@@ -219,16 +224,16 @@ def open_run(options: Options, folder: Path | None = None) -> Run:
     """The run in ``folder``, or a new one."""
     if folder is not None:
         return Run(folder, options)
-    run = Run(_create(_base(options)), options)
+    run = Run(_create_by_rank_0(_base(options)), options)
     run.write_json("environment.json", environment())
     run.keep_sources()
-    write_text(run.folder / "options.yaml", write_yaml(options))
+    run.write_text("options.yaml", write_yaml(options))
     return run
 
 
 def environment() -> dict[str, Any]:
     """Versions, git state, machine and command line."""
-    here = Path(startsparse.__file__).parent
+    here = startsparse.checkout()
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "startsparse": startsparse.__version__,
@@ -239,7 +244,7 @@ def environment() -> dict[str, Any]:
         "torchvision": version("torchvision"),
         "numpy": np.__version__,
         "machine": platform.platform(),
-        "processes": processes.count(),
+        "processes": processes.world_size(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
@@ -289,8 +294,8 @@ def _folders(base: Path) -> Iterator[Path]:
         yield base.with_name(f"{base.name}-{count}")
 
 
-@by_first
-def _create(base: Path) -> Path:
+@by_rank_0
+def _create_by_rank_0(base: Path) -> Path:
     base.parent.mkdir(parents=True, exist_ok=True)
     for folder in _folders(base):
         with suppress(FileExistsError):
@@ -299,7 +304,9 @@ def _create(base: Path) -> Path:
     raise AssertionError
 
 
-def _git(folder: Path, *command: str) -> str:
+def _git(folder: Path | None, *command: str) -> str:
+    if folder is None:  # a repository around an installed package is another one
+        return ""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from startsparse.masks import kept, masked_weights, sparse_layers
+from startsparse.masks import active, masked_weights, sparse_layers
 from startsparse.seeding import generator
 
 TEMPERATURE = 200.0  # of grasp, as published
@@ -41,18 +42,18 @@ def random(model: nn.Module, seed: int, level: int = 0) -> dict[str, Tensor]:
     }
 
 
-def snip(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def snip(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """|w * dL/dw| for the cross-entropy L of one batch (Lee et al. 2019, arXiv:1810.02340, 4.1).
 
     The paper divides by the sum over all weights, which changes no order. BatchNorm normalises by
     the batch, as in training, and there is no dropout.
 
     Args:
-        images: [B, ...] what the network takes, on its device.
+        inputs: [B, ...] what the network takes, on its device.
         labels: [B] class numbers, int64.
     """
     with _as_it_was(model, batch_statistics=True), torch.enable_grad():
-        loss, weights = _loss(model, images, labels)
+        loss, weights = _loss(model, inputs, labels)
         gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
     slopes = dict(zip(weights, gradients))
     return {
@@ -61,7 +62,7 @@ def snip(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def grasp(
-    model: nn.Module, images: Tensor, labels: Tensor, temperature: float = TEMPERATURE
+    model: nn.Module, inputs: Tensor, labels: Tensor, temperature: float = TEMPERATURE
 ) -> dict[str, Tensor]:
     """w * (H g), the negative of the paper's score (Wang et al. 2020, arXiv:2002.07376, eq. 8).
 
@@ -73,12 +74,12 @@ def grasp(
     `snip`.
     """
     with _as_it_was(model, batch_statistics=True), torch.enable_grad():
-        loss, weights = _loss(model, images, labels, temperature)
+        loss, weights = _loss(model, inputs, labels, temperature)
         leaves = list(weights.values())
         gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
-        inside = [kept(layer) for layer in sparse_layers(model).values()]
+        inside = [active(layer) for layer in sparse_layers(model).values()]
         fixed = [g.detach().where(mask, 0) for g, mask in zip(gradients, inside)]
-        along = sum((g * direction).sum() for g, direction in zip(gradients, fixed))
+        along = reduce(torch.add, ((g * along).sum() for g, along in zip(gradients, fixed)))
         products = torch.autograd.grad(along, leaves, materialize_grads=True)
     curvatures = dict(zip(weights, products))
     return {name: weight.detach() * curvatures[name] for name, weight, _ in masked_weights(model)}
@@ -152,7 +153,7 @@ def _as_it_was(model: nn.Module, batch_statistics: bool) -> Iterator[None]:
 
 
 def _loss(
-    model: nn.Module, images: Tensor, labels: Tensor, temperature: float = 1.0
+    model: nn.Module, inputs: Tensor, labels: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of a batch in the weights' precision, and what to differentiate it by.
 
@@ -162,8 +163,8 @@ def _loss(
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     tensors |= {name: buffer.clone() for name, buffer in model.named_buffers()}
     weights = {name: tensors[_key(name)].requires_grad_() for name in sparse_layers(model)}
-    with torch.autocast(images.device.type, enabled=False):
-        logits = functional_call(model, tensors, (images,)) / temperature
+    with torch.autocast(inputs.device.type, enabled=False):
+        logits = functional_call(model, tensors, (inputs,)) / temperature
         return F.cross_entropy(logits, labels), weights
 
 
@@ -208,7 +209,8 @@ def shrink(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], count: int
         for name, mask in masks.items():
             mask.logical_and_(scores[name].to(values.dtype) >= last)
         return
-    missing, ties = count, []
+    missing: Tensor | int = count
+    ties = []
     for name, mask in masks.items():
         score = scores[name].to(values.dtype)
         ties.append((score == last) & mask)

@@ -16,6 +16,7 @@ from startsparse import processes, seeding
 from startsparse.data import AnyBatches
 from startsparse.errors import UserError
 from startsparse.masks import mask_gradients, masked_weights
+from startsparse.method import PLAIN, Method
 
 
 class NonFiniteLoss(UserError):
@@ -33,93 +34,138 @@ def means(sums: Tensor) -> dict[str, float]:
     return {"loss": loss / max(examples, 1), "accuracy": hits / max(examples, 1)}
 
 
+class Learner:
+    """A network and how it descends: what `train_epoch` needs in every step.
+
+    A subclass may do more around a step; `Trainer` counts FLOPs, saves and stops there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        forward: Callable[[Tensor], Tensor] | None = None,
+        autocast: torch.autocast | None = None,
+        label_smoothing: float = 0.0,
+        clip_norm: float = 0.0,
+        seed: int | None = None,
+    ):
+        """Args:
+        model: the network that owns weights and masks.
+        forward: inputs -> logits; the network itself (the default), compiled, or on several
+            devices.
+        autocast: of the forward pass (default: off).
+        clip_norm: of the gradients inside the masks; 0: they are not clipped.
+        seed: of the run. PyTorch's global generators, from which dropout draws, are seeded before
+            each step by (seed, epoch, step); None: they are left alone.
+        """
+        self.model, self.optimizer = model, optimizer
+        self.forward = forward or model
+        self.autocast = autocast or torch.autocast("cpu", enabled=False)
+        self.label_smoothing, self.clip_norm, self.seed = label_smoothing, clip_norm, seed
+
+    def before_step(self, method: Method, step: int) -> None:
+        """Called before the forward pass of ``step`` of the phase."""
+        method.before_step(step, self.model, self.optimizer)
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter], examples: int) -> None:
+        """Called after the backward pass: make the gradients those of the whole batch."""
+        processes.all_average_gradients(parameters, examples)
+
+    def after_step(self, method: Method, step: int) -> None:
+        """Called when the weights have moved in ``step`` of the phase."""
+        method.after_step(step, self.model, self.optimizer)
+
+    def first_bad_layer(self, inputs: Tensor) -> str:
+        """What went first where the loss of ``inputs`` is not finite; "" if it cannot be told."""
+        return first_bad_layer(self.model, inputs, self.autocast)
+
+
 def train_epoch(
-    model: nn.Module,
-    forward: Callable[[Tensor], Tensor],
+    learner: Learner,
     batches: AnyBatches,
-    optimizer: torch.optim.Optimizer,
     learning_rate: Callable[[int], float],
+    sums: Tensor,
     *,
     epoch: int,
     start: int = 0,
-    seed: int | None = None,
-    sums: Tensor,
-    autocast: torch.autocast,
-    label_smoothing: float = 0.0,
-    clip_norm: float = 0.0,
+    method: Method = PLAIN,
+    first: int = 0,
     title: str = "",
-    before_step: Callable[[int], None] | None = None,
-    after_backward: Callable[[int], None] | None = None,
-    after_step: Callable[[int], None] | None = None,
-    share: Callable[[Sequence[nn.Parameter], int], object] = processes.average_gradients,
-    blame: Callable[[Tensor], str] | None = None,
 ) -> None:
     """Train for one epoch, or for what is left of it.
 
     Args:
-        model: the network that owns weights and masks.
-        forward: images -> logits; the network itself, compiled, or on several devices.
         learning_rate: step of the epoch -> learning rate.
+        sums: `new_sums`, added to in place; of all processes when the epoch is done.
         epoch: number of the epoch, from which the order of the data derives.
         start: first step; later than 0 when an interrupted epoch is resumed.
-        seed: of the run. PyTorch's global generators, from which dropout draws, are seeded before
-            each step by (seed, epoch, step); None: they are left alone.
-        sums: `new_sums`, added to in place; of all processes when the epoch is done.
-        before_step: called with the step's number in the epoch, from 0.
-        after_backward: called in each step of the epoch, with its number from 0, when gradients
-            are there of all weights, inside and outside the masks; may change the masks.
-        after_step: called with the number of steps done in this epoch.
-        share: (parameters that learn, examples), called after the backward pass; with several
-            processes it makes the gradients those of the whole batch.
-        blame: images -> what went first when the loss is not finite (default: `first_bad_layer`).
+        method: what is done besides descending (default: nothing).
+        first: number in the phase of the epoch's first step, for ``method``.
+        title: of the progress bar.
 
     Raises:
         NonFiniteLoss: names the step, and the layer that went first if it can be told. On the CPU
             at once; on a GPU, where looking means waiting, within about a second.
     """
-    model.train()
-    pairs = [(weight, mask) for _, weight, mask in masked_weights(model) if weight.requires_grad]
-    blame = blame or (lambda images: first_bad_layer(model, images, autocast))
-    waits = sums.device.type != "cpu"
+    learner.model.train()
+    found = masked_weights(learner.model)
+    masked = [(weight, mask) for _, weight, mask in found if weight.requires_grad]
     hidden = processes.rank() > 0 or None
     bar = tqdm(total=len(batches), initial=start, desc=title, leave=False, disable=hidden)
     shown = time.monotonic()
     with bar:
-        for step, (images, labels) in enumerate(batches.epoch(epoch, start), start):
-            for group in optimizer.param_groups:
+        for step, (inputs, labels) in enumerate(batches.epoch(epoch, start), start):
+            for group in learner.optimizer.param_groups:
                 group["lr"] = learning_rate(step)
-            if before_step:
-                before_step(step)
-            if seed is not None:
-                torch.manual_seed(seeding.derive(seed, "step", epoch, step))
-            now = time.monotonic()
-            if len(labels):  # not every process has a share of a very small batch
-                with autocast:
-                    logits = forward(images)
-                    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-                _add(sums, loss.detach(), logits.detach(), labels, step)
-                if not waits or now - shown > 1:
-                    _stop_if_bad(sums, images, blame)
-                optimizer.zero_grad()
+            learner.before_step(method, first + step)
+            if learner.seed is not None:
+                torch.manual_seed(seeding.derive(learner.seed, "step", epoch, step))
+            late = time.monotonic() - shown > 1
+            if len(labels):  # not every process has a part of a very small batch
+                loss = _forward(learner, inputs, labels, sums, step)
+                if late or sums.device.type == "cpu":
+                    _stop_if_bad(sums, inputs, learner)
+                learner.optimizer.zero_grad()
                 loss.backward()
-            learning = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
-            share(learning, len(labels))
-            if after_backward:
-                after_backward(step)
-            # Layers that compute only inside their mask have no gradient outside it, or here.
-            whole = [(w.grad, mask) for w, mask in pairs if w.grad is not None]
-            mask_gradients([gradient for gradient, _ in whole], [mask for _, mask in whole])
-            if clip_norm:
-                nn.utils.clip_grad_norm_(learning, clip_norm)
-            optimizer.step()
+            _move_weights(learner, method, first + step, len(labels), masked)
             bar.update()
-            if now - shown > 1:
+            if late:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in means(sums).items()}, refresh=False)
-                shown = now
-            if after_step:
-                after_step(step + 1)
-        _stop_if_bad(sums, images, blame)
-    processes.add_up(sums)
+                shown = time.monotonic()
+            learner.after_step(method, first + step)
+        _stop_if_bad(sums, inputs, learner)
+    processes.all_reduce(sums)
+
+
+def _forward(learner: Learner, inputs: Tensor, labels: Tensor, sums: Tensor, step: int) -> Tensor:
+    """The loss of a batch, which is added to ``sums``."""
+    with learner.autocast:
+        logits = learner.forward(inputs)
+        loss = F.cross_entropy(logits, labels, label_smoothing=learner.label_smoothing)
+    _add(sums, loss.detach(), logits.detach(), labels, step)
+    return loss
+
+
+def _move_weights(
+    learner: Learner,
+    method: Method,
+    step: int,
+    examples: int,
+    masked: list[tuple[Tensor, Tensor]],
+) -> None:
+    """From the gradients of this process's part of a batch to the weights after the step."""
+    optimizer = learner.optimizer
+    learning = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    learner.average_gradients(learning, examples)
+    method.after_backward(step, learner.model, optimizer)
+    # Layers that compute only inside their mask have no gradient outside it, or here.
+    dense = [(weight.grad, mask) for weight, mask in masked if weight.grad is not None]
+    mask_gradients([gradient for gradient, _ in dense], [mask for _, mask in dense])
+    if learner.clip_norm:
+        nn.utils.clip_grad_norm_(learning, learner.clip_norm)
+    optimizer.step()
 
 
 @torch.inference_mode()
@@ -133,12 +179,12 @@ def evaluate(
     """Mean cross-entropy and accuracy (in [0, 1]) over the examples of ``batches``."""
     model.eval()
     sums = new_sums(device)
-    for images, labels in batches.epoch(0):
+    for inputs, labels in batches.epoch(0):
         with autocast:
-            logits = forward(images)
+            logits = forward(inputs)
         loss = F.cross_entropy(logits.float(), labels)
         _add(sums, loss, logits, labels, 0)
-    return means(processes.add_up(sums))
+    return means(processes.all_reduce(sums))
 
 
 def _add(sums: Tensor, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
@@ -149,16 +195,16 @@ def _add(sums: Tensor, loss: Tensor, logits: Tensor, labels: Tensor, step: int) 
     sums[3] = torch.minimum(sums[3], first_bad)
 
 
-def _stop_if_bad(sums: Tensor, images: Tensor, blame: Callable[[Tensor], str]) -> None:
+def _stop_if_bad(sums: Tensor, inputs: Tensor, learner: Learner) -> None:
     first_bad = sums[3].item()
     if first_bad != torch.inf:
-        layer = blame(images)
+        layer = learner.first_bad_layer(inputs)
         where = f"; {layer}" if layer else "; too late to tell which layer went first"
         raise NonFiniteLoss(f"the loss is not finite at step {int(first_bad) + 1}{where}")
 
 
 @torch.no_grad()
-def first_bad_layer(model: nn.Module, images: Tensor, autocast: torch.autocast) -> str:
+def first_bad_layer(model: nn.Module, inputs: Tensor, autocast: torch.autocast) -> str:
     """What went first in a network whose loss is not finite; "" if it cannot be told.
 
     Weights that are not finite, unless all are; else the first module whose output is not.
@@ -166,7 +212,7 @@ def first_bad_layer(model: nn.Module, images: Tensor, autocast: torch.autocast) 
     bad = {name: not bool(p.isfinite().all()) for name, p in model.named_parameters()}
     if any(bad.values()):
         return "" if all(bad.values()) else f"weights of {next(n for n in bad if bad[n])}"
-    found = []
+    found: list[str] = []
 
     def look(name: str) -> Callable:
         def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
@@ -179,7 +225,7 @@ def first_bad_layer(model: nn.Module, images: Tensor, autocast: torch.autocast) 
     hooks = [module.register_forward_hook(look(name)) for name, module in leaves]
     try:
         with autocast:
-            model(images)
+            model(inputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,14 +1,16 @@
 """Settings of all tests."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import settings
-from script_runs import newest
+from script_runs import few_digits, newest
+from slt_runs import slt
 
 from ER_DST import main as dst_main
-from startsparse import plots
+from startsparse import data, plots
 from STR import main as str_main
 
 # Two test processes with two threads each would wait for one another on two cores.
@@ -33,9 +35,23 @@ def run_dst(tmp_path):
 
 
 @pytest.fixture
+def run_slt(tmp_path):
+    """`slt`, in a folder of its own."""
+    return partial(slt, tmp_path)
+
+
+@pytest.fixture
+def few_images():
+    """Of the digits, 180 to train with, 20 to validate and 40 to test with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.SETS, "digits", few_digits(200, 40))
+        yield
+
+
+@pytest.fixture
 def no_pictures(monkeypatch):
     """Runs leave no curves.png, which takes longer than the training of a small network."""
-    monkeypatch.setattr(plots, "plot_run", lambda *_: None)
+    monkeypatch.setattr(plots, "plot_run_by_rank_0", lambda *_: None)
 
 
 def in_process(main, tmp_path):

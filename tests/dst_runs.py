@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 
 from ER_DST import main as script
+from ER_DST.dynamic import phase
 from ER_DST.options import DSTOptions
-from ER_DST.updates import phase
 from startsparse import flops
 from startsparse.data import Batches, Data, Shape
 from startsparse.masks import masked_weights
-from startsparse.trainer import Phase, Trainer
+from startsparse.method import Method
+from startsparse.phases import Phase
+from startsparse.trainer import Trainer
 
 CPU = torch.device("cpu")
 SHAPE = Shape(classes=4, channels=1, size=4)
@@ -75,21 +77,38 @@ def begin(folder: Path, options: DSTOptions, images: Data | None = None) -> tupl
     images = images or some_data()
     model, *_ = script.network(options, images, CPU, folder)
     trainer = Trainer(model, images, options, NoRun(folder), [CPU], lambda: flops.densities(model))
-    return trainer, phase(options, len(images.train))
+    return trainer, phase(options, len(images.train), partial(trainer.add_row, "topology"))
+
+
+class Watched(Method):
+    """A method of which ``look(step, make)`` makes the steps' part, by calling ``make()``."""
+
+    def __init__(self, method: Method, look):
+        self.method, self.look = method, look
+        self.dense_gradients = method.dense_gradients
+        self.moves_masks = method.moves_masks
+        self.needs_dense_gradients = method.needs_dense_gradients
+
+    def after_backward(self, step, model, optimizer):
+        self.look(step, lambda: self.method.after_backward(step, model, optimizer))
+
+
+def watched(whole: Phase, look) -> Phase:
+    """The phase with its method `Watched`."""
+    return dataclasses.replace(whole, method=Watched(whole.method, look))
 
 
 def train(folder: Path, options: DSTOptions, look=None, images: Data | None = None) -> Trainer:
     """The trainer after a whole run; ``look(trainer, step, masks before)`` after each update."""
     trainer, whole = begin(folder, options, images)
 
-    def watched(trainer: Trainer, step: int) -> None:
+    def after_update(step: int, make) -> None:
         rows, before = len(trainer.tables.get("topology", [])), masks(trainer.model)
-        whole.each_step(trainer, step)
+        make()
         if len(trainer.tables.get("topology", [])) > rows:
             look(trainer, step, before)
 
-    watch = look is not None and whole.each_step is not None
-    trainer.run_phases([dataclasses.replace(whole, each_step=watched) if watch else whole])
+    trainer.run_phases([watched(whole, after_update) if look else whole])
     return trainer
 
 

@@ -26,7 +26,9 @@ from startsparse import plots, processes
 from startsparse.engine import choice, compute
 from startsparse.engine.network import SparseForm
 from startsparse.masks import masked_weights
-from startsparse.trainer import Interrupted, Trainer
+from startsparse.method import Method
+from startsparse.stopping import Interrupted
+from startsparse.trainer import Trainer
 from STR import main as str_
 
 # Without BatchNorm, whose statistics would be those of shares. Of 62 examples the last batch has
@@ -74,7 +76,7 @@ def all_runs(where: Path) -> None:
     Weights and masks of this process after every step, and the model that it evaluates, are
     written down.
     """
-    seen, after, evaluate = [], Trainer._after_step, Trainer.evaluate
+    seen, after, evaluate = [], Trainer.after_step, Trainer.evaluate
 
     def look(tensors: Iterable[torch.Tensor]) -> None:
         digest = hashlib.sha256()
@@ -82,27 +84,27 @@ def all_runs(where: Path) -> None:
             digest.update(tensor.detach().contiguous().numpy().tobytes())
         seen.append(digest.hexdigest())
 
-    def step(trainer: Trainer, done: int) -> None:
+    def after_step(trainer: Trainer, method: Method, step: int) -> None:
         state = [p for group in trainer.optimizer.param_groups for p in group["params"]]
         look([*state, *(mask for _, _, mask in masked_weights(trainer.model))])
-        after(trainer, done)
+        after(trainer, method, step)
 
     def evaluated(trainer: Trainer, *batches: object) -> dict[str, float]:
         look(trainer.model.state_dict().values())
         return evaluate(trainer, *batches)
 
-    Trainer._after_step, Trainer.evaluate = step, evaluated
+    Trainer.after_step, Trainer.evaluate = after_step, evaluated
     for script, argv in forms(where):
         script.main(argv)
     # What auto finds by trying: one process tries.
-    compute._SMALL, compute.choose = 0, found_by_the_first
+    compute._SMALL, compute.choose = 0, found_by_rank_0
     str_.main([*STR, *folders(where / "auto")])
     # With BatchNorm. It has no counterpart in one process.
     str_.main([*STR, "--arch", "mlp", "--sparse-compute", "off", *folders(where / "mlp")])
     (where / f"seen-{processes.rank()}.json").write_text(json.dumps(seen))
 
 
-def found_by_the_first(form: SparseForm, *_: object) -> choice.Choice:
+def found_by_rank_0(form: SparseForm, *_: object) -> choice.Choice:
     """In the place of `choice.choose`."""
     assert os.environ["RANK"] == "0"
     form.compute_sparsely(["decoder.0"])
@@ -111,22 +113,22 @@ def found_by_the_first(form: SparseForm, *_: object) -> choice.Choice:
 
 def stopped_and_resumed(where: Path) -> None:
     """The other process is asked to stop; then the run goes on."""
-    after = Trainer._after_step
+    after = Trainer.after_step
 
-    def ask(trainer: Trainer, done: int) -> None:
-        if processes.rank() == 1 and done == STOP and not trainer.history:
+    def ask(trainer: Trainer, method: Method, step: int) -> None:
+        if processes.rank() == 1 and step + 1 == STOP and not trainer.history:
             os.kill(os.getpid(), signal.SIGTERM)
-        after(trainer, done)
+        after(trainer, method, step)
 
     script, argv = RUNS[INTERRUPTED]
     argv = [*argv, "--sparse-compute", "on", *folders(where / "stopped")]
-    Trainer._after_step = ask
+    Trainer.after_step = ask
     try:
         script.main(argv)
     except Interrupted as stop:
         code = stop.exit_code
     assert code == 128 + signal.SIGTERM
-    Trainer._after_step = after
+    Trainer.after_step = after
     if processes.rank() == 0:
         checkpoint = newest(where / "stopped") / "checkpoint.pt"
         checkpoint.with_name("stopped.pt").write_bytes(checkpoint.read_bytes())
@@ -149,7 +151,7 @@ def not_finite(where: Path) -> None:
 def killed(where: Path) -> None:
     """One process ends without a word."""
     if os.environ["RANK"] == "1":
-        Trainer._after_step = lambda *_: os._exit(9)
+        Trainer.after_step = lambda *_: os._exit(9)
     bad(STR)(where)
 
 
@@ -206,7 +208,7 @@ def joined(job: Callable[[Path], None]) -> Callable[[Path], None]:
 def main() -> None:
     """Exit codes as JSON."""
     torch.set_num_threads(1)
-    plots.plot_run = lambda *_: None
+    plots.plot_run_by_rank_0 = lambda *_: None
     kind, where = sys.argv[1], Path(sys.argv[2])
     if kind == "bad":
         print(json.dumps({name: pair(job, where / name) for name, job in BAD.items()}))

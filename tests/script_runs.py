@@ -1,7 +1,7 @@
 """What the tests of main.py share: small runs, how to compare them, the original commands."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,14 +10,18 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from startsparse import checkpoint
+from startsparse.data import digits
+from startsparse.data.batches import Arrays
+from startsparse.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 
 
 # STR, with the options of its configs/digits.yaml
 # (off: what auto finds by trying is not always the same, and these runs are compared to the bit)
+# TINY is for the fixture few_images: six steps an epoch.
 TINY = [
-    *("--arch", "resnet20", "--width", "4", "--epochs", "2", "--batch-size", "256"),
+    *("--arch", "resnet20", "--width", "4", "--epochs", "2", "--batch-size", "32"),
     *("--sparse-compute", "off"),
 ]
 MLP = [
@@ -69,6 +73,36 @@ def same(one: Path, other: Path) -> bool:
     for result in results:
         result.pop("seconds")
     return equal and epochs[0].equals(epochs[1]) and results[0] == results[1]
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+def crashing(when, count, save=Trainer.save):
+    """A `Trainer.save` whose ``count``-th call ends the process before or after it saved."""
+    calls = []
+
+    def crash(trainer):
+        calls.append(1)
+        if when == "after" or len(calls) < count:
+            save(trainer)
+        if len(calls) == count:
+            raise Crash
+
+    return crash
+
+
+def few_digits(train: int, test: int) -> Callable[..., Arrays]:
+    """A loader of the digits, cut down to so many images."""
+
+    def load(*where) -> Arrays:
+        arrays = digits.load(*where)
+        arrays.train = tuple(tensor[:train] for tensor in arrays.train)
+        arrays.test = tuple(tensor[:test] for tensor in arrays.test)
+        return arrays
+
+    return load
 
 
 def original_commands():

@@ -2,10 +2,8 @@
 
 import json
 import shlex
-from functools import partial
 from pathlib import Path
 
-import pytest
 import torch
 from script_runs import ROOT, newest
 
@@ -13,7 +11,6 @@ from ER_SLT import main as script
 from ER_SLT.edge_popup import count
 from ER_SLT.ticket import Ticket, load_ticket
 from startsparse import masks
-from startsparse.data import digits
 
 DEMO = [
     *("--config", str(ROOT / "ER_SLT/configs/digits.yaml"), "--width", "4"),
@@ -34,12 +31,6 @@ def slt(where: Path, *argv: str) -> Path:
     """A run of ER_SLT/main.py in this process; its folder."""
     script.main([*argv, "--log-dir", f"{where}/runs", "--result-dir", str(where)])
     return newest(where)
-
-
-@pytest.fixture
-def run_slt(tmp_path):
-    """`slt`, in a folder of its own."""
-    return partial(slt, tmp_path)
 
 
 def ticket(folder: Path, level: int | None = None) -> Ticket:
@@ -87,11 +78,3 @@ def random_masks(options) -> dict[str, torch.Tensor]:
     model, requested = script.plan(options, script.data.SHAPES[options.set])
     script.er.attach_er_masks(model, requested, options)
     return {name: mask for name, _, mask in masks.masked_weights(model)}
-
-
-def few_digits(root: Path, mirror: str = ""):
-    """The digits, cut down to 64 images to train with and 20 to test with."""
-    arrays = digits.load(root, mirror)
-    arrays.train = tuple(tensor[:64] for tensor in arrays.train)
-    arrays.test = tuple(tensor[:20] for tensor in arrays.test)
-    return arrays

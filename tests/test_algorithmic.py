@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from data_files import fails, gathered, loaded
-from script_runs import same, weights
-from test_str_resume import Crash, crashing
+from script_runs import Crash, crashing, same, weights
 
 from startsparse import models, plots, report
 from startsparse.data import Repeated, Rows, Shape, modular

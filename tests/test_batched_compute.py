@@ -5,11 +5,11 @@ import logging
 
 import pytest
 import torch
-from test_batched import RECIPES, compare, networks, part
-from test_engine_network import clock
+from batched_runs import RECIPES, compare, networks, part
+from engine_runs import clock
 
-from startsparse.engine import build
 from startsparse.engine.choice import Seconds
+from startsparse.engine.kernels import kernels_for
 from startsparse.tabular import compute
 from startsparse.tabular.batched import train_loop
 from startsparse.tabular.compute import sparse_forms
@@ -31,7 +31,7 @@ def test_equals_the_masked_networks(name):
     """24 steps in float64, of which the first network has all its weights."""
     parts = [part(seed, torch.float64) for seed in (1, 1, 2, 3, 4)]
     one, other = networks(torch.float64), networks(torch.float64)
-    forms = sparse_forms(one, parts, RECIPES[name], mode="on", form="batched")
+    forms = sparse_forms(one, parts, RECIPES[name], mode="on", loop="batched")
     assert all(len(form.computes) == 4 for form in forms)
     losses = train_loop(one, parts, RECIPES[name], 4, 3, forms)
     expected = train_loop(other, parts, RECIPES[name], 4, 3)
@@ -43,9 +43,9 @@ def test_equals_the_masked_networks(name):
 @pytest.mark.parametrize(
     ("alone", "share", "agree"), [(0.3, 0.6, True), (0.3, 0.6, False), (0.6, 1.2, True)]
 )
-@pytest.mark.parametrize("form", ["batched", "loop"])
+@pytest.mark.parametrize("loop", ["batched", "loop"])
 def test_auto_takes_the_faster_and_leaves_the_networks_as_they_were(
-    monkeypatch, caplog, alone, share, agree, form
+    monkeypatch, caplog, alone, share, agree, loop
 ):
     """Two networks take one second together; one in its sparse form takes ``alone``."""
     caplog.set_level(logging.INFO, "startsparse")
@@ -59,8 +59,8 @@ def test_auto_takes_the_faster_and_leaves_the_networks_as_they_were(
 
     monkeypatch.setattr(compute, "_seconds", seconds)
     clock(monkeypatch, 2.0, 1.0)  # of the layers, and of one network
-    forms = sparse_forms(models, parts, RECIPE, mode="auto", form=form)
-    assert asked == [(compute.FORMS[form], 2), (train_loop, 1)]
+    forms = sparse_forms(models, parts, RECIPE, mode="auto", loop=loop)
+    assert asked == [(compute.LOOPS[loop], 2), (train_loop, 1)]
     (line,) = said(caplog)
     if share < 1:
         assert line.endswith(
@@ -79,7 +79,7 @@ def test_auto_takes_the_faster_and_leaves_the_networks_as_they_were(
 def test_auto_does_not_try_dense_networks(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "startsparse")
     monkeypatch.setattr(compute, "_seconds", lambda *_: pytest.fail("tried"))
-    assert sparse_forms(networks()[:1], [part(1)], RECIPE, mode="auto", form="loop") == []
+    assert sparse_forms(networks()[:1], [part(1)], RECIPE, mode="auto", loop="loop") == []
     assert said(caplog) == ["sparse compute: not at density 1, it would be slower"]
 
 
@@ -88,11 +88,11 @@ def test_without_a_compiler_it_is_masked_and_said_once(monkeypatch, caplog, tmp_
     caplog.set_level(logging.INFO, "startsparse")
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path))
-    caches = build.library, compute._there_are_kernels
+    caches = kernels_for, compute._there_are_kernels
     for cache in caches:
         cache.cache_clear()
     for _ in range(2):
-        assert sparse_forms(*some(), RECIPE, mode=mode, form="batched") == []
+        assert sparse_forms(*some(), RECIPE, mode=mode, loop="batched") == []
     lines = said(caplog)
     assert len(lines) == (mode != "off")
     assert all("there is no C++ compiler no-such-compiler" in line for line in lines)

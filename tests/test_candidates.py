@@ -131,7 +131,7 @@ EPOCHS = rows([0.7, 0.9, 0.8, 0.6, 0.5, 0.75], [0.5, 0.3, 0.29, 0.28, 0.262, 0.2
 def test_where_the_density_cannot_move_the_latest_of_the_best_is_all_there_is(accuracies):
     epochs = rows(accuracies, itertools.repeat(0.2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", lambda *_: None)
+        patch.setattr(checkpoint, "save_by_rank_0", lambda *_: None)
         candidates = Candidates(Path())
         for row in epochs:
             candidates.add(nn.Linear(1, 1), row, drifts=False)

@@ -23,7 +23,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("damage", ["empty", "truncated", "text", "flipped", "missing"])
 def test_a_damaged_checkpoint_is_one_line(tmp_path, damage):
     path = tmp_path / "a.pt"
-    checkpoint.save(path, {"model": {"w": torch.randn(1000)}})
+    checkpoint.save_by_rank_0(path, {"model": {"w": torch.randn(1000)}})
     data = path.read_bytes()
     if damage == "missing":
         path.unlink()
@@ -67,6 +67,6 @@ def test_another_file_of_torch_is_not_a_checkpoint(tmp_path):
 )
 def test_a_checkpoint_of_another_network_is_named(tmp_path, other, message):
     path = tmp_path / "a.pt"
-    checkpoint.save(path, {"model": other.state_dict()})
+    checkpoint.save_by_rank_0(path, {"model": other.state_dict()})
     with pytest.raises(UserError, match=message):
         checkpoint.load_model(nn.Linear(3, 4), checkpoint.load(path), path)

@@ -3,45 +3,16 @@
 import gzip
 import hashlib
 import socket
-import threading
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 from data_files import write_cifar10, write_mnist, write_tiny_imagenet
+from file_server import Broken, Handler, content, serve
 
 from startsparse.data import cifar, files, mnist, tiny_imagenet
 from startsparse.data.files import File
 from startsparse.errors import UserError
-
-
-class Handler(SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
-class Broken(Handler):
-    """Promises the whole file, sends half of it and hangs up."""
-
-    def copyfile(self, source, outputfile):
-        data = source.read()
-        outputfile.write(data[: len(data) // 2])
-
-
-@contextmanager
-def serve(folder, handler=Handler):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def fails(load, *args):
@@ -50,10 +21,6 @@ def fails(load, *args):
         load(*args)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-def content(root):
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
 
 
 def nobody():

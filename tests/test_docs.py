@@ -1,4 +1,4 @@
-"""docs/: every command is understood, every option exists, every figure of costs is recomputed."""
+"""Markdown: commands are understood, options and links exist, figures of costs are recomputed."""
 
 import re
 import shlex
@@ -6,22 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_readme import SCRIPTS, shown_names
+from option_names import SCRIPTS, shown_names
 
 import ER_DST.main
 import STR.main
 from ER_SLT.options import CIFAROptions
-from startsparse import flops, recipe, tabular
+from startsparse import flops, recipe, report, tabular
 from startsparse.commandline import from_flags, parse
 from startsparse.data import SHAPES
-from startsparse.fields import normal
+from startsparse.export.command import ExportOptions
+from startsparse.fields import names, normal, opposites
 from startsparse.masks import sparse_layers
 from startsparse.models import build
 from startsparse.ratios import layer_densities
 from STR import run_imp
 
 ROOT = Path(__file__).parents[1]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results/README.md"]
+PAGES = [*sorted(ROOT.glob("*.md")), *DOCS[1:], ROOT / "benchmarks/README.md"]
 REPRODUCE = (ROOT / "docs/reproduce.md").read_text()
 
 
@@ -35,9 +37,16 @@ def commands():
                     folder = line.split()[1]
                 elif line.startswith("python "):
                     yield folder, line
+                elif line.startswith("torchrun --nproc-per-node "):
+                    yield folder, f"python {line.split(maxsplit=3)[3]}"
 
 
 COMMANDS = list(commands())
+MODULES = {  # python -m -> its options, and their defaults
+    "startsparse.tabular": (tabular.TabularOptions, tabular.TabularOptions()),
+    "startsparse.report": (report.ReportOptions, report.ReportOptions(Path("results.csv"))),
+    "startsparse.export": (ExportOptions, ExportOptions("run")),
+}
 
 
 def test_there_are_commands():
@@ -49,12 +58,15 @@ def test_every_command_is_understood(folder, command, monkeypatch, capsys):
     monkeypatch.chdir(ROOT / folder)
     program, *argv = shlex.split(command)[1:]
     if program == "-m":
-        assert argv.pop(0) == "startsparse.tabular"
-        from_flags(tabular.TabularOptions, argv, tabular.TabularOptions()).check()
+        module = argv.pop(0)
+        kind, default = MODULES[module]
+        options = from_flags(kind, argv, default)
+        if module == "startsparse.tabular":
+            options.check()
     elif program == "run_imp.py":
         assert run_imp.main(["--dry-run", *argv]) == 0
         said = capsys.readouterr().out
-        if not argv or "--dry-run" in argv:  # what the text says of it
+        if command in REPRODUCE and (not argv or "--dry-run" in argv):  # what the text says of it
             assert f"{int(said.split()[-2]):,} epochs" in REPRODUCE
     else:
         assert program in ("main.py", "cifar_main.py")
@@ -70,17 +82,53 @@ def test_every_command_is_understood(folder, command, monkeypatch, capsys):
 
 
 def test_every_option_exists():
-    known = {"dry-run"}
-    for kind in (*(kind for kind, _ in SCRIPTS.values()), run_imp.SweepOptions):
-        known |= set(shown_names(kind)[0])
+    kinds = [*(kind for kind, _ in SCRIPTS.values()), run_imp.SweepOptions]
+    known = {normal(name) for name in ("help", "l2")}
+    for kind in kinds:
+        known |= {*shown_names(kind)[0], *names(kind), *opposites(kind)}
+    for kind, _ in MODULES.values():
         known |= {normal(name) for name in kind.__dataclass_fields__}
-    known |= {normal(name) for name in tabular.TabularOptions.__dataclass_fields__} | {"l2"}
     for path in DOCS:
         spans = re.findall(
             r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
         )
         for option in re.findall(r"--([A-Za-z][\w-]*)", " ".join(spans)):
             assert normal(option) in known, f"{path.name}: --{option}"
+
+
+# --- links ----------------------------------------------------------------------------------------
+
+
+def anchors(path):
+    """The anchors of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", without_code(path), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def without_code(path):
+    return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", without_code(page)):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_is_named_exists(page):
+    """In code spans: files of the repository, and modules that python -m starts."""
+    spans = " ".join(re.findall(r"`([^`\n]+)`", without_code(page)))
+    folders = "startsparse|STR|ER_DST|ER_SLT|results|benchmarks|docs|tests"
+    for name in re.findall(rf"(?<![\w./-])((?:{folders})/[\w./-]*\w)", spans):
+        assert (ROOT / name).exists() or name == "results/results.csv", name
+    for module in re.findall(r"python -m ([\w.]+)", page.read_text()):
+        path = ROOT / module.replace(".", "/")
+        known = module in ("pytest", "venv", "pip", "mypy")
+        assert known or path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
 
 # --- costs ----------------------------------------------------------------------------------------

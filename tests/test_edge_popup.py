@@ -22,7 +22,7 @@ from ER_SLT.edge_popup import (
 from ER_SLT.selection import by_counting, by_sampling, top_masks
 from startsparse import models
 from startsparse.effective import agree
-from startsparse.masks import attach_masks, density_table, draw_masks, kept, sparse_layers
+from startsparse.masks import active, attach_masks, density_table, draw_masks, sparse_layers
 
 
 def network(biases=True):
@@ -374,7 +374,7 @@ def test_density_table_and_kept_count_the_found_weights():
     set_density(model, 0.2)
     found = found_masks(model)
     for name, layer in popup_layers(model).items():
-        assert torch.equal(kept(layer), found[f"{name}.weight"])
+        assert torch.equal(active(layer), found[f"{name}.weight"])
     total = density_table(model).iloc[-1]["kept"]
     assert total == sum(int(m.sum()) for n, m in found.items() if n.endswith("weight"))
 

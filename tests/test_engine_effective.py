@@ -4,13 +4,13 @@ import copy
 from functools import partial
 from unittest.mock import patch
 
+import engine_runs
 import pytest
-import test_engine_network
 import torch
 import torch.nn.functional as F
+from engine_runs import clock, equal_states, optimizer_of, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine_network import clock, equal_states, optimizer_of, step
 from torch import nn
 
 from ER_SLT.edge_popup import popup, set_density
@@ -22,7 +22,7 @@ from startsparse.engine.entries import Window
 from startsparse.engine.layers import Product
 from startsparse.engine.maps import Space, to_map
 from startsparse.engine.network import SparseForm
-from startsparse.masks import attach_masks, draw_masks, kept, masked_weights, sparse_layers
+from startsparse.masks import active, attach_masks, draw_masks, masked_weights, sparse_layers
 from STR.thresholds import SoftThresholded
 
 SHAPE = 3, 6, 6
@@ -56,8 +56,8 @@ def network(kind, biases=True, dtype=torch.float64):
     return model.to(dtype, memory_format=torch.channels_last)
 
 
-batch = partial(test_engine_network.batch, shape=SHAPE)
-sparse_form = partial(test_engine_network.sparse_form, shape=SHAPE)
+batch = partial(engine_runs.batch, shape=SHAPE)
+sparse_form = partial(engine_runs.sparse_form, shape=SHAPE)
 
 
 def optimizer_state(optimizer):
@@ -190,36 +190,38 @@ def test_single_images_after_the_weights_have_changed(kind, mode):
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     zeros=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
     images=st.sampled_from([1, 17]),
-    worth=st.sampled_from([0.01, 0.4, 2.0]),
+    break_even=st.sampled_from([0.01, 0.4, 2.0]),
     seed=st.integers(0, 9),
 )
-def test_compacted_lists_and_products(channels, stride, density, zeros, images, worth, seed):
+def test_compacted_lists_and_products(channels, stride, density, zeros, images, break_even, seed):
     draw = torch.Generator().manual_seed(seed)
     mask = torch.rand(*channels, 3, 3, generator=draw) < density
     window, space = Window((3, 3), (stride, stride), (1, 1)), Space(channels[1], 5, 4)
-    made = window.output(space, channels[0])
-    space.border, made.border = window.border_in(space, made), window.border_out(space, made)
-    plain = Product(window, space, made)
+    output = window.output(space, channels[0])
+    space.border, output.border = window.border_in(space, output), window.border_out(space, output)
+    plain = Product(window, space, output)
     plain.set_mask(mask)
     weight = torch.randn(mask.shape, generator=draw, dtype=torch.float64) * mask
     weight[torch.rand(mask.shape, generator=draw) < zeros] = 0
     plain.values = nn.Parameter(weight.reshape(-1)[plain.flat])
     x = to_map(torch.randn(images, *shape_of(space), generator=draw, dtype=torch.float64), space)
-    d_y = to_map(torch.randn(images, *shape_of(made), generator=draw, dtype=torch.float64), made)
-    y, kept_ = plain.forward(x, images)
-    (d_x,), (d_values,) = plain.backward(kept_, d_y, [None])
+    d_y = to_map(
+        torch.randn(images, *shape_of(output), generator=draw, dtype=torch.float64), output
+    )
+    y, saved = plain.forward(x, images)
+    (d_x,), (d_values,) = plain.backward(saved, d_y, [None])
     d_weight = torch.zeros(mask.numel(), dtype=torch.float64)
     d_weight[plain.flat] = d_values
 
     for zeros_learn in (True, False):
-        product = CompactedProduct(window, space, made, zeros_learn)
-        with patch.object(winograd, "worth", lambda *_: worth if stride == 1 else 2):
+        product = CompactedProduct(window, space, output, zeros_learn)
+        with patch.object(winograd, "break_even", lambda *_: break_even if stride == 1 else 2):
             product.set_mask(mask)
         assert torch.equal(product.flat, mask.flatten().nonzero().flatten())
         values = product.values = weight.reshape(-1)[product.flat].requires_grad_()
         for part in (product.entries, *product.transposed):
             lists = list(zip(part.first.tolist(), part.first[1:].tolist()))
-            part.view(7)
+            part.for_stride(7)
             entries = [
                 [(part.offset[e].item(), part.order[e].item()) for e in range(*bounds)]
                 for bounds in lists
@@ -232,11 +234,11 @@ def test_compacted_lists_and_products(channels, stride, density, zeros, images, 
             left = [entry for ones in expected for entry in ones]
             assert list(zip(found.offset.tolist(), found.order.tolist())) == left
             assert torch.equal(found.values, values.detach()[found.order])
-        mine, kept_ = product.forward(x, images)
-        most_are_used = stride == 1 and int(values.count_nonzero()) >= worth * mask.numel()
-        assert isinstance(kept_[2], winograd.Tiled) == most_are_used
-        close(made.inside(mine), made.inside(y))
-        (mine,), (d_mine,) = product.backward(kept_, d_y, [None])
+        mine, saved = product.forward(x, images)
+        most_are_used = stride == 1 and int(values.count_nonzero()) >= break_even * mask.numel()
+        assert isinstance(saved[2], winograd.Tiled) == most_are_used
+        close(output.inside(mine), output.inside(y))
+        (mine,), (d_mine,) = product.backward(saved, d_y, [None])
         close(space.inside(mine), space.inside(d_x))
         right = d_weight[product.flat]
         close(d_mine, right if zeros_learn else right * (values != 0))
@@ -283,7 +285,7 @@ def test_the_choice_goes_by_the_effective_density(monkeypatch):
     with torch.no_grad():
         for layer in sparse_layers(model).values():
             layer.threshold_logit.fill_(-1.5)
-    assert 0.2 < kept(model[3]).float().mean() < 0.4
+    assert 0.2 < active(model[3]).float().mean() < 0.4
     all_are_chosen(form, monkeypatch)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from startsparse.engine import whole, winograd
 from startsparse.engine.entries import Window
 from startsparse.engine.layers import Affine, MaxPool, MeanPixels, Product
-from startsparse.engine.maps import LANES, Space, to_images, to_map
+from startsparse.engine.maps import Space, lanes, to_images, to_map
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -30,10 +30,10 @@ def normal(seed, *shape, dtype=torch.float64):
 
 def product_of(mask, window, height, width):
     """A product for maps of that size, with borders as wide as they must be."""
-    given, made = Space(mask.shape[1], height, width), None
-    made = window.output(given, len(mask))
-    given.border, made.border = window.border_in(given, made), window.border_out(given, made)
-    product = Product(window, given, made)
+    input, output = Space(mask.shape[1], height, width), None
+    output = window.output(input, len(mask))
+    input.border, output.border = window.border_in(input, output), window.border_out(input, output)
+    product = Product(window, input, output)
     product.set_mask(mask)
     return product
 
@@ -47,18 +47,20 @@ def check_product(mask, window, height, width, images, dtype):
     y.backward(d_y)
 
     product.values = nn.Parameter(weight.detach().reshape(-1)[product.flat])
-    found, kept = product.forward(to_map(x.detach(), product.given), images)
-    close(to_images(found, product.made, images), y, TOLERANCE[dtype])
-    (d_x,), (d_values,) = product.backward(kept, to_map(d_y, product.made), [None])
+    found, saved = product.forward(to_map(x.detach(), product.input), images)
+    close(to_images(found, product.output, images), y, TOLERANCE[dtype])
+    (d_x,), (d_values,) = product.backward(saved, to_map(d_y, product.output), [None])
     tolerance = TOLERANCE[dtype] * max(1, y.numel() / 100)
-    close(to_images(d_x, product.given, images), x.grad, tolerance)
+    close(to_images(d_x, product.input, images), x.grad, tolerance)
     close(d_values, weight.grad.reshape(-1)[product.flat], tolerance)
 
     so_far = normal(4, *x.shape, dtype=dtype)
-    d_x = product.backward(kept, to_map(d_y, product.made), [to_map(so_far, product.given)])[0][0]
-    close(to_images(d_x, product.given, images), x.grad + so_far, tolerance)
+    d_x = product.backward(saved, to_map(d_y, product.output), [to_map(so_far, product.input)])[0][
+        0
+    ]
+    close(to_images(d_x, product.input, images), x.grad + so_far, tolerance)
     product.values.requires_grad_(False)
-    assert product.backward(kept, to_map(d_y, product.made), None) == ([None], [None])
+    assert product.backward(saved, to_map(d_y, product.output), None) == ([None], [None])
 
 
 @given(
@@ -78,7 +80,9 @@ def test_products(dtype, channels, size, kernel, stride, padding, images, densit
     kernel = [min(k, n + 2 * p) for k, n, p in zip(kernel, size, padding)]
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(*channels, *kernel, generator=generator) < density
-    with patch.object(whole, "worth", lambda _: 1e-9 if every else 2):  # all weights are computed
+    with patch.object(
+        whole, "break_even", lambda _: 1e-9 if every else 2
+    ):  # all weights are computed
         check_product(mask, Window(tuple(kernel), stride, padding), *size, images, dtype)
 
 
@@ -96,7 +100,7 @@ def test_products_by_winograd(dtype, channels, size, padding, images, density, s
     size = [max(n, 3 - 2 * p) for n, p in zip(size, padding)]
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(*channels, 3, 3, generator=generator) < density
-    with patch.object(winograd, "worth", lambda *_: 0):
+    with patch.object(winograd, "break_even", lambda *_: 0):
         check_product(mask, Window((3, 3), padding=padding), *size, images, dtype)
 
 
@@ -114,7 +118,7 @@ def test_winograd_in_several_blocks_of_channels_and_positions(channels):
 def test_winograd_is_for_3x3_kernels_and_large_maps():
     large, small, narrow = Space(64, 8, 8), Space(64, 7, 7), Space(16, 8, 8)
     same = Window((3, 3), padding=(1, 1))
-    assert winograd.worth(same, large, large) == pytest.approx(0.29, abs=0.01)
+    assert winograd.break_even(same, large, large) == pytest.approx(0.29, abs=0.01)
     for sizes in [
         (Window((3, 3), (2, 2), (1, 1)), large, large),
         (Window((5, 5), padding=(2, 2)), large, large),
@@ -123,7 +127,7 @@ def test_winograd_is_for_3x3_kernels_and_large_maps():
         (same, narrow, large),
         (same, large, narrow),
     ]:
-        assert winograd.worth(*sizes) > 1
+        assert winograd.break_even(*sizes) > 1
 
 
 @pytest.mark.parametrize("density", [0.02, 0.5, 0.9])
@@ -147,20 +151,20 @@ def test_results_do_not_depend_on_the_number_of_threads(density, form):
     product = product_of(mask, Window((3, 3), padding=(1, 1)), 9, 9)
     assert isinstance(product.whole, form)
     product.values = nn.Parameter(normal(1, len(product.flat), dtype=torch.float32))
-    affine = Affine(nn.BatchNorm2d(34), None, True, product.made)
-    x = to_map(normal(2, 20, 40, 9, 9, dtype=torch.float32), product.given)
+    affine = Affine(nn.BatchNorm2d(34), None, True, product.output)
+    x = to_map(normal(2, 20, 40, 9, 9, dtype=torch.float32), product.input)
 
     def run(threads):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         y, of_product = product.forward(x, 20)
         z, of_affine = affine.forward(y, 20)
-        z = product.made.inside(z).clone()
-        d_z = to_map(normal(3, 20, 34, 9, 9, dtype=torch.float32), product.made)
+        z = product.output.inside(z).clone()
+        d_z = to_map(normal(3, 20, 34, 9, 9, dtype=torch.float32), product.output)
         (d_y,), learned = affine.backward(of_affine, d_z, [None])
         (d_x,), (d_values,) = product.backward(of_product, d_y, [None])
         torch.set_num_threads(before)
-        return [z, product.given.inside(d_x), d_values, *learned[:2]]
+        return [z, product.input.inside(d_x), d_values, *learned[:2]]
 
     for one, three in zip(run(1), run(3)):
         assert torch.equal(one, three)
@@ -194,7 +198,7 @@ def test_affine(dtype, channels, size, borders, images, norm, relu, residual, fi
         bias = nn.Parameter(normal(7, channels, dtype=dtype))
     spaces = [Space(channels, *size, border) for border in borders]
     layer = Affine(mine, bias, relu, spaces[0], first)
-    layer.residual, layer.made = spaces[1:]
+    layer.residual, layer.output = spaces[1:]
 
     y, r = (normal(s, images, channels, *size, dtype=dtype).requires_grad_() for s in (1, 2))
     z = y if bias is None else y + bias[:, None, None]
@@ -209,19 +213,19 @@ def test_affine(dtype, channels, size, borders, images, norm, relu, residual, fi
     expected = torch.autograd.grad(z, leaves, d_z)
 
     maps = [to_map(t.detach(), space) for t, space in ((y, spaces[0]), (r, spaces[1]))]
-    found, kept = layer.forward(*maps[: 1 + residual], images)
+    found, saved = layer.forward(*maps[: 1 + residual], images)
     outside = found.clone()
-    layer.made.inside(outside).zero_()
+    layer.output.inside(outside).zero_()
     assert not outside.any()  # the border
-    lost = layer.made.inside(found)[:, -1, ..., (images - 1) % LANES + 1 :]
+    lost = layer.output.inside(found)[:, -1, ..., (images - 1) % lanes() + 1 :]
     assert not lost.any()  # images that are not there
     tolerance = TOLERANCE[dtype] * 100
-    close(to_images(found, layer.made, images), z, tolerance)
+    close(to_images(found, layer.output, images), z, tolerance)
     so_far = normal(8, *r.shape, dtype=dtype)
     into = [None, *([to_map(so_far, spaces[1])] if residual else [])]
-    gradients, learned = layer.backward(kept, to_map(d_z, layer.made), into)
+    gradients, learned = layer.backward(saved, to_map(d_z, layer.output), into)
     outside = gradients[0].clone()
-    layer.given.inside(outside).zero_()
+    layer.input.inside(outside).zero_()
     assert not outside.any()
     maps = [to_images(g, space, images) for g, space in zip(gradients, spaces)]
     if residual:
@@ -247,30 +251,30 @@ def test_affine(dtype, channels, size, borders, images, norm, relu, residual, fi
 def test_max_pool(dtype, size, kernel, stride, padding, borders, images):
     padding, kernel = min(padding, kernel // 2), min(kernel, size)
     padding = min(padding, kernel // 2)
-    given = Space(3, size, size, borders[0])
+    input = Space(3, size, size, borders[0])
     window = Window((kernel,) * 2, (stride,) * 2, (padding,) * 2)
-    made = window.output(given, 3)
-    made.border = borders[1]
+    output = window.output(input, 3)
+    output.border = borders[1]
     # Few values, so that many are equal.
     x = normal(1, images, 3, size, size, dtype=dtype).round().requires_grad_()
     y = F.max_pool2d(x, kernel, stride, padding)
     d_y = normal(2, *y.shape, dtype=dtype)
     (expected,) = torch.autograd.grad(y, x, d_y)
-    pool = MaxPool(window, given, made)
-    found, kept = pool.forward(to_map(x.detach(), given), images)
-    assert torch.equal(to_images(found, made, images), y)
-    (d_x,), _ = pool.backward(kept, to_map(d_y, made), [None])
-    close(to_images(d_x, given, images), expected, TOLERANCE[dtype])
+    pool = MaxPool(window, input, output)
+    found, saved = pool.forward(to_map(x.detach(), input), images)
+    assert torch.equal(to_images(found, output, images), y)
+    (d_x,), _ = pool.backward(saved, to_map(d_y, output), [None])
+    close(to_images(d_x, input, images), expected, TOLERANCE[dtype])
 
 
 def test_mean_of_pixels():
     space = Space(3, 4, 5, border=1)
     x = normal(1, 18, 3, 4, 5)
     layer = MeanPixels(space)
-    found, kept = layer.forward(to_map(x, space), 18)
+    found, saved = layer.forward(to_map(x, space), 18)
     close(to_images(found, Space(3, 1, 1), 18).flatten(1), x.mean((2, 3)), 1e-14)
     d, so_far = normal(2, 18, 3), normal(3, 18, 3, 4, 5)
     d_y = to_map(d[:, :, None, None], Space(3, 1, 1))
-    (d_x,), _ = layer.backward(kept, d_y, [to_map(so_far, space)])
+    (d_x,), _ = layer.backward(saved, d_y, [to_map(so_far, space)])
     expected = (d / 20)[:, :, None, None].expand_as(x) + so_far
     close(to_images(d_x, space, 18), expected, 1e-14)

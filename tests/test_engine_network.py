@@ -1,6 +1,7 @@
 """Whole networks in their sparse form against the masked ones, and what has no sparse form."""
 
 import copy
+import os
 import re
 import threading
 import time
@@ -8,68 +9,32 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_runs import (
+    SHAPE,
+    WIDTHS,
+    batch,
+    clock,
+    equal_states,
+    network,
+    optimizer_of,
+    sparse_form,
+    step,
+)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from startsparse import models
 from startsparse.engine import build, choice
 from startsparse.engine.choice import choose
+from startsparse.engine.kernels import kernels_for
 from startsparse.engine.lowering import UnsupportedError, lower
 from startsparse.engine.network import SparseForm
 from startsparse.masks import (
     attach_masks,
     draw_masks,
     keep_inside,
-    mask_gradients,
     masked_weights,
     sparse_layers,
 )
-
-WIDTHS = {"resnet20": 4, "resnet18": 6, "resnet50": 4, "vgg11": 4, "vgg16": 4, "mlp": 24}
-SHAPE = 3, 32, 32
-
-
-def network(arch, density=0.3, dtype=torch.float64, width=None):
-    model = models.build(arch, classes=10, width=width or WIDTHS[arch])
-    models.init_weights(model, "kaiming_normal", 1)
-    shapes = {name: layer.weight.shape for name, layer in sparse_layers(model).items()}
-    attach_masks(model, draw_masks(shapes, [density] * len(shapes), 1, "bernoulli"))
-    return model.to(dtype, memory_format=torch.channels_last)
-
-
-def batch(images=19, dtype=torch.float64, shape=SHAPE):
-    draw = torch.Generator().manual_seed(2)
-    return torch.randn(images, *shape, generator=draw, dtype=dtype), torch.arange(images) % 10
-
-
-def sparse_form(model, without=(), shape=SHAPE):
-    form = SparseForm(model, shape)
-    form.compute_sparsely(set(form.layers) - set(without))
-    return form
-
-
-def optimizer_of(model, kind):
-    if kind == "adam":
-        return torch.optim.Adam(model.parameters(), 1e-2, weight_decay=1e-3, fused=True)
-    return torch.optim.SGD(
-        model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3, nesterov=True, fused=True
-    )
-
-
-def step(forward, model, optimizer, images, labels):
-    optimizer.zero_grad()
-    loss = F.cross_entropy(forward(images), labels)
-    loss.backward()
-    pairs = [(w.grad, m) for _, w, m in masked_weights(model) if w.grad is not None]
-    mask_gradients([g for g, _ in pairs], [m for _, m in pairs])
-    optimizer.step()
-    return loss.item()
-
-
-def equal_states(one, other, tolerance):
-    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values()):
-        assert a.stride() == b.stride(), name
-        assert (a.double() - b.double()).abs().max() <= tolerance, name
 
 
 @pytest.mark.parametrize("arch", WIDTHS)
@@ -253,29 +218,15 @@ def test_other_networks():
                 assert (getattr(mine, kind).grad - gradient).abs().max() < 1e-10, name
 
 
-def clock(monkeypatch, dense, sparse):
-    """Everything is tried, and said to take ``dense`` seconds, or ``sparse`` in the sparse form."""
-
-    def runs(name, said):
-        original = getattr(choice, name)
-        monkeypatch.setattr(choice, name, lambda *args: (original(*args), said)[1])
-
-    dense, sparse = choice.Seconds(dense), choice.Seconds(sparse)
-    monkeypatch.setattr(choice, "cpu_seconds", lambda run, *_: run())
-    runs("_masked", dense)
-    runs("_between_maps", (dense, sparse))
-    runs("_steps", (dense, sparse))
-
-
-@pytest.mark.parametrize(("sparse", "share"), [(0.5, 0.5), (0.97, 0.97), (2.0, None)])
-def test_the_choice_takes_the_faster_and_leaves_everything_as_it_was(monkeypatch, sparse, share):
+@pytest.mark.parametrize(("sparse", "ratio"), [(0.5, 0.5), (0.97, 0.97), (2.0, None)])
+def test_the_choice_takes_the_faster_and_leaves_everything_as_it_was(monkeypatch, sparse, ratio):
     clock(monkeypatch, 1.0, sparse)
     model = network("vgg11", density=0.1, dtype=torch.float32)
     before = copy.deepcopy(model.state_dict())
     form = SparseForm(model, SHAPE)
     found = choose(form, batch(32, torch.float32)[0], classes=10)
     assert found.layers == pytest.approx(dict.fromkeys(form.layers, 1 / sparse))
-    assert found.share == share
+    assert found.ratio == ratio
     assert form.computes == found.computes == (set(form.layers) if sparse < 0.95 else set())
     assert not form.entered
     for name, tensor in model.state_dict().items():
@@ -378,26 +329,30 @@ def test_dense_layers_are_not_tried():
 def test_without_a_compiler_it_is_said(compiler, reason, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path / "cache"))
-    build.library.cache_clear()
+    kernels_for.cache_clear()
     with pytest.raises(build.NoCompilerError, match=re.escape(reason)):
         SparseForm(network("mlp"), SHAPE)
     assert not list(tmp_path.rglob("*.so*"))
     monkeypatch.undo()
-    build.library.cache_clear()
+    kernels_for.cache_clear()
     SparseForm(network("mlp"), SHAPE)
 
 
 def test_kernels_are_built_once(monkeypatch, tmp_path):
-    monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path))
-    build.library.cache_clear()
-    build.library(torch.float32)
-    (built,) = tmp_path.iterdir()
+    compiler = tmp_path / "quick-g++"  # of two -O the last counts
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -O0\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path / "cache"))
+    kernels_for.cache_clear()
+    kernels_for(torch.float32)
+    (built,) = (tmp_path / "cache").iterdir()
     at = built.stat().st_mtime_ns
-    build.library.cache_clear()
+    kernels_for.cache_clear()
     monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("built again"))
-    build.library(torch.float32)
+    kernels_for(torch.float32)
     assert built.stat().st_mtime_ns == at
-    build.library.cache_clear()
+    kernels_for.cache_clear()
 
 
 @pytest.mark.parametrize("arch", WIDTHS)

@@ -20,13 +20,14 @@ from dst_runs import (
 )
 
 from ER_DST import main as script
+from ER_DST.dynamic import phase
 from ER_DST.initializers import INITS
 from ER_DST.options import FLOW, SPARSE_INITS
 from ER_DST.topology import GROWTH, METHODS
-from ER_DST.updates import phase
 from startsparse import checkpoint, flops, ratios, training
 from startsparse.data import SHAPES
 from startsparse.masks import masked_weights, sparse_layers
+from startsparse.method import PLAIN
 from startsparse.ratios import layer_densities
 
 JSON = {"hidden.0": 0.2, "hidden.3": 0.4, "hidden.6": 0.4, "classifier": 0.8}
@@ -65,7 +66,7 @@ def quick(monkeypatch):
     found = flops.forward_flops(
         script.plan(options(), some_data().shape)[0], torch.zeros(1, 1, 4, 4)
     )
-    monkeypatch.setattr(checkpoint, "save", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "save_by_rank_0", lambda *_: None)
     monkeypatch.setattr(flops, "forward_flops", lambda *_: found)
 
 
@@ -148,7 +149,7 @@ def test_a_mask_that_is_not_pruned_stays_as_drawn_whatever_the_method(
     static = {"flow_preservation": flow, "is_prune": False, "epochs": 1}
     static |= BEGINNINGS[(3 * number + FLOW.index(flow)) % len(BEGINNINGS)]
     whole = phase(combined(found, sparse_init, **static), STEPS)
-    assert not whole.each_step
+    assert whole.method is PLAIN
     for method, growth, inside in itertools.product(METHODS, GROWTH, within):
         own = {"method": method, "growth": growth, "grow_within_init": inside}
         asked = combined(found, sparse_init, **static, **own)
@@ -175,7 +176,7 @@ IMAGES = ("cifar10", "cifar100", "tiny-imagenet", "mnist", "digits")
 @pytest.mark.parametrize("number", range(len(NETWORKS) * len(IMAGES)))
 def test_every_network_trains_on_examples_like_every_set(tmp_path, monkeypatch, number):
     """Narrow ones, for two steps with an update between, with masks and methods in turn."""
-    monkeypatch.setattr(checkpoint, "save", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "save_by_rank_0", lambda *_: None)
     own = [name for name in SPARSE_INITS if name != "network"]
     arch, images = NETWORKS[number % len(NETWORKS)], IMAGES[number % len(IMAGES)]
     asked = options(
@@ -269,10 +270,10 @@ def test_snip_keeps_its_mask_and_er_snip_draws_its_ratio_anew(found):
 def test_er_imp_trains_from_the_start_before_each_pruning(monkeypatch):
     begun, train_epoch = [], training.train_epoch
 
-    def watch(model, *args, **kwargs):
-        state = {name: value.clone() for name, value in model.state_dict().items()}
+    def watch(learner, *args, **kwargs):
+        state = {name: value.clone() for name, value in learner.model.state_dict().items()}
         begun.append((kwargs["epoch"], state))
-        train_epoch(model, *args, **kwargs)
+        train_epoch(learner, *args, **kwargs)
 
     monkeypatch.setattr(training, "train_epoch", watch)
     asked = options(er_sparse_method="ER_imp", imp_epochs=2, final_density=0.2)

@@ -20,10 +20,10 @@ from ER_DST.initializers import (
 from startsparse import models
 from startsparse.errors import OptionError
 from startsparse.masks import (
+    active,
     attach_masks,
     draw_masks,
     keep_inside,
-    kept,
     masked_weights,
     sparse_layers,
 )
@@ -53,7 +53,7 @@ def test_mean_and_standard_deviation(how, density):
     model = network(density)
     init_weights(model, how, 1)
     for name, layer in sparse_layers(model).items():
-        mask = kept(layer)
+        mask = active(layer)
         realised = mask.double().mean() if name != "6" else 1
         std = 1 / math.sqrt(layer.weight[0].numel() * realised)
         values = layer.weight.detach()[mask].double() / std
@@ -139,7 +139,7 @@ def is_uniform(values, bound):
 def test_default_is_what_the_network_starts_from_as_published(arch, imagenet):
     model = built(arch, imagenet)
     for layer in sparse_layers(model).values():
-        values, fan_in = layer.weight.detach()[kept(layer)], layer.weight[0].numel()
+        values, fan_in = layer.weight.detach()[active(layer)], layer.weight[0].numel()
         conv = isinstance(layer, nn.Conv2d)
         if arch == "vgg11" or (imagenet and conv):
             is_normal(values, math.sqrt(2 / fan_out(layer)) if conv else 0.01)

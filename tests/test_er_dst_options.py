@@ -160,7 +160,7 @@ BAD = {
     "--growth: 'both' is none of random, gradient, momentum": ["--growth", "both"],
     "--prune: 'random' is none of magnitude": ["--prune", "random"],
     "--init-method: 'he' is none of default, kaiming": ["--init-method", "he"],
-    "--optimizer: 'adamw' is none of sgd, adam": ["--optimizer", "adamw"],
+    "--optimizer: 'lion' is none of sgd, adam, adamw": ["--optimizer", "lion"],
     "--is-prune: 'maybe' should be True or False": ["--is-prune", "maybe"],
     "--flow-preservation: 'maybe' is none of False, True, always": [
         *("--flow-preservation", "maybe")

@@ -5,7 +5,7 @@ import signal
 
 import pandas as pd
 import pytest
-from script_runs import same
+from script_runs import Crash, same
 
 from ER_DST import main as script
 from startsparse import checkpoint
@@ -33,10 +33,6 @@ RUNS = {
 }
 
 
-class Crash(BaseException):
-    """The process is gone."""
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The uninterrupted runs, each made once."""
@@ -55,14 +51,14 @@ def whole(tmp_path_factory):
 
 
 def stopping(when, signum=None):
-    """A `Trainer._after_step` that ends the process after step ``when`` of it, or signals it."""
-    done, original = [], Trainer._after_step
+    """A `Trainer.after_step` that ends the process after step ``when`` of it, or signals it."""
+    done, original = [], Trainer.after_step
 
-    def after_step(trainer, step):
+    def after_step(trainer, method, step):
         done.append(step)
         if len(done) == when and signum:
             os.kill(os.getpid(), signum)
-        original(trainer, step)
+        original(trainer, method, step)
         if len(done) == when:
             raise Crash
 
@@ -77,7 +73,7 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(
     run_dst, monkeypatch, whole, name, when
 ):
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="--resume .* continues"):
-        patch.setattr(Trainer, "_after_step", stopping(when, signal.SIGTERM))
+        patch.setattr(Trainer, "after_step", stopping(when, signal.SIGTERM))
         run_dst(*ARGV, *RUNS[name])
     parts = run_dst(*ARGV, *RUNS[name], "--resume", "auto")
     assert len(list(parts.parent.iterdir())) == 1
@@ -92,7 +88,7 @@ def test_gone_after_updates_that_no_checkpoint_has_and_resumed(run_dst, monkeypa
 
     argv = [*ARGV, *RUNS[name], "--save-every", "6"]
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(Trainer, "_after_step", stopping(10))
+        patch.setattr(Trainer, "after_step", stopping(10))
         run_dst(*argv)
     parts = run_dst(*argv, "--resume", "auto")
     assert same(whole(name), parts)
@@ -114,12 +110,12 @@ def rows(folder):
 def test_resumed_twice_from_its_folder(run_dst, monkeypatch, whole, tmp_path):
     name = "SGD, gradient"
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Trainer, "_after_step", stopping(5, signal.SIGINT))
+        patch.setattr(Trainer, "after_step", stopping(5, signal.SIGINT))
         run_dst(*ARGV, *RUNS[name])
     folder = next((tmp_path / "a/runs").glob("*/*/seed-1"))
     assert [row["step"] for row in rows(folder)] == [4]
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Trainer, "_after_step", stopping(8, signal.SIGTERM))
+        patch.setattr(Trainer, "after_step", stopping(8, signal.SIGTERM))
         script.main(["--resume", str(folder), "--result-dir", str(tmp_path / "a")])
     assert [row["step"] for row in rows(folder)] == [4, 8, 12]
     script.main(["--resume", str(folder), "--result-dir", str(tmp_path / "a")])

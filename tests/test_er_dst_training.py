@@ -1,6 +1,5 @@
 """Training whose masks move: optimizer state, counts, densities, flow, and what is written down."""
 
-import dataclasses
 import math
 
 import pytest
@@ -16,14 +15,16 @@ from dst_runs import (
     options,
     some_data,
     train,
+    watched,
 )
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ER_DST import main as script
+from ER_DST.checks import warn_of_thin_start
+from ER_DST.dynamic import phase, preserve_flow, update
 from ER_DST.options import FLOW
-from ER_DST.topology import GROWTH, METHODS, update
-from ER_DST.updates import phase, preserve_flow, warn_of_thin_start
+from ER_DST.topology import GROWTH, METHODS
 from startsparse import checkpoint, flops, flow
 from startsparse.errors import UserError
 from startsparse.masks import attach_masks, draw_masks, keep_inside, masked_weights, sparse_layers
@@ -101,13 +102,13 @@ def test_an_update_moves_what_stays_and_the_next_step_what_has_come(tmp_path, me
     velocity = {name: torch.zeros_like(value) for name, value in plain.items()}
     arrived = 0
 
-    def watched(trainer, step):
+    def look(_step, make):
         nonlocal arrived
         before = masks(trainer.model)
         for name, weight, _ in masked_weights(trainer.model):  # as the steps so far have left it
             torch.testing.assert_close(weight.detach(), plain[name])
         gradients = {n: w.grad.clone() for n, w, _ in masked_weights(trainer.model)}
-        whole.each_step(trainer, step)
+        make()
         for name, mask in masks(trainer.model).items():
             arrived += int((mask & ~before[name]).sum())
             w, v, g = plain[name].view(-1), velocity[name].view(-1), gradients[name].view(-1)
@@ -119,7 +120,7 @@ def test_an_update_moves_what_stays_and_the_next_step_what_has_come(tmp_path, me
                 else:
                     w[i] = v[i] = 0
 
-    trainer.run_phases([dataclasses.replace(whole, each_step=watched)])
+    trainer.run_phases([watched(whole, look)])
     assert arrived > 0
     for name, weight, _ in masked_weights(trainer.model):
         torch.testing.assert_close(weight.detach(), plain[name])
@@ -130,31 +131,31 @@ def test_momentum_for_growth_sums_the_dense_gradients_of_every_step(tmp_path):
     trainer, whole = begin(tmp_path, asked)
     sums, outside = {}, 0
 
-    def watched(trainer, step):
+    def look(_step, make):
         nonlocal outside
         for name, weight, mask in masked_weights(trainer.model):
             sums[name] = 0.7 * sums.get(name, 0.0) + weight.grad
             outside += int((weight.grad[~mask] != 0).sum())
-        whole.each_step(trainer, step)
+        make()
 
-    trainer.run_phases([dataclasses.replace(whole, each_step=watched)])
+    trainer.run_phases([watched(whole, look)])
     assert outside > 0
     for name, layer in sparse_layers(trainer.model).items():
-        torch.testing.assert_close(layer.weight_momentum, sums[name])
+        torch.testing.assert_close(layer.growth_state, sums[name])
 
 
 def test_a_gradient_that_is_no_number_is_one_line(tmp_path):
     trainer, whole = begin(tmp_path, options(method="DST"))
 
-    def poisoned(trainer, step):
+    def poisoned(step, make):
         _, weight, mask = next(masked_weights(trainer.model))
         if step == 2:
             weight.grad[tuple((~mask).nonzero()[0])] = torch.nan
-        whole.each_step(trainer, step)
+        make()
 
     message = r"^--growth: at step 3: hidden\.0: growth: a score is NaN$"
     with pytest.raises(UserError, match=message):
-        trainer.run_phases([dataclasses.replace(whole, each_step=poisoned)])
+        trainer.run_phases([watched(whole, poisoned)])
 
 
 # --- how many -------------------------------------------------------------------------------------
@@ -278,14 +279,16 @@ def test_dense_gradients_are_paid_for_up_to_the_stop_only(tmp_path, growth):
     """A mask of fixed counts: FLOPs of 24 steps, and of the dense gradients of some of them."""
     asked = options(method="DST", growth=growth, epochs=6, update_frequency=3, stop_updates=10 / 24)
     trainer = train(tmp_path, asked)
-    moving = phase(asked, STEPS).moves  # steps that sparse compute leaves to the masked network
+    moving = phase(
+        asked, STEPS
+    ).method.moves_masks  # steps that sparse compute leaves to the masked network
     assert [step for step in range(24) if moving(step)] == [3, 6, 9]
     density = flops.densities(trainer.model)
-    outside = flops.dense_gradients(trainer.forward_flops, density)
+    outside = flops.dense_gradients(trainer.ledger.forward, density)
     assert outside > 0
     times = {"random": 0, "gradient": 3, "momentum": 10}[growth]
-    spent = 24 * flops.training(trainer.forward_flops, density) + times * outside
-    assert trainer.flops["training"] == pytest.approx(spent)
+    spent = 24 * flops.training(trainer.ledger.forward, density) + times * outside
+    assert trainer.ledger.training == pytest.approx(spent)
 
 
 # --- flow -----------------------------------------------------------------------------------------

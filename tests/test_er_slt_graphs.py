@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 import torch
-from slt_runs import result, run_slt  # noqa: F401
+from slt_runs import result
 
 from ER_SLT import main as script
 from ER_SLT.edge_popup import set_density
@@ -26,7 +26,7 @@ def test_graphs_have_a_recipe(name):
     assert options.weight_scale > 1
 
 
-def test_frozen_weights_have_to_be_large_enough(run_slt, no_pictures, capsys):  # noqa: F811
+def test_frozen_weights_have_to_be_large_enough(run_slt, no_pictures, capsys):
     """The loss of two classes is ln 2 at chance. With the weights of He it stays near that."""
     losses, accuracies, warned = [], [], []
     for argv in (PUBLISHED, []):
@@ -41,7 +41,7 @@ def test_frozen_weights_have_to_be_large_enough(run_slt, no_pictures, capsys):  
     assert accuracies[1] >= 13 / 16
 
 
-def test_the_scale_that_is_advised_makes_logits_of_1(run_slt, no_pictures, capsys):  # noqa: F811
+def test_the_scale_that_is_advised_makes_logits_of_1(run_slt, no_pictures, capsys):
     argv = [*SHORT, "--epochs", "1", "--passes", "1", "--width", "16", "--sparsity", "0.4"]
     run_slt(*argv, "--weight-scale", "0.5")
     (said,) = (line for line in capsys.readouterr().out.splitlines() if "at chance; " in line)

@@ -11,17 +11,16 @@ import pandas as pd
 import pytest
 import torch
 from data_files import write_cifar10
-from script_runs import ROOT, weights
+from engine_runs import clock
+from script_runs import ROOT, few_digits, weights
 from slt_runs import (
     DEMO,
     MLP,
     PUBLISHED,
     asked,
-    few_digits,
     is_inside,
     random_masks,
     result,
-    run_slt,  # noqa: F401 - a fixture
     slt,
     ticket,
     used,
@@ -236,7 +235,7 @@ def test_a_ticket_of_any_level_and_a_run_folder_can_be_evaluated(demo, capsys):
 
 
 def test_another_accuracy_is_told_from_that_of_the_ticket(demo, capsys, monkeypatch):
-    monkeypatch.setitem(script.data.SETS, "digits", few_digits)
+    monkeypatch.setitem(script.data.SETS, "digits", few_digits(64, 20))
     script.main(["--evaluate", str(demo[0])])
     told = result(demo[0])["test_accuracy"]
     assert f", but {told!r} is what the ticket says)" in capsys.readouterr().out
@@ -265,7 +264,7 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize(("how", "score_init", "ranking"), COMBINATIONS)
-def test_every_initialisation_and_ranking(run_slt, capsys, how, score_init, ranking):  # noqa: F811
+def test_every_initialisation_and_ranking(run_slt, capsys, how, score_init, ranking):
     flag = {"layer": "--per-layer", "global": "--global"}[ranking]
     argv = ["--initBias", how, "--score-init", score_init]
     if INITS[how][1] not in ("none", "signed"):
@@ -293,7 +292,7 @@ def test_scale_fan_is_by_the_density_of_the_last_level():
     assert torch.allclose(weights[1], weights[0] * 10**0.5)  # and not by that of the mask, 0.5
 
 
-def test_scores_go_on_from_level_to_level(run_slt, monkeypatch):  # noqa: F811
+def test_scores_go_on_from_level_to_level(run_slt, monkeypatch):
     seen, start = [], Trainer._start
 
     def watch(trainer, *args):
@@ -313,7 +312,7 @@ def test_scores_go_on_from_level_to_level(run_slt, monkeypatch):  # noqa: F811
 # --- random masks that are too small --------------------------------------------------------------
 
 
-def test_layers_that_are_short_are_named_before_training(run_slt, capsys):  # noqa: F811
+def test_layers_that_are_short_are_named_before_training(run_slt, capsys):
     ratio = ["--er-sparse-method", "pyramidal", "--er-init-density", "0.3", "--sparsity", "0.3"]
     folder = run_slt(*MLP, "--epochs", "1", "--levels", "1", *ratio)
     lines = capsys.readouterr().out.splitlines()
@@ -335,8 +334,9 @@ def test_layers_that_are_short_are_named_before_training(run_slt, capsys):  # no
 # --- the published command, other data ------------------------------------------------------------
 
 
-def test_the_published_command_finishes(run_slt, monkeypatch):  # noqa: F811
-    monkeypatch.setitem(script.data.SETS, "digits", few_digits)
+def test_the_published_command_finishes(run_slt, monkeypatch):
+    monkeypatch.setitem(script.data.SETS, "digits", few_digits(16, 8))
+    clock(monkeypatch, dense=2.0, sparse=1.0)  # each thing is tried once
     folder = run_slt(*PUBLISHED, "--dataset", "DIGITS", "--epochs", "1", "--levels", "2")
     assert folder.parts[-3:] == ("digits", "runs-strong-tick-anneal-lr-0.1-2", "seed-2")
     size = (folder / "ticket.safetensors").stat().st_size
@@ -347,7 +347,7 @@ def test_the_published_command_finishes(run_slt, monkeypatch):  # noqa: F811
     assert (folder / "levels/level-2.pt").exists()
 
 
-def test_a_small_cifar_in_the_true_format(run_slt, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_small_cifar_in_the_true_format(run_slt, tmp_path, monkeypatch, capsys):
     small = write_cifar10(tmp_path / "data")
     monkeypatch.setitem(script.data.SETS, "cifar10", small.loader)
     where = ["--data", str(tmp_path / "data")]

@@ -2,38 +2,19 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from script_runs import ROOT, newest, same
-from slt_runs import MLP, run_slt, ticket  # noqa: F401 - a fixture
+from forked import Script
+from script_runs import ROOT, Crash, crashing, newest, same
+from slt_runs import MLP, ticket
 
 from ER_SLT import main as script
 from startsparse.errors import OptionError
 from startsparse.trainer import Trainer
 
 TINY = [*MLP, "--initBias", "kn-nonzero-bias", "--shuffle"]
-
-
-class Crash(BaseException):
-    """The process is gone."""
-
-
-def crashing(when, count, save=Trainer.save):
-    """A `Trainer.save` whose ``count``-th call ends the process before or after it saved."""
-    calls = []
-
-    def crash(trainer):
-        calls.append(1)
-        if when == "after" or len(calls) < count:
-            save(trainer)
-        if len(calls) == count:
-            raise Crash
-
-    return crash
 
 
 def same_tickets(one, other):
@@ -69,7 +50,7 @@ def whole(tmp_path_factory):
     [("after", 1), ("before", 2), ("after", 2), ("before", 3), ("after", 3), ("after", 4),
      ("after", 5)],
 )  # fmt: skip
-def test_resumed_between_epochs_and_levels(run_slt, whole, monkeypatch, when, count):  # noqa: F811
+def test_resumed_between_epochs_and_levels(run_slt, whole, monkeypatch, when, count):
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(Trainer, "save", crashing(when, count))
         run_slt(*TINY)
@@ -80,7 +61,7 @@ def test_resumed_between_epochs_and_levels(run_slt, whole, monkeypatch, when, co
 
 @pytest.mark.parametrize("ranking", ["--per-layer", "--global"])
 @pytest.mark.parametrize("count", [2, 12])
-def test_resumed_inside_a_level(run_slt, whole, monkeypatch, ranking, count):  # noqa: F811
+def test_resumed_inside_a_level(run_slt, whole, monkeypatch, ranking, count):
     """A save within the first epoch, and one within the second level."""
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(Trainer, "save", crashing("after", count))
@@ -92,19 +73,14 @@ def test_resumed_inside_a_level(run_slt, whole, monkeypatch, ranking, count):  #
 
 def test_a_signal_saves_and_says_how_to_go_on(whole, tmp_path):
     argv = [*TINY, "--epochs", "5"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "ER_SLT/main.py", *argv, "--log-dir", f"{tmp_path}/runs",
-         "--result-dir", str(tmp_path), "--save-every", "1"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
+    folders = ["--log-dir", f"{tmp_path}/runs", "--result-dir", str(tmp_path)]
+    process = Script(ROOT / "ER_SLT/main.py", [*argv, *folders, "--save-every", "1"], tmp_path)
     while not list(tmp_path.rglob("checkpoint.pt")):
-        assert process.poll() is None
+        assert process.exit_code is None
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    _, errors = process.wait()
+    assert process.exit_code == 128 + signal.SIGTERM
     assert errors.count("\n") == 1
     assert "continues" in errors
     folder = newest(tmp_path)
@@ -114,7 +90,7 @@ def test_a_signal_saves_and_says_how_to_go_on(whole, tmp_path):
     same_tickets(whole(*argv), folder)
 
 
-def test_a_finished_run_is_not_trained_again(run_slt, monkeypatch):  # noqa: F811
+def test_a_finished_run_is_not_trained_again(run_slt, monkeypatch):
     folder = run_slt(*MLP, "--epochs", "1")
     before = (folder / "checkpoint.pt").read_bytes()
     monkeypatch.setattr(script.data, "load", lambda *_, **__: pytest.fail("trained again"))

@@ -9,8 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from scipy.sparse import csr_matrix
-from script_runs import SOFT, newest
-from slt_runs import few_digits
+from script_runs import SOFT, few_digits, newest
 
 from ER_DST import main as dst
 from ER_SLT import main as slt
@@ -55,8 +54,8 @@ class Finished:
                 return result
 
             patch.setattr(Trainer, "test", watch)
-            patch.setattr(plots, "plot_run", lambda *_: None)
-            patch.setitem(data.SETS, "digits", few_digits)
+            patch.setattr(plots, "plot_run_by_rank_0", lambda *_: None)
+            patch.setitem(data.SETS, "digits", few_digits(64, 20))
             soft = SOFT if name == "soft" else []
             folders = ["--log-dir", f"{where}/runs", "--result-dir", str(where)]
             small = SMALL[:2] if name == "graph" else SMALL  # a graph is one batch

@@ -10,11 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from data_files import loaded, put, python2_pickle
+from file_server import Broken, content, serve
 from graph_files import python2_csr, python2_defaultdict, write_planetoid
 from scipy.sparse import csr_matrix
-from script_runs import same, weights
-from test_data_files import Broken, content, serve
-from test_str_resume import Crash, crashing
+from script_runs import Crash, crashing, same, weights
 
 from startsparse import data, models, parallel, scores
 from startsparse.data import SETS, SHAPES, Shape
@@ -23,7 +22,7 @@ from startsparse.errors import OptionError, UserError
 from startsparse.masks import attach_masks, masked_weights
 from startsparse.models.gcn import GCN, renormalised
 from startsparse.trainer import Trainer
-from startsparse.training import evaluate, means, new_sums, train_epoch
+from startsparse.training import Learner, evaluate, means, new_sums, train_epoch
 from STR import main as script
 from STR.options import PRUNER_NAMES
 
@@ -158,10 +157,8 @@ def test_a_step_of_training_is_on_the_nodes_of_its_part():
     loss = F.cross_entropy(by_hand(a, x, *plain)[nodes], labels[nodes])
     gradients = torch.autograd.grad(loss, plain)
     sums = new_sums(CPU)
-    train_epoch(
-        model, model, GraphBatches(x, labels, nodes, CPU), torch.optim.SGD(model.parameters(), 1.0),
-        lambda _: 0.5, epoch=0, sums=sums, autocast=OFF,
-    )  # fmt: skip
+    learner = Learner(model, torch.optim.SGD(model.parameters(), 1.0))
+    train_epoch(learner, GraphBatches(x, labels, nodes, CPU), lambda _: 0.5, sums, epoch=0)
     assert means(sums)["loss"] == pytest.approx(loss.item())
     assert sums[2] == 3
     for weight, before, gradient in zip(model.parameters(), plain, gradients):
@@ -395,11 +392,9 @@ def test_every_step_drops_other_units():
     seen = []
     model.dropout.register_forward_hook(lambda _m, _i, output: seen.append(output != 0))
     batches = data.Repeated(GraphBatches(x, torch.arange(12) % 3, torch.arange(12), CPU), 2)
+    learner = Learner(model, torch.optim.SGD(model.parameters()), seed=1)
     for epoch in (0, 1):
-        train_epoch(
-            model, model, batches, torch.optim.SGD(model.parameters()), lambda _: 0.0, epoch=epoch,
-            seed=1, sums=new_sums(CPU), autocast=OFF,
-        )  # fmt: skip
+        train_epoch(learner, batches, lambda _: 0.0, new_sums(CPU), epoch=epoch)
     inputs = [dropped for dropped in seen if dropped.shape == x.shape]
     assert len({tuple(dropped.flatten().tolist()) for dropped in inputs}) == len(inputs) == 4
 

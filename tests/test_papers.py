@@ -22,7 +22,6 @@ from startsparse import scores
 from startsparse.effective import replace_layers
 from startsparse.masks import attach_masks, draw_masks, mask_gradients, masked_weights
 from startsparse.pruning import prune
-from startsparse.trainer import make_optimizer
 from STR.options import STROptions
 from STR.thresholds import SoftThresholded
 
@@ -181,7 +180,7 @@ def batches(steps):
 
 def train(model, options, steps):
     """Steps as `training.train_epoch` takes them, in float64."""
-    optimizer = make_optimizer(model, options)
+    optimizer = options.make_optimizer(model)
     for images, labels in batches(steps):
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from forked import Script
 from processes_runs import BAD, INTERRUPTED, RUNS, STOP, STR, folders, forms
 from script_runs import ROOT, newest, same, weights
 
@@ -28,10 +29,10 @@ CPU = torch.device("cpu")
 
 def of_two(kind, where):
     """What the program of `processes_runs` prints."""
-    program = [sys.executable, ROOT / "tests/processes_runs.py", kind, where]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    program = Script(ROOT / "tests/processes_runs.py", [kind, where], where)
+    out, errors = program.wait()
+    assert program.exit_code == 0, errors
+    return json.loads(out)
 
 
 def test_two_processes_train_as_one(tmp_path):
@@ -59,7 +60,7 @@ def test_two_processes_train_as_one(tmp_path):
     assert pd.read_csv(newest(tmp_path / "two/auto") / "density.csv")["computes"].count() == 1
     # One of them was asked to stop; both did, after the same step, and went on.
     stopped = newest(tmp_path / "two/stopped")
-    place = checkpoint.load(stopped / "stopped.pt")["place"]
+    place = checkpoint.load(stopped / "stopped.pt")["position"]
     assert place == {"phase": 0, "epoch": 0, "step": STOP + 1}
     assert len(list(stopped.parent.iterdir())) == 1
     assert same(newest(tmp_path / f"two/{INTERRUPTED}, on"), stopped)
@@ -89,7 +90,7 @@ def test_what_is_wrong_is_said_once(tmp_path):
 
 
 def test_a_sweep_is_one_process(monkeypatch):
-    monkeypatch.setattr(processes, "_count", 2)
+    monkeypatch.setattr(processes._world, "size", 2)
     with pytest.raises(OptionError, match="torchrun: is for main.py"):
         run_imp.main(["--dry-run"])
 
@@ -126,7 +127,7 @@ def test_torchrun_is_asked_to_stop(tmp_path):
     folder = newest(tmp_path)
     assert said.count("\nembedding") == said.count("epoch   1  final") == 1
     assert errors.count(f"--resume {folder} continues\n") == 1
-    assert checkpoint.load(folder / "checkpoint.pt")["place"]["epoch"] > 0
+    assert checkpoint.load(folder / "checkpoint.pt")["position"]["epoch"] > 0
     assert json.loads((folder / "environment.json").read_text())["processes"] == 2
 
 
@@ -135,8 +136,8 @@ def of(count, make):
     made = []
     for rank in range(count):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(processes, "_rank", rank)
-            patch.setattr(processes, "_count", count)
+            patch.setattr(processes._world, "rank", rank)
+            patch.setattr(processes._world, "size", count)
             made.append(make())
     return made
 

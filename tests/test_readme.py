@@ -1,37 +1,28 @@
-"""The README: every option value of its tables is taken, every command of it is understood."""
+"""README and docs/options.md: option values are taken, and commands understood."""
 
 import re
 import shlex
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import dst_runs
 import pytest
 import slt_runs
+from option_names import SCRIPTS, shown_names
 from script_runs import original_commands
 
-import ER_DST.main
-import ER_SLT.main
-import STR.main
-from ER_DST.options import DSTOptions
-from ER_SLT.options import CIFAROptions, SLTOptions
+from ER_SLT.options import CIFAROptions
 from startsparse.commandline import parse
 from startsparse.fields import normal
-from STR import run_imp
 from STR.options import STROptions
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SCRIPTS = {
-    "STR": (STROptions, STR.main.CONFIGS),
-    "ER_DST": (DSTOptions, ER_DST.main.CONFIGS),
-    "ER_SLT": (SLTOptions, ER_SLT.main.CONFIGS),
-}
+OPTIONS = (ROOT / "docs/options.md").read_text()
 
 
-def section(script):
-    """What the README says of a script package."""
-    return re.search(rf"^## {script}: .*?(?=^## )", README, re.MULTILINE | re.DOTALL)[0]
+def section(script, text=OPTIONS):
+    """What a text says of a script package, under a heading of its own."""
+    return re.search(rf"^(##+) {script}: .*?(?=^\1 )", f"{text}\n## ", re.M | re.S)[0]
 
 
 def table(script):
@@ -43,19 +34,6 @@ def table(script):
             option = cells[0].strip("`") or option
             pairs += [(option, value) for value in re.findall(r"`(.*?)`", cells[1])]
     return pairs
-
-
-def shown_names(kind):
-    """Name on the command line -> field, and the values of a choice."""
-    names, choices = {}, {}
-    for field, hint in get_type_hints(kind, include_extras=True).items():
-        extras = get_args(hint)[1:]
-        name = next((e.name for e in extras if getattr(e, "name", None)), field)
-        names[normal(name)] = field
-        for extra in extras:
-            if str(getattr(extra, "metavar", "")).startswith("{"):
-                choices[normal(name)] = {normal(v) for v in extra.metavar.strip("{}").split(",")}
-    return names, choices
 
 
 NEEDS = {  # what an option, or a value of one, counts beside
@@ -100,7 +78,7 @@ def test_the_table_is_complete(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_command_is_understood(script, monkeypatch):
     monkeypatch.chdir(ROOT / script)
-    commands = re.findall(r"^python (cifar_)?main\.py(.*)$", section(script), re.MULTILINE)
+    commands = re.findall(r"^python (cifar_)?main\.py(.*)$", section(script, README), re.MULTILINE)
     assert len(commands) == {"STR": 3, "ER_DST": 2, "ER_SLT": 2}[script]
     kind, configs = SCRIPTS[script]
     for cifar, command in commands:
@@ -115,22 +93,12 @@ def test_the_commands_for_graphs_and_algorithms_are_understood(monkeypatch):
     assert sets == ["cifar10", "karate", "modular-addition"]
 
 
-def test_the_command_for_several_processes_is_understood(monkeypatch):
-    monkeypatch.chdir(ROOT / "STR")
-    (command,) = re.findall(r"^torchrun --nproc-per-node 2 main\.py (.*)$", README, re.MULTILINE)
-    assert parse(*SCRIPTS["STR"], command.split()).set == "digits"
-
-
-def test_every_sweep_is_understood(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT / "STR")
-    commands = re.findall(r"^python run_imp\.py(.*)$", README, re.MULTILINE)
-    assert len(commands) == 3
-    for command in commands:
-        assert run_imp.main(["--dry-run", *command.split()]) == 0
-        assert "runs, " in capsys.readouterr().out
+def test_the_readme_is_short():
+    assert README.count("\n") <= 200
 
 
 def test_the_original_commands_are_in_it_word_by_word():
     for command in [*original_commands().values(), dst_runs.PUBLISHED]:
         assert f"\npython main.py {command}\n" in README
+    assert "\npython run_imp.py\n" in README
     assert f"\npython cifar_main.py {shlex.join(slt_runs.PUBLISHED)}\n" in README

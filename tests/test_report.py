@@ -303,7 +303,7 @@ def test_small_densities_of_a_run_can_be_read(figures, tmp_path, density, scale)
                            "density": [1, density]})  # fmt: skip
     layers = pd.DataFrame({"layer": ["a", "b", "total"], "density": [density, 0, density],
                            "requested": [density, 0, density]})  # fmt: skip
-    plots.plot_run(epochs, layers, tmp_path / "curves.png")
+    plots.plot_run_by_rank_0(epochs, layers, tmp_path / "curves.png")
     _, _, over_epochs, per_layer = figures[0].axes
     for axis in (over_epochs, per_layer):
         assert axis.get_yscale() == scale

@@ -6,7 +6,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from forked import Script
 from script_runs import weights
 
 from startsparse import checkpoint, threads
@@ -144,7 +144,7 @@ def in_this_process(monkeypatch):
 
     monkeypatch.setattr(jobs, "_launch", launch)
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    monkeypatch.setattr("startsparse.plots.plot_run", lambda *_: None)
+    monkeypatch.setattr("startsparse.plots.plot_run_by_rank_0", lambda *_: None)
     return started
 
 
@@ -292,21 +292,29 @@ LONG = ["--final_prune_epoch", "20"]  # so that there is a middle to be stopped 
 def whole(tmp_path_factory):
     """levels.csv of the sweep that nothing stops."""
     where = tmp_path_factory.mktemp("whole")
-    assert run_imp.main([*argv(where, *TWO), *LONG]) == 0
+    sweep(where)
     return (where / "levels.csv").read_bytes()
+
+
+def started(where):
+    """The sweep as a process."""
+    return Script(ROOT / "STR/run_imp.py", [*argv(where, *TWO), *LONG], where / "said", forks=True)
+
+
+def sweep(where):
+    """What the sweep says that goes on to its end."""
+    process = started(where)
+    out, errors = process.wait()
+    assert process.exit_code == 0, errors
+    return out
 
 
 def trained(where):
     """The sweep as a process, once its run has trained on: a checkpoint is newer than before."""
     before = changed(where)
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "STR/run_imp.py", *argv(where, *TWO), *LONG],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # Tests that run under nohup ignore it, and so would this process.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-    )  # fmt: skip
+    process = started(where)
     while changed(where) == before:
-        assert process.poll() is None, process.communicate()
+        assert process.exit_code is None, process.wait()
         time.sleep(0.01)
     return process
 
@@ -323,7 +331,7 @@ def run_of(where):
 def place(where):
     """Epochs that the checkpoint has, and the next step after them."""
     state = checkpoint.load(run_of(where) / "checkpoint.pt")
-    return len(state["history"]), state["place"]["step"] + 1
+    return len(state["history"]), state["position"]["step"] + 1
 
 
 def resumed(where):
@@ -337,11 +345,17 @@ def resumed(where):
 def kill(process, *others):
     for pid in (process.pid, *others):
         os.kill(pid, signal.SIGKILL)
-    process.communicate()
+    process.wait()
+
+
+def works(pid):
+    """Whether there is such a process, and not only its exit code for whoever asks."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds children in /proc")
-def test_killed_at_random_moments_it_ends_with_the_same_levels(tmp_path, whole, capsys):
+def test_killed_at_random_moments_it_ends_with_the_same_levels(tmp_path, whole):
     moments, places = random.Random(), []
     for with_children in (True, True, False):
         process = trained(tmp_path)
@@ -352,9 +366,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_levels(tmp_path, whole, 
         if with_children:
             places.append(place(tmp_path))
     # The run of the last sweep lives on, and is waited for.
-    assert run_imp.main([*argv(tmp_path, *TWO), *LONG]) == 0
-    assert "goes on in a process of another sweep; waiting" in capsys.readouterr().out
-    assert not Path(f"/proc/{children[0]}").exists()
+    assert "goes on in a process of another sweep; waiting" in sweep(tmp_path)
+    assert not works(children[0])
     assert (tmp_path / "levels.csv").read_bytes() == whole
     went_on, epochs = resumed(tmp_path)
     assert went_on[:2] == places
@@ -365,14 +378,14 @@ def test_signals_stop_the_children_cleanly_and_the_sweep_goes_on(tmp_path, whole
     places = []
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         process = trained(tmp_path)
-        process.send_signal(signum)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 128 + signum
+        os.kill(process.pid, signum)
+        _, errors = process.wait()
+        assert process.exit_code == 128 + signum
         assert "the same command continues" in errors
         places.append(place(tmp_path))
     said = (tmp_path / "runs/balanced-0.5-mag-weights-seed-1.log").read_text()
     assert said.count("stopped by SIGTERM") == 3
-    assert run_imp.main([*argv(tmp_path, *TWO), *LONG]) == 0
+    sweep(tmp_path)
     assert (tmp_path / "levels.csv").read_bytes() == whole
     went_on, epochs = resumed(tmp_path)
     assert went_on == places

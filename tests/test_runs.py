@@ -101,7 +101,7 @@ def test_the_picture_is_a_picture(tmp_path):
                            "train_accuracy": [0.5, 0.9], "valid_accuracy": [0.4, 0.8],
                            "density": [0.2, 0.2]})  # fmt: skip
     layers = pd.DataFrame({"layer": ["a", "total"], "density": [0.2, 0.2], "requested": [0.2, 0.2]})
-    plots.plot_run(epochs, layers, tmp_path / "curves.png")
+    plots.plot_run_by_rank_0(epochs, layers, tmp_path / "curves.png")
     from PIL import Image
 
     with Image.open(tmp_path / "curves.png") as picture:

@@ -6,15 +6,15 @@ import logging
 import pandas as pd
 import pytest
 import torch
-from script_runs import same
-from slt_runs import MLP, run_slt, ticket  # noqa: F401 - a fixture
-from test_engine_network import batch, clock, network, optimizer_of, sparse_form, step
-from test_str_resume import Crash, crashing
+from engine_runs import batch, clock, network, optimizer_of, sparse_form, step
+from script_runs import Crash, crashing, same
+from slt_runs import MLP, ticket
 from torch import nn
 
-from ER_DST.topology import remember, update
+from ER_DST.dynamic import remember, update
 from startsparse import checkpoint, trainer
 from startsparse.engine import build, choice, compute
+from startsparse.engine.kernels import kernels_for
 from startsparse.errors import OptionError
 from startsparse.masks import attach_masks, keep_inside, masked_weights
 from startsparse.trainer import Trainer
@@ -91,7 +91,7 @@ def test_pruning_levels(run):
 
 
 @pytest.mark.parametrize("more", [["--global"], ["--er-init-density", "1"]])
-def test_edge_popup_finds_the_same_tickets(run_slt, tmp_path, more):  # noqa: F811
+def test_edge_popup_finds_the_same_tickets(run_slt, tmp_path, more):
     own = [word for word in POPUP if word not in ("--er-sampling", "exact")]
     one, other = (
         run_slt(*own, *more, "--sparse-compute", mode, "--save-file", mode)
@@ -115,7 +115,7 @@ def test_edge_popup_finds_the_same_tickets(run_slt, tmp_path, more):  # noqa: F8
 
 
 @pytest.mark.parametrize("then", ["on", "off"])
-def test_edge_popup_resumed_in_either_form(run_slt, monkeypatch, then):  # noqa: F811
+def test_edge_popup_resumed_in_either_form(run_slt, monkeypatch, then):
     argv = [*POPUP, "--global", "--save-every", "3"]
     whole = run_slt(*argv, "--sparse-compute", "on", "--save-file", "whole")
     argv += ["--save-file", "parts"]
@@ -149,7 +149,7 @@ def test_the_same_masks_for_fifty_updates_in_float64():
     sparse = copy.deepcopy(masked)
     pairs = [(m, optimizer_of(m, "sgd")) for m in (masked, sparse)]
     for model, _ in pairs:
-        remember(model, momentum=False)
+        remember(model, None)
     form = sparse_form(sparse)
     images, labels = batch(32)
     start = {name: mask.clone() for name, _, mask in masked_weights(masked)}
@@ -213,12 +213,12 @@ def test_without_a_compiler_runs_are_masked_and_say_so_once(run, caplog, monkeyp
     caplog.set_level(logging.INFO, "startsparse")
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path / "cache"))
-    build.library.cache_clear()
+    kernels_for.cache_clear()
     folder = run(*ON, "--epochs", "1")
     (line,) = said(caplog)
     assert "there is no C++ compiler no-such-compiler" in line
     assert "computes" not in pd.read_csv(folder / "density.csv")
-    build.library.cache_clear()
+    kernels_for.cache_clear()
 
 
 def test_it_is_said_before_the_kernels_are_built(caplog, monkeypatch, tmp_path):
@@ -228,11 +228,11 @@ def test_it_is_said_before_the_kernels_are_built(caplog, monkeypatch, tmp_path):
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path / "cache"))
-    build.library.cache_clear()
+    kernels_for.cache_clear()
     with pytest.raises(build.NoCompilerError, match="cannot build the sparse kernels: no such"):
-        build.library(torch.float32)
+        kernels_for(torch.float32)
     assert caplog.messages == ["building the sparse kernels, about 15 s, once"]
-    build.library.cache_clear()
+    kernels_for.cache_clear()
 
 
 def test_momentum_growth_stays_dense(run_dst, caplog):

@@ -155,7 +155,7 @@ def test_what_is_kept_after_warm_up_comes_back_and_pruning_is_measured(run, monk
 
     def keep(trainer):
         state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-        states[trainer.place.phase, trainer.place.epoch] = state
+        states[trainer.position.phase, trainer.position.epoch] = state
         save(trainer)
 
     def measure(trainer, **kwargs):
@@ -201,7 +201,7 @@ def test_learning_rate_rewinding_keeps_the_momentum_inside_the_mask(
     momenta, save = {}, Trainer.save
 
     def keep(trainer):
-        place = trainer.place.phase, trainer.place.epoch
+        place = trainer.position.phase, trainer.position.epoch
         for name, weight, mask in masked_weights(trainer.model):
             state = trainer.optimizer.state.get(weight, {}).get("momentum_buffer")
             momenta[(*place, name)] = mask.clone(), None if state is None else state.clone()

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import torch
 from data_files import write_cifar10
-from script_runs import MLP, ROOT, SOFT, TINY, newest, original_commands, same, weights
+from engine_runs import clock
+from script_runs import MLP, ROOT, SOFT, TINY, few_digits, newest, original_commands, same, weights
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from startsparse import checkpoint, er, masks
@@ -18,7 +19,10 @@ from startsparse.training import NonFiniteLoss
 from STR import main as script
 from STR.options import CONV_TYPES
 
+FEW = pytest.mark.usefixtures("few_images")
 
+
+@FEW
 @pytest.mark.parametrize("conv_type", CONV_TYPES)
 def test_every_conv_type_trains_and_stays_inside_its_mask(run, conv_type):
     stepped = []
@@ -75,6 +79,7 @@ def test_every_conv_type_trains_and_stays_inside_its_mask(run, conv_type):
     assert results.loc[0, "conv_type"] == conv_type
 
 
+@FEW
 def test_one_seed_is_one_run_and_another_seed_another(run):
     one, again = (run(*TINY, where=where) for where in "ab")
     other = run(*TINY, "--seed", "2", where="c")
@@ -95,6 +100,7 @@ def test_runs_never_overwrite_each_other(run, tmp_path):
     assert len(pd.read_csv(tmp_path / "a/results.csv")) == 2
 
 
+@FEW
 def test_evaluate_reproduces_the_accuracies(run, capsys):
     folder = run(*TINY)
     result = json.loads((folder / "summary.json").read_text())
@@ -119,12 +125,12 @@ def test_the_test_set_is_used_once_and_at_the_best_epoch(run, monkeypatch):
         return evaluate(trainer, batches)
 
     monkeypatch.setattr(Trainer, "evaluate", watch)
-    folder = run(*TINY, "--epochs", "4")
+    folder = run(*MLP, "--epochs", "4")
     assert seen == ["valid"] * 4 + ["test"]
     epochs = pd.read_csv(folder / "epochs.csv")
     result = json.loads((folder / "summary.json").read_text())
     assert result["valid_accuracy"] == epochs["valid_accuracy"].max()
-    last = run(*TINY, "--epochs", "4", "--select", "last", where="b")
+    last = run(*MLP, "--epochs", "4", "--select", "last", where="b")
     assert json.loads((last / "summary.json").read_text())["epoch"] == 4
 
 
@@ -161,6 +167,7 @@ def test_a_small_cifar_in_the_true_format(run, tmp_path, monkeypatch):
     assert json.loads((folder / "summary.json").read_text())["weights"] == 49_824
 
 
+@FEW
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run, tmp_path, monkeypatch):
     # 6 steps an epoch: the ninth batch, in the second epoch, holds an infinite pixel.
     steps, step = [], torch.nn.functional.cross_entropy
@@ -176,16 +183,18 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run, tmp_
     monkeypatch.undo()
     folder = newest(tmp_path / "a")
     state = checkpoint.load(folder / "checkpoint.pt")
-    assert state["place"] == {"phase": 0, "epoch": 1, "step": 0}
+    assert state["position"] == {"phase": 0, "epoch": 1, "step": 0}
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
     assert same(run(*TINY, where="b"), run(*TINY, "--resume", "auto"))
 
 
+@FEW
 def test_the_layer_that_went_first_is_named(run):
     with pytest.raises(NonFiniteLoss, match=r"not finite at step 2; (weights|output) of "):
         run(*TINY, "--lr", "1e30")
 
 
+@FEW
 def test_str_induced_er_reads_a_runs_layers_back(run, tmp_path):
     soft = run(*TINY, "--conv-type", "STRConv", *SOFT, where="soft")
     layers = json.loads((soft / "layers.json").read_text())
@@ -201,7 +210,7 @@ def test_str_induced_er_reads_a_runs_layers_back(run, tmp_path):
     assert ratios == pytest.approx([ratios[0]] * len(ratios))
     # a run with a mask: its checkpoint and its folder say the same
     assert er.read_densities(folder) == pytest.approx(er.read_densities(folder / "best.pt"))
-    with pytest.raises(OptionError, match="'conv1' computes with another weight"):
+    with pytest.raises(OptionError, match="'conv1' computes with another weight than"):
         er.read_densities(soft / "best.pt")
     (tmp_path / "other.json").write_text('{"conv1": 0.5}')
     with pytest.raises(OptionError, match=r"the density of '.*' is missing"):
@@ -244,6 +253,8 @@ def test_the_original_commands_finish_on_digits(tmp_path, monkeypatch, command):
         "random pruning": ("cifar10", 256, 160),
         "soft thresholds": ("cifar10", 256, 100),
     }[command]
+    monkeypatch.setitem(script.data.SETS, "digits", few_digits(120, 20))
+    clock(monkeypatch, dense=2.0, sparse=1.0)  # each thing is tried once
     short = ["--set", "digits", "--epochs", "1"]
     folders = ["--log-dir", str(tmp_path / "runs"), "--result-dir", str(tmp_path)]
     script.main([*argv, *short, *folders])

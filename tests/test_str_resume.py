@@ -4,14 +4,13 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pandas as pd
 import pytest
 import torch
-from script_runs import MLP, ROOT, SOFT, TINY, newest, same, steps, weights
+from forked import Script
+from script_runs import MLP, ROOT, SOFT, TINY, Crash, crashing, newest, same, steps, weights
 
 from startsparse import checkpoint
 from startsparse.errors import OptionError
@@ -22,10 +21,7 @@ from STR.options import CONV_TYPES
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
-class Crash(BaseException):
-    """The process is gone."""
-
-
+@pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("conv_type", CONV_TYPES)
 def test_resumed_equals_uninterrupted(run, monkeypatch, conv_type):
     """Gone within the first epoch; at its end, with best.pt newer than checkpoint.pt; later."""
@@ -45,20 +41,6 @@ def test_resumed_equals_uninterrupted(run, monkeypatch, conv_type):
         assert len(rest) == left
         assert len(list(parts.parent.iterdir())) == 1
         assert same(whole, parts)
-
-
-def crashing(when, count, save=Trainer.save):
-    """A `Trainer.save` whose ``count``-th call ends the process before or after it saved."""
-    calls = []
-
-    def crash(trainer):
-        calls.append(1)
-        if when == "after" or len(calls) < count:
-            save(trainer)
-        if len(calls) == count:
-            raise Crash
-
-    return crash
 
 
 def test_resume_while_density_leaves_the_best_epochs(run, monkeypatch):
@@ -115,27 +97,22 @@ def test_resume_over_pruning_levels(run, monkeypatch):
 
 
 def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path):
-    argv = [*TINY, "--epochs", "3", "--save-every", "1"]
+    argv = [*TINY, "--epochs", "3", "--save-every", "1", "--batch-size", "256"]
     whole = run(*argv, where="whole")
     for signum in (signal.SIGTERM, signal.SIGINT):
         where = tmp_path / str(int(signum))
         folders = ["--log-dir", str(where / "runs"), "--result-dir", str(where)]
-        process = subprocess.Popen(
-            [sys.executable, ROOT / "STR/main.py", *argv, *folders],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = Script(ROOT / "STR/main.py", [*argv, *folders], where)
         while not list(where.rglob("checkpoint.pt")):
-            assert process.poll() is None
+            assert process.exit_code is None
             time.sleep(0.02)
         os.kill(process.pid, signum)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 128 + signum
+        _, errors = process.wait()
+        assert process.exit_code == 128 + signum
         assert errors.count("\n") == 1
         assert "continues" in errors
         folder = newest(where)
-        place = checkpoint.load(folder / "checkpoint.pt")["place"]
+        place = checkpoint.load(folder / "checkpoint.pt")["position"]
         done = 6 * place["epoch"] + place["step"]
         assert 0 < done < 3 * 6
         with steps() as rest:
@@ -165,7 +142,7 @@ def test_auto_takes_the_newest_run_that_began(run, tmp_path):
     third.mkdir()  # gone before its options were written
     second.joinpath("summary.json").unlink()
     first.joinpath("checkpoint.pt").unlink()
-    assert script.runs.find_run(
+    assert script.runs.find_run_by_rank_0(
         script.parse(script.STROptions, script.CONFIGS,
                      [*MLP, "--resume", "auto", "--log-dir", f"{tmp_path}/a/runs"])
     ) == second  # fmt: skip
@@ -184,4 +161,4 @@ def test_auto_reads_the_seed_from_options_yaml(run):
             script.STROptions, script.CONFIGS,
             [*MLP, "--seed", seed, "--resume", "auto", "--log-dir", str(folder.parents[2])],
         )  # fmt: skip
-        assert script.runs.find_run(options) == folder
+        assert script.runs.find_run_by_rank_0(options) == folder

@@ -161,7 +161,7 @@ def test_a_start_is_left_as_it_was_drawn(table):
     assert all(torch.equal(before[k], v) for k, v in member.model.state_dict().items())
 
 
-@pytest.mark.parametrize("other", [{"form": "loop"}, {"sparse_compute": "on"}])
+@pytest.mark.parametrize("other", [{"loop": "loop"}, {"sparse_compute": "on"}])
 def test_however_it_is_computed_the_table_is_the_same(table, other):
     options = changed(starts=(1.0, 0.5), reset=(True,), optimizer="sgd", lr=0.02)
     rows = [

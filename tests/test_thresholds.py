@@ -9,7 +9,7 @@ from torch import nn
 
 from startsparse import models
 from startsparse.effective import plain_state, replace_layers
-from startsparse.masks import attach_masks, density_table, draw_masks, kept, sparse_layers
+from startsparse.masks import active, attach_masks, density_table, draw_masks, sparse_layers
 from STR.thresholds import (
     FUNCTIONS,
     SoftThreshold,
@@ -101,7 +101,7 @@ def test_dense_layers_stay_plain_and_tables_agree():
     table = layer_table(model)
     assert list(table) == names
     assert table[names[0]] == {"density": 1.0}
-    share = kept(sparse_layers(model)[names[3]]).double().mean().item()
+    share = active(sparse_layers(model)[names[3]]).double().mean().item()
     assert table[names[3]]["density"] == share < 1
 
 

@@ -10,11 +10,12 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from ticket_networks import images, plain, rebuild
 from torch import nn
 
 from ER_SLT.edge_popup import RANKINGS, found_masks, popup, popup_layers, set_density
 from ER_SLT.initializers import init_weights
-from ER_SLT.ticket import SHUFFLES, load_ticket, put_in_place, save_ticket, shuffled
+from ER_SLT.ticket import SHUFFLES, load_ticket, put_in_place, save_ticket_by_rank_0, shuffled
 from startsparse import models
 from startsparse.errors import UserError
 from startsparse.masks import attach_masks, draw_masks, sparse_layers
@@ -26,28 +27,11 @@ import sys
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[3])
-from test_ticket import images, plain, rebuild
+from ticket_networks import images, plain, rebuild
 from ER_SLT.ticket import load_ticket
 ticket = load_ticket(Path(sys.argv[1]))
 torch.save(rebuild(ticket)(images()), sys.argv[2])
 """
-
-
-def plain():
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 6, 3, stride=2),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(6 * 3 * 3, 5),
-    )
-
-
-def images():
-    return torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(1))
 
 
 def trained(ranking="layer", steps=3):
@@ -67,27 +51,17 @@ def trained(ranking="layer", steps=3):
     return model.eval()
 
 
-def rebuild(ticket, ranking="layer"):
-    """The network of a ticket, from nothing else."""
-    model, given = plain(), ticket.description
-    attach_masks(model, ticket.er_masks)
-    init_weights(model, given["initBias"], given["seed"], given["bfac"])
-    popup(model, given["seed"], "constant", ranking)
-    put_in_place(model, ticket)
-    return model.eval()
-
-
 @pytest.fixture
 def saved(tmp_path):
     model = trained()
-    save_ticket(tmp_path / "folder" / "a.ticket", model, DESCRIPTION)
+    save_ticket_by_rank_0(tmp_path / "folder" / "a.ticket", model, DESCRIPTION)
     return model, tmp_path / "folder" / "a.ticket"
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
 def test_round_trip(tmp_path, ranking, caplog):
     model = trained(ranking)
-    save_ticket(tmp_path / "a.ticket", model, DESCRIPTION)
+    save_ticket_by_rank_0(tmp_path / "a.ticket", model, DESCRIPTION)
     ticket = load_ticket(tmp_path / "a.ticket")
     assert ticket.description == DESCRIPTION
     assert list(ticket.er_masks) == ["0", "3"]
@@ -118,7 +92,7 @@ def test_a_ticket_of_resnet18_is_below_four_mebibytes(tmp_path):
     attach_masks(model, draw_masks(shapes, [0.5] * len(shapes), 1, "bernoulli"))
     popup(model, 1)
     set_density(model, 0.2)
-    save_ticket(tmp_path / "a.ticket", model, DESCRIPTION)
+    save_ticket_by_rank_0(tmp_path / "a.ticket", model, DESCRIPTION)
     assert 2.6 * 2**20 < (tmp_path / "a.ticket").stat().st_size < 3 * 2**20
     ticket = load_ticket(tmp_path / "a.ticket")
     size = sum(p.numel() for n, p in model.named_parameters() if not n.endswith("_score"))
@@ -144,7 +118,7 @@ def test_a_failed_write_leaves_the_ticket_that_was(saved, monkeypatch):
     before = path.read_bytes()
     monkeypatch.setattr(Path, "replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        save_ticket(path, model, {"seed": 8})
+        save_ticket_by_rank_0(path, model, {"seed": 8})
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ER_DST.dynamic import remember, update
 from ER_DST.topology import (
     GROWTH,
     METHODS,
@@ -20,13 +21,11 @@ from ER_DST.topology import (
     drop_and_grow,
     prune_globally,
     prune_uniformly,
-    remember,
-    update,
 )
-from startsparse import parallel
 from startsparse.masks import attach_masks, keep_inside, masked_weights, sparse_layers
+from startsparse.method import Method
 from startsparse.seeding import generator
-from startsparse.training import new_sums, train_epoch
+from startsparse.training import Learner, new_sums, train_epoch
 
 # --- one layer ------------------------------------------------------------------------------------
 
@@ -125,14 +124,14 @@ def network(seed, density, ties=False, first_dense=False):
     names = ["2", "3"] if first_dense else ["0", "2", "3"]
     at = {name: torch.rand(model[int(name)].weight.shape, generator=draw) for name in names}
     attach_masks(model, {name: uniform < density for name, uniform in at.items()})
-    remember(model, momentum=True)
+    remember(model, GROWTH["momentum"])
     for layer in sparse_layers(model).values():
         values = torch.randn(3, *layer.weight.shape, generator=draw)
         if ties:
             values = values.round()
         layer.weight.data, layer.weight.grad = values[0], values[1]
-        if hasattr(layer, "weight_momentum"):
-            layer.weight_momentum.copy_(values[2])
+        if hasattr(layer, "growth_state"):
+            layer.growth_state.copy_(values[2])
     keep_inside(model)
     return model
 
@@ -267,7 +266,7 @@ def test_an_update_is_the_slow_one(seed, start, target, fraction, method, growth
     importance = lists(model, lambda _, w: w.abs())
     score = {
         "gradient": lambda n, w: w.grad.abs(),
-        "momentum": lambda n, w: model[int(n)].weight_momentum.abs(),
+        "momentum": lambda n, w: model[int(n)].growth_state.abs(),
         "random": lambda n, w: torch.rand(w.shape, generator=generator(seed, f"grow/{n}", 0, 30)),
     }[growth]
     growing = lists(model, score)
@@ -354,7 +353,7 @@ def test_a_layer_with_a_bad_score_is_named():
         model = network(3, 0.4)
         _, weight, mask = list(masked_weights(model))[1]
         place = tuple((~mask).nonzero()[0])
-        weight.grad[place] = model[2].weight_momentum[place] = torch.nan
+        weight.grad[place] = model[2].growth_state[place] = torch.nan
         with pytest.raises(ValueError, match="^2: growth: a score is NaN"):
             change(model, growth=growth)
 
@@ -391,7 +390,7 @@ def small(density=0.3):
         model,
         {n: torch.rand(model[int(n)].weight.shape, generator=draw) < density for n in ("0", "2")},
     )
-    remember(model, momentum=True)
+    remember(model, GROWTH["momentum"])
     return model
 
 
@@ -407,18 +406,11 @@ def plain_gradients(model, images, labels):
 
 def train(model, batches, look):
     """One epoch of the true loop."""
-    train_epoch(
-        model,
-        model,
-        batches,
-        torch.optim.SGD(model.parameters(), 0.5, momentum=0.9),
-        lambda _: 0.5,
-        epoch=0,
-        sums=new_sums(torch.device("cpu")),
-        autocast=parallel.autocast(torch.device("cpu"), "off"),
-        label_smoothing=0.1,
-        after_backward=look,
-    )
+    method, optimizer = Method(), torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+    method.after_backward = lambda step, _model, _optimizer: look(step)
+    learner = Learner(model, optimizer, label_smoothing=0.1)
+    sums = new_sums(torch.device("cpu"))
+    train_epoch(learner, batches, lambda _: 0.5, sums, epoch=0, method=method)
 
 
 def largest_outside(scores, before, fraction):
@@ -446,7 +438,7 @@ def test_growth_takes_the_largest_dense_gradients_and_their_sums(growth):
                 total[place] = 0.9 * total[place] + value
         add_to_momentum(model, 0.9)
         for name, total in sums.items():
-            momentum = model[int(name)].weight_momentum.flatten().tolist()
+            momentum = model[int(name)].growth_state.flatten().tolist()
             assert momentum == pytest.approx(total, rel=1e-9, abs=1e-14)
         if step % 2 == 0:
             return
@@ -484,6 +476,7 @@ def test_growth_takes_the_largest_dense_gradients_and_their_sums(growth):
 def plan(**changed):
     values = {
         "steps": 100,
+        "per_epoch": 10,
         "every": 7,
         "start": 20,
         "end": 60,

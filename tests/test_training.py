@@ -11,6 +11,7 @@ from startsparse import parallel
 from startsparse.errors import UserError
 from startsparse.masks import attach_masks, masked_weights
 from startsparse.training import (
+    Learner,
     NonFiniteLoss,
     evaluate,
     first_bad_layer,
@@ -54,8 +55,8 @@ def optimizer(model):
 
 def train(model, batches, **kwargs):
     sums = new_sums(CPU)
-    train_epoch(model, model, batches, optimizer(model), lambda step: 0.1 / (step + 1), epoch=0,
-                sums=sums, autocast=OFF, **kwargs)  # fmt: skip
+    learner = Learner(model, optimizer(model), **kwargs)
+    train_epoch(learner, batches, lambda step: 0.1 / (step + 1), sums, epoch=0)
     return means(sums)
 
 
@@ -148,5 +149,4 @@ def test_on_a_gpu_the_step_is_named_at_the_end_of_the_epoch():
     batches.data = [(x.to(device), y.to(device)) for x, y in batches.data]
     sums = new_sums(device)
     with pytest.raises(NonFiniteLoss, match="at step 2"):
-        train_epoch(model, model, batches, optimizer(model), lambda _: 0.1, epoch=0, sums=sums,
-                    autocast=parallel.autocast(device, "off"))  # fmt: skip
+        train_epoch(Learner(model, optimizer(model)), batches, lambda _: 0.1, sums, epoch=0)

@@ -146,7 +146,9 @@ class Data:
 
 
 def data_root(option: str) -> Path:
-    """Where the sets lie: --data if given, else $STARTSPARSE_DATA, else data/ beside the package.
+    """Where the sets lie: --data if given, else $STARTSPARSE_DATA, else data/.
+
+    That is in the checkout, or without one in the working folder.
 
     Raises:
         OptionError: --data names no folder.
@@ -155,8 +157,8 @@ def data_root(option: str) -> Path:
         raise OptionError(
             f"--data: '{option}' is no folder; name, or make, the one that holds the sets"
         )
-    beside = Path(startsparse.__file__).parents[1] / "data"
-    return Path(option or os.environ.get("STARTSPARSE_DATA") or beside).expanduser()
+    usual = (startsparse.checkout() or Path()) / "data"
+    return Path(option or os.environ.get("STARTSPARSE_DATA") or usual).expanduser()
 
 
 def load(
@@ -211,7 +213,9 @@ def load(
         raise OptionError(f"--padding: {padding!r} is none of {', '.join(PADDINGS)}")
     own = {"modulus": modulus, "train_fraction": train_fraction}
     source = SETS[name](root, mirror, **own if name == "modular-addition" else {})
-    rows = () if name in OWN_PARTS else _split(source.examples, valid_split, seed)
+    rows: tuple[Tensor, ...] = ()
+    if isinstance(source, Arrays | Folders):  # those not in OWN_PARTS
+        rows = _split(source.examples, valid_split, seed)
     train, valid, test = source.batches(
         *rows,
         batch_size=batch_size,

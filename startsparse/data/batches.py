@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def parts(examples: int, batch_size: int, train: bool, start: int = 0) -> Iterat
     least, as BatchNorm needs them; where that is too much for some they have none, in that step.
     In evaluation the processes have whole batches in turn.
     """
-    rank, count = processes.rank(), processes.count()
+    rank, count = processes.rank(), processes.world_size()
     for step in range(start, steps(examples, batch_size, train)):
         first, last = step * batch_size, min((step + 1) * batch_size, examples)
         if train:
@@ -209,15 +210,10 @@ class Arrays:
         padding: str,
     ) -> tuple[Batches, Batches, Batches]:
         """Training, validation and test batches; the rows are indices into ``train``."""
-        shared = {
-            "mean": self.mean,
-            "std": self.std,
-            "batch_size": batch_size,
-            "device": device,
-        }
-        crops = {"pad": self.pad, "padding": padding, "flip": self.flip} if augment else {}
+        part = partial(Batches, mean=self.mean, std=self.std, batch_size=batch_size, device=device)
+        pad, flip = (self.pad, self.flip) if augment else (0, False)
         return (
-            Batches(*self.train, **shared, seed=seed, **crops, rows=train_rows),
-            Batches(*self.train, **shared, rows=valid_rows),
-            Batches(*self.test, **shared),
+            part(*self.train, seed=seed, pad=pad, padding=padding, flip=flip, rows=train_rows),
+            part(*self.train, rows=valid_rows),
+            part(*self.test),
         )

@@ -39,14 +39,14 @@ class _Reader(Dataset):
         pixels = np.empty((len(rows), SIZE, SIZE, 3), np.uint8)
         # torchvision draws from the global CPU generator, which is put back afterwards.
         with torch.random.fork_rng(devices=[]):
-            for place, row in enumerate(rows):
+            for position, row in enumerate(rows):
                 seed = seeding.derive(self.seed, f"augment/{row}", self.epoch)
                 torch.default_generator.manual_seed(seed)
                 try:
                     image = files.open_rgb(self.samples[row][0])
                 except UserError as error:
                     return error
-                pixels[place] = np.asarray(self.transform(image))
+                pixels[position] = np.asarray(self.transform(image))
         labels = torch.tensor([self.samples[row][1] for row in rows], dtype=torch.int64)
         return torch.from_numpy(pixels), labels
 
@@ -105,10 +105,10 @@ class FolderBatches:
         if self.train:
             draws = seeding.generator(self.seed, "shuffle", epoch)
             rows = rows[torch.randperm(self.examples, generator=draws)]
-        shares = parts(self.examples, self.batch_size, self.train, start)
+        mine = parts(self.examples, self.batch_size, self.train, start)
         loader = DataLoader(
             _Reader(self.samples, self.transform, self.seed, epoch),
-            sampler=[rows[share].tolist() for share in shares],  # an "index" is the rows of a batch
+            sampler=[rows[part].tolist() for part in mine],  # an "index" is the rows of a batch
             batch_size=None,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",

@@ -1,6 +1,7 @@
 """Addition modulo p: every pair of numbers once, some of them to learn from."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,11 +51,11 @@ class Pairs:
         count = trained_on(pairs, self.train_fraction)
         train = order[:count].sort().values
         valid, test = halves(order[count:].sort().values, seed)
-        shared = {"batch_size": batch_size, "device": device}
+        part = partial(Rows, batch_size=batch_size, device=device)
         return (
-            Rows(self.features[train], self.labels[train], seed=seed, **shared),
-            Rows(self.features[valid], self.labels[valid], **shared),
-            Rows(self.features[test], self.labels[test], **shared),
+            part(self.features[train], self.labels[train], seed=seed),
+            part(self.features[valid], self.labels[valid]),
+            part(self.features[test], self.labels[test]),
         )
 
 

@@ -7,7 +7,7 @@ features are the words in it, its class is its topic, and an edge is a citation.
 import io
 import pickle
 from collections import defaultdict
-from copyreg import _reconstructor
+from copyreg import _reconstructor  # type: ignore[attr-defined]  # old pickles name it
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

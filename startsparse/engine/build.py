@@ -1,10 +1,9 @@
 """The compiled kernels: built once on first use, kept for the next, one library per dtype."""
 
-import ctypes
-import functools
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -19,8 +18,6 @@ from startsparse.errors import UserError
 log = logging.getLogger("startsparse")
 
 _FOLDER, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
-_SOURCES = ("products.cpp", "compaction.cpp", "layers.cpp", "planes.cpp", "winograd.cpp")
-_HEADERS = ("maps.h", "norm.h")
 _SCALARS = {torch.float32: "float", torch.float64: "double"}
 # What PyTorch calls the instructions of this CPU -> how its vector types and g++ are told.
 _FLAGS = {
@@ -36,21 +33,21 @@ class NoCompilerError(UserError):
     """The kernels are not there and cannot be built."""
 
 
-@functools.cache
-def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """The kernels for float32 or float64.
+def built(dtype: torch.dtype) -> Path:
+    """The library of the kernels for float32 or float64, which is built if it is not there.
 
     Raises:
         NoCompilerError: no C++ compiler, or it fails; says in one line why.
     """
     command = _command(dtype)
-    sources = [_FOLDER / name for name in (*_SOURCES, *_HEADERS)]
-    key = repr((command, torch.__version__, [path.read_bytes() for path in sources]))
+    sources = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")])
+    texts = [(path.name, path.read_bytes()) for path in sources]
+    key = repr((command, torch.__version__, texts))
     digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
     path = _cache() / f"{_SCALARS[dtype]}-{digest}.so"
     if not path.exists():
         _build(command, path)
-    return ctypes.CDLL(str(path))
+    return path
 
 
 def _command(dtype: torch.dtype) -> list[str]:
@@ -59,7 +56,8 @@ def _command(dtype: torch.dtype) -> list[str]:
         *(os.environ.get("CXX", "g++"), "-std=c++20", "-O3", "-fPIC", "-fopenmp"),
         *_FLAGS.get(capability, []),
         *(f"-DCPU_CAPABILITY={capability}", f"-DSCALAR={_SCALARS[dtype]}"),
-        f"-I{_TORCH / 'include'}",
+        *("-isystem", str(_TORCH / "include")),
+        *shlex.split(os.environ.get("STARTSPARSE_CXXFLAGS", "")),
     ]
 
 
@@ -71,11 +69,12 @@ def _build(command: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     link = ["-shared", f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
     with replacing(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        objects = [f"{folder}/{name}.o" for name in _SOURCES]
+        sources = sorted(_FOLDER.glob("*.cpp"))
+        objects = [f"{folder}/{source.stem}.o" for source in sources]
         with ThreadPoolExecutor() as pool:  # most of the time goes into PyTorch's headers
             commands = [
-                [*command, "-c", str(_FOLDER / name), "-o", made]
-                for name, made in zip(_SOURCES, objects)
+                [*command, "-c", str(source), "-o", target]
+                for source, target in zip(sources, objects)
             ]
             list(pool.map(_run, commands))
         _run([*command, *objects, *link, "-o", str(temporary)])

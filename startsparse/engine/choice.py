@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from startsparse.engine import winograd
 from startsparse.engine.layers import Product
-from startsparse.engine.maps import LANES, Space, to_map
+from startsparse.engine.maps import Space, lanes, to_map
 from startsparse.engine.network import SparseForm
 from startsparse.engine.program import DenseProduct, Either
-from startsparse.masks import kept, mask_gradients, masked_weights
+from startsparse.masks import active, mask_gradients, masked_weights, sparse_layers
 from startsparse.seeding import generator
 
 _TRIES = 5  # at most; the fastest counts, since other work on the machine only adds
-_ENOUGH = 0.2  # seconds after which one thing is tried no more, if it was twice
+_LONGEST = 0.2  # seconds after which one thing is tried no more, if it was twice
 _SHORTEST = 0.002  # seconds of a try: what is shorter is repeated, for the clock's sake
 _AGREE = 1.1  # the second fastest try over the fastest, at most
 _PIXELS = 1024  # positions of a map that a layer is tried on, if one block of images has as many
-_GAIN = 0.95  # a step of the sparse form must take at most this share of a dense one
-_HOPELESS = 0.8  # share of multiplications inside the masks from which nothing is tried
+_GAIN = 0.95  # a step of the sparse form must take at most this part of a masked one
+_HOPELESS = 0.8  # part of the multiplications inside the masks from which nothing is tried
 
 
 @dataclass
@@ -37,14 +37,14 @@ class Choice:
         layers: name -> how many times faster the layer is in the sparse form than in the masked
             network, None where repeats disagreed; tried layers only.
         computes: the layers that should compute sparsely; empty if the network is faster dense.
-        share: seconds of a step of the sparse form over those of the masked network, where that
+        ratio: seconds of a step of the sparse form over those of the masked network, where that
             was tried and repeats agreed.
         faster: the layers that are faster sparse than dense between others in the sparse form.
     """
 
     layers: dict[str, float | None]
     computes: frozenset[str]
-    share: float | None
+    ratio: float | None
     faster: frozenset[str] = frozenset()
 
 
@@ -80,9 +80,9 @@ def choose(
             continue
         form.compute_sparsely([name])
         both = form.program.products[name]
-        most = max(1, _PIXELS // (product.made.height * product.made.width))
-        blocks = min(-(-len(images) // LANES), most)
-        needs_input = product.given is not form.program.spaces[form.program.start]
+        most = max(1, _PIXELS // (product.output.height * product.output.width))
+        blocks = min(-(-len(images) // lanes()), most)
+        needs_input = product.input is not form.program.spaces[form.program.start]
         masked = _masked(both, len(images), needs_input)
         with form.within():
             if name in form.program.effective:
@@ -91,28 +91,29 @@ def choose(
         times[name] = masked.over(sparse)
         if sparse.fastest < dense.fastest:
             faster.add(name)
-    faster = frozenset(faster)
-    form.compute_sparsely(faster)
+    chosen = frozenset(faster)
+    form.compute_sparsely(chosen)
     if gain:
-        return Choice(times, faster, None, faster)
-    if not faster:
-        return Choice(times, faster, None)
+        return Choice(times, chosen, None, chosen)
+    if not chosen:
+        return Choice(times, chosen, None)
     masked, sparse = _steps(form, images, classes)
     if sparse.fastest > _GAIN * masked.fastest:
         form.compute_sparsely([])
-    return Choice(times, form.computes, sparse.over(masked), faster)
+    return Choice(times, form.computes, sparse.over(masked), chosen)
 
 
 def _work(form: SparseForm) -> float:
-    """Share of the layers' multiplications that are inside masks, not by effective zeros.
+    """Part of the layers' multiplications that are inside masks, not by effective zeros.
 
     No layer counts more than it would where it takes the same time with all its weights.
     """
-    inside = every = 0
+    layers = sparse_layers(form.model)
+    inside, every = 0.0, 0
     for name, product in form.layers.items():
-        mask = kept(form.model.get_submodule(name))
-        pixels = product.made.height * product.made.width
-        most = min(1, winograd.worth(product.window, product.given, product.made))
+        mask = active(layers[name])
+        pixels = product.output.height * product.output.width
+        most = min(1, winograd.break_even(product.window, product.input, product.output))
         inside += pixels * min(int(mask.count_nonzero()), most * mask.numel())
         every += pixels * mask.numel()
     return inside / every
@@ -124,7 +125,7 @@ def _masked(both: Either, images: int, needs_input: bool) -> Seconds:
     On few images PyTorch takes much longer for each than in training, the kernels do not.
     """
     dense, window, stride = both.dense, both.dense.window, both.dense.window.stride
-    tensors = _noise(images, dense.given), _noise(images, dense.made), _no_weight(dense)
+    tensors = _noise(images, dense.input), _noise(images, dense.output), _no_weight(dense)
     x, d_y, weight = (tensor.to(memory_format=torch.channels_last) for tensor in tensors)
     if window.kernel == (1, 1) and window.padding == (0, 0):  # as models.resnet.Projection
         x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
@@ -147,22 +148,21 @@ def _noise(images: int, space: Space) -> Tensor:
 
 
 def _no_weight(dense: DenseProduct) -> Tensor:
-    return torch.zeros(dense.made.channels, dense.given.channels, *dense.window.kernel)
+    return torch.zeros(dense.output.channels, dense.input.channels, *dense.window.kernel)
 
 
 def _between_maps(both: Either, blocks: int, needs_input: bool) -> tuple[Seconds, Seconds]:
     """Of an image, of the dense product and of the sparse one, whose weights are entered."""
-    product, given, made = both.sparse, both.sparse.given, both.sparse.made
-    images = LANES * blocks
-    x, d_y = (to_map(_noise(images, space), space) for space in (given, made))
-    stand_in = nn.Module()
-    stand_in.weight = nn.Parameter(_no_weight(both.dense))
-    dense = DenseProduct(stand_in, product.window, given, made)
+    product, input, output = both.sparse, both.sparse.input, both.sparse.output
+    images = lanes() * blocks
+    x, d_y = (to_map(_noise(images, space), space) for space in (input, output))
+    dense = DenseProduct(both.dense.layer, product.window, input, output)
+    dense.effective = nn.Parameter(_no_weight(both.dense))
 
     def run(layer: Product | DenseProduct) -> Seconds:
         def step() -> None:
-            _, kept = layer.forward(x, images)
-            layer.backward(kept, d_y, [None] if needs_input else None)
+            _, saved = layer.forward(x, images)
+            layer.backward(saved, d_y, [None] if needs_input else None)
 
         return cpu_seconds(step, images)
 
@@ -176,7 +176,7 @@ def _steps(form: SparseForm, images: Tensor, classes: int) -> tuple[Seconds, Sec
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.train()
 
-    def seconds(forward: Callable[[Tensor], Tensor], learning: list[nn.Parameter]) -> Seconds:
+    def seconds(forward: Callable[[Tensor], Tensor], learning: list[Tensor]) -> Seconds:
         """Of one; the optimizer's, on copies, is a good part of it."""
         copies = [nn.Parameter(torch.zeros_like(p)) for p in learning]
         optimizer = torch.optim.SGD(copies, 0.1, momentum=0.9, fused=True)
@@ -192,7 +192,7 @@ def _steps(form: SparseForm, images: Tensor, classes: int) -> tuple[Seconds, Sec
 
         return cpu_seconds(step)
 
-    def learning(*more: nn.Parameter) -> list[nn.Parameter]:
+    def learning(*more: Tensor) -> list[Tensor]:
         return [p for p in (*more, *model.parameters()) if p.requires_grad and p.numel()]
 
     masked = seconds(model, learning())
@@ -224,5 +224,5 @@ def cpu_seconds(run: Callable[[], object], images: int = 1) -> Seconds:
         tries.append(once(times))
         fastest, second, *_ = sorted(tries)
         agree = second <= _AGREE * fastest
-        if agree or len(tries) == _TRIES or times * sum(tries) > _ENOUGH:
+        if agree or len(tries) == _TRIES or times * sum(tries) > _LONGEST:
             return Seconds(fastest / images, agree)

@@ -1,20 +1,20 @@
 """Products of effective weights: which of them are zero changes from step to step.
 
 The entries of the whole mask are listed once. Each forward and backward pass takes those from the
-lists whose value is not zero (`compaction.cpp`), which costs one look at each entry; or all of them
+lists whose value is not zero, which costs one look at each entry; or all of them
 where most are used and `winograd` is faster.
 """
 
-import ctypes
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from startsparse.engine import winograd
-from startsparse.engine.build import library
 from startsparse.engine.entries import Entries, Listed, Window
+from startsparse.engine.kernels import kernels_for
 from startsparse.engine.layers import Gradients, Part, Product
-from startsparse.engine.maps import Space, at
+from startsparse.engine.maps import Space
 
 
 class Nonzero(Listed):
@@ -36,29 +36,26 @@ def nonzero(part: Entries, values: Tensor, stride: int) -> Nonzero:
     Args:
         stride: numbers from one input channel to the next.
     """
-    listed, lists = part.view(stride), len(part.first) - 1
-    first, most = torch.empty_like(part.first), int(values.count_nonzero())
-    offset, order = torch.empty(2, most, dtype=torch.int32)
-    left = torch.empty(most, dtype=values.dtype)
-    library(values.dtype).compact(
-        ctypes.c_void_p(listed.first), ctypes.c_void_p(listed.offset), at(part.order), at(values),
-        ctypes.c_int64(lists), at(first), at(offset), at(order), at(left),
-    )  # fmt: skip
-    count = int(first[-1])  # a phase of a strided convolution has not all of them
-    return Nonzero(first, offset[:count], part.rows, order[:count], left[:count])
+    assert part.order is not None  # as `CompactedProduct` leaves it
+    listed = part.for_stride(stride)
+    first, *rest = kernels_for(values.dtype).list_nonzero(listed, part.order, values)
+    offset, order, left = rest
+    return Nonzero(first, offset, part.rows, order, left)
 
 
 class CompactedProduct(Product):
     """A convolution or linear layer that computes with those of its values that are not zero.
 
     ``values`` is no parameter but what the layer computes with, one for each entry of the mask, in
-    the order of position, which `Product` has only within blocks of channels. So what ranks them
-    keeps, of equal ones, the same as in the dense weight.
+    the order of the flattened mask, which `Product` has only within blocks of channels. So whoever
+    ranks them breaks ties as in the dense weight.
     """
 
-    def __init__(self, window: Window, given: Space, made: Space, zeros_learn: bool):
+    entries: Entries
+
+    def __init__(self, window: Window, input: Space, output: Space, zeros_learn: bool):
         """``zeros_learn``: whether values that are zero have a gradient; else it is left zero."""
-        super().__init__(window, given, made)
+        super().__init__(window, input, output)
         self.zeros_learn = zeros_learn
 
     def set_mask(self, mask: Tensor) -> None:
@@ -70,34 +67,36 @@ class CompactedProduct(Product):
         for part in (self.entries, *self.transposed):
             part.order = rank if part.order is None else rank[part.order]
             part.flat = self.flat
-        sizes = self.window, self.given, self.made
-        self.whole, self._many = None, winograd.worth(*sizes) * mask.numel()
+        sizes = self.window, self.input, self.output
+        self.whole, self._many = None, winograd.break_even(*sizes) * mask.numel()
         if len(self.flat) >= self._many:
             self.whole = winograd.Winograd(mask, *sizes)
 
     def forward(self, x: Tensor, images: int) -> tuple[Tensor, tuple[Tensor, Tensor, Part]]:  # noqa: ARG002
-        """The product; the border of what it makes is not set."""
-        values, places = self.values.detach(), self.positions(x.shape[1])[0]
+        """The product; the border of its output is not set."""
+        values, positions = self.values.detach(), self.positions(x.shape[1])[0]
+        part: Part
         if self.whole and int(values.count_nonzero()) >= self._many:
             part, used = self.whole.forward, values
         else:
-            part = nonzero(self.entries, values, places.given_stride)
-            used = part.values
-        y = self.made.empty(x.shape[1], x)
-        part.gather(x, y, used, places, add=False)
+            part = listed = nonzero(self.entries, values, positions.input_stride)
+            used = listed.values
+        y = self.output.empty(x.shape[1], x)
+        part.gather(x, y, used, positions, add=False)
         return y, (x, self.values, part)
 
     def backward(
-        self, kept: tuple[Tensor, Tensor, Part], d_y: Tensor, into: Gradients | None
+        self, saved: tuple[Tensor, Tensor, Part], d_y: Tensor, into: Gradients | None
     ) -> tuple[Gradients, Gradients]:
         """``into`` None: the gradient of x is not needed."""
-        x, values, part = kept
+        x, values, part = saved
         needs_gradient, values = values.requires_grad, values.detach()
         d_values = self._gradient(part, x, d_y, values) if needs_gradient else None
         if into is None:
             return [None], [d_values]
-        if isinstance(part, Nonzero):
-            stride = self.made.stride(x.shape[1])
+        parts: Iterable[tuple[Part, Tensor]]
+        if self.whole is None or isinstance(part, Nonzero):
+            stride = self.output.stride(x.shape[1])
             listed = (nonzero(part, values, stride) for part in self.transposed)
             parts = ((part, part.values) for part in listed)
         else:
@@ -105,11 +104,11 @@ class CompactedProduct(Product):
         return [self.to_input(d_y, into[0], parts)], [d_values]
 
     def _gradient(self, part: Part, x: Tensor, d_y: Tensor, values: Tensor) -> Tensor:
-        places = self.positions(x.shape[1])[0]
+        positions = self.positions(x.shape[1])[0]
         if not isinstance(part, Nonzero):
-            gradient = part.weights(x, d_y, places)
+            gradient = part.weight_gradient(x, d_y, positions)
             return gradient if self.zeros_learn else gradient.masked_fill_(values == 0, 0)
         learn = self.entries if self.zeros_learn else part
         gradient = torch.zeros_like(values)
-        gradient[learn.order] = learn.weights(x, d_y, places)
+        gradient[learn.order] = learn.weight_gradient(x, d_y, positions)
         return gradient

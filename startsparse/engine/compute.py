@@ -18,7 +18,7 @@ from startsparse.engine.build import NoCompilerError
 from startsparse.engine.choice import Choice, choose
 from startsparse.engine.lowering import UnsupportedError
 from startsparse.engine.network import SparseForm
-from startsparse.masks import can_be_sparse, kept, sparse_layers
+from startsparse.masks import active, can_be_sparse, sparse_layers
 
 log = logging.getLogger("startsparse")
 
@@ -60,7 +60,7 @@ class Compute:
             return
         if not obstacle:
             try:
-                with processes.first_goes_ahead():  # it may have the kernels to build
+                with processes.all_after_rank_0():  # it may have the kernels to build
                     self.form = SparseForm(model, shape)
             except (UnsupportedError, NoCompilerError) as error:
                 obstacle = str(error)
@@ -71,8 +71,8 @@ class Compute:
 
     def __call__(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> logits."""
-        entered = self.form is not None and self.form.entered
-        return self.form(images) if entered else self.masked(images)
+        form = self.form
+        return self.masked(images) if form is None or not form.entered else form(images)
 
     def decide(self, images: Callable[[], Tensor], classes: int, step_flops: float) -> bool:
         """Under auto, choose the layers that compute sparsely, if the last choice is old.
@@ -84,20 +84,23 @@ class Compute:
         Returns:
             Whether something was tried.
         """
-        if self.form is None or self.mode == "on" or step_flops < _SMALL or not self._is_old():
+        form = self.form
+        if form is None or self.mode == "on" or step_flops < _SMALL:
             return False
-        density = self._density_now()
+        density = self._density_now(form)
+        if not self._is_old(density):
+            return False
         # What gained at a higher density gains more now.
-        gain = self.form.computes if density < self._density else frozenset()
+        gain = form.computes if density < self._density else frozenset()
         batch = images()
-        found = processes.from_first(lambda: choose(self.form, batch, classes, gain))
-        self.form.compute_sparsely(found.computes)
+        found = processes.all_from_rank_0(lambda: choose(form, batch, classes, gain))
+        form.compute_sparsely(found.computes)
         tried = not gain or bool(found.layers)
         if gain:
             found.layers = self.found.layers | found.layers
         self.found, self._density = found, density
         if tried:
-            self._say()
+            self._say(form)
         return tried
 
     def state(self) -> dict:
@@ -126,7 +129,7 @@ class Compute:
 
     @contextmanager
     def sparse(self, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
-        """Within it, the sparse form computes, if it was chosen; afterwards the model is whole."""
+        """Within it, the sparse form computes, if it was chosen; then the model has its weights."""
         if self.form is None or not self.form.computes:
             yield
             return
@@ -134,26 +137,27 @@ class Compute:
             yield
 
     def switch(self, sparse: bool, optimizer: torch.optim.Optimizer) -> None:
-        """Inside `sparse`: make the model whole for a while, or go back."""
+        """Inside `sparse`: give the model its weights for a while, or go back."""
         if self.form is not None and self.form.computes:
             (self.form.enter if sparse else self.form.leave)(optimizer)
 
-    def _is_old(self) -> bool:
-        now, then = self._density_now(), self._density
+    def _is_old(self, now: float) -> bool:
+        then = self._density
         return not then or max(now / then, then / max(now, 1e-12)) > _CHANGE
 
-    def _density_now(self) -> float:
-        masks = [kept(self.model.get_submodule(name)) for name in self.form.layers]
+    def _density_now(self, form: SparseForm) -> float:
+        layers = sparse_layers(self.model)
+        masks = [active(layers[name]) for name in form.layers]
         return sum(int(m.count_nonzero()) for m in masks) / sum(m.numel() for m in masks)
 
-    def _say(self) -> None:
+    def _say(self, form: SparseForm) -> None:
         found = self.found
         if not found.computes:
             log.info("sparse compute: not at density %.3g, it would be slower", self._density)
             return
-        layers = f"{len(found.computes)} of {len(self.form.layers)} layers"
-        if found.share:
-            layers += f", a step takes {found.share:.2f} of the masked network's CPU time"
+        layers = f"{len(found.computes)} of {len(form.layers)} layers"
+        if found.ratio:
+            layers += f", a step takes {found.ratio:.2f} of the masked network's CPU time"
         log.info("sparse compute: %s", layers)
 
 

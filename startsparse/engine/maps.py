@@ -5,28 +5,18 @@ side for each pixel of each channel. The border is zero in whatever a product re
 kernel has to look where the edge is. The images that the last block has too many are zero as well.
 """
 
-import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from startsparse.engine import memory
-
-LANES = 16
-
-_int = ctypes.c_int64
+from startsparse.engine.kernels import kernels_for
 
 
-class CMap(ctypes.Structure):
-    """`Map` of maps.h."""
-
-    _fields_ = [("data", ctypes.c_void_p)] + [
-        (name, _int) for name in ("blocks", "channels", "height", "columns", "border")
-    ]
-
-
-NO_MAP = CMap(None, 0, 0, 0, 0, 0)
+def lanes() -> int:
+    """Images of a block."""
+    return kernels_for(torch.float32).lanes
 
 
 @dataclass
@@ -50,18 +40,12 @@ class Space:
 
     def stride(self, blocks: int) -> int:
         """Numbers from one channel to the next, of so many blocks of images."""
-        return LANES * blocks * self.plane
+        return lanes() * blocks * self.plane
 
     def empty(self, blocks: int, like: Tensor) -> Tensor:
         """A map of this space, its numbers and border not set."""
-        shape = self.channels, blocks, self.height + 2 * self.border, self.row, LANES
+        shape = self.channels, blocks, self.height + 2 * self.border, self.row, lanes()
         return memory.empty(shape, like.dtype)
-
-    def view(self, data: Tensor) -> CMap:
-        """``data`` for the kernels."""
-        return CMap(
-            data.data_ptr(), data.shape[1], self.channels, self.height, self.width, self.border
-        )
 
     def inside(self, data: Tensor) -> Tensor:
         """View of ``data`` without the border."""
@@ -76,20 +60,15 @@ class Space:
         n = torch.arange(blocks) * self.plane
         line = (y + self.border) * self.row
         pixels = n[:, None, None] + line[:, None] + (x + self.border)
-        return (LANES * pixels).flatten()
-
-
-def at(tensor: Tensor) -> ctypes.c_void_p:
-    """Where ``tensor`` begins, for the kernels."""
-    return ctypes.c_void_p(tensor.data_ptr())
+        return (lanes() * pixels).flatten()
 
 
 def to_map(images: Tensor, space: Space) -> Tensor:
     """[B, C, H, W] -> a map. Differentiable."""
-    missing = -len(images) % LANES
+    missing = -len(images) % lanes()
     if missing or space.border:
         images = torch.nn.functional.pad(images, (space.border,) * 4 + (0, 0, 0, missing))
-    return images.unflatten(0, (-1, LANES)).permute(2, 0, 3, 4, 1).contiguous()
+    return images.unflatten(0, (-1, lanes())).permute(2, 0, 3, 4, 1).contiguous()
 
 
 def to_images(data: Tensor, space: Space, images: int) -> Tensor:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from startsparse.effective import agree
 from startsparse.engine import memory
-from startsparse.engine.build import library
+from startsparse.engine.kernels import kernels_for
 from startsparse.engine.layers import Product
 from startsparse.engine.lowering import lower
 from startsparse.engine.single import SingleImage
-from startsparse.masks import can_be_sparse
+from startsparse.masks import SparseLayer, can_be_sparse
 
 FEW = 4  # images up to which inference is faster one by one
 
@@ -44,7 +44,7 @@ class SparseForm:
         """
         self.model = model
         self.program = lower(model, shape)
-        library(next(model.parameters()).dtype)
+        kernels_for(next(model.parameters()).dtype)
         weakref.finalize(self, memory.release).atexit = False
         self.entered = False
         self._single: SingleImage | None = None
@@ -102,13 +102,13 @@ class SparseForm:
                 continue
             if not layer.entrywise:
                 continue
-            shape, own = layer.weight.shape, dict(layer.named_parameters(recurse=False))
-            own = {kind: parameter for kind, parameter in own.items() if parameter.shape == shape}
+            shape, parameters = layer.weight.shape, layer.named_parameters(recurse=False)
+            own: dict[str, Tensor] = {kind: p for kind, p in parameters if p.shape == shape}
             for kind, parameter in own.items():
                 setattr(layer, kind, _take(parameter, product.flat, optimizer))
             if getattr(layer, "weight_mask", None) is not None:
-                own["weight_mask"] = layer.weight_mask
-                layer.weight_mask = None
+                own["weight_mask"] = layer.get_buffer("weight_mask")
+                layer.register_buffer("weight_mask", None)
             self._outside[name] = own
         self.entered = True
 
@@ -129,13 +129,13 @@ class SparseForm:
             source.both.dense.effective = None
         self.entered, self._single = False, None
 
-    def _chosen(self) -> Iterator[tuple[str, Product, nn.Module]]:
+    def _chosen(self) -> Iterator[tuple[str, Product, SparseLayer]]:
         """The layers that compute sparsely: name, product, module."""
         for name, both in self.program.products.items():
             if name in self.program.sparse:
-                yield name, both.sparse, self.model.get_submodule(name)
+                yield name, both.sparse, both.dense.layer
 
-    def _list(self, name: str, product: Product, layer: nn.Module) -> None:
+    def _list(self, name: str, product: Product, layer: SparseLayer) -> None:
         """List the entries of a layer's mask, unless that was done and it has not changed since."""
         mask = getattr(layer, "weight_mask", None)
         now, last = (mask, 0 if mask is None else mask._version), self._listed.get(name)
@@ -152,16 +152,14 @@ class SparseForm:
             source.compute()
 
 
-def _take(
-    parameter: nn.Parameter, flat: Tensor, optimizer: torch.optim.Optimizer | None
-) -> nn.Parameter:
+def _take(parameter: Tensor, flat: Tensor, optimizer: torch.optim.Optimizer | None) -> nn.Parameter:
     """The entries ``flat`` of a parameter, which is left empty; ``optimizer`` holds them then."""
 
     def entries(tensor: Tensor) -> Tensor:
         return tensor.reshape(-1).index_select(0, flat)
 
     vector = nn.Parameter(entries(parameter), requires_grad=parameter.requires_grad)
-    vector.dense = parameter.shape, parameter.stride()
+    vector.dense = parameter.shape, parameter.stride()  # type: ignore[attr-defined]  # our own
     if optimizer is not None:
         _exchange(optimizer, parameter, vector, entries)
     parameter.grad = None
@@ -170,18 +168,18 @@ def _take(
 
 
 def _put_back(
-    parameter: nn.Parameter, vector: nn.Parameter, flat: Tensor,
+    parameter: Tensor, vector: Tensor, flat: Tensor,
     optimizer: torch.optim.Optimizer | None,
 ) -> None:  # fmt: skip
     """Undo `_take`."""
-    (shape, stride), places = vector.dense, flat.long()
+    (shape, stride), indices = vector.dense, flat.long()  # type: ignore[attr-defined]  # our own
 
     def dense(entries: Tensor) -> Tensor:
-        whole = torch.zeros(shape.numel(), dtype=entries.dtype).scatter_(0, places, entries)
-        whole = whole.view(shape)
-        if whole.stride() == stride:
-            return whole
-        return torch.empty_strided(shape, stride, dtype=entries.dtype).copy_(whole)
+        weight = torch.zeros(shape.numel(), dtype=entries.dtype).scatter_(0, indices, entries)
+        weight = weight.view(shape)
+        if weight.stride() == stride:
+            return weight
+        return torch.empty_strided(shape, stride, dtype=entries.dtype).copy_(weight)
 
     parameter.data = dense(vector)
     if optimizer is not None:
@@ -190,11 +188,11 @@ def _put_back(
 
 def _exchange(
     optimizer: torch.optim.Optimizer,
-    old: nn.Parameter,
-    new: nn.Parameter,
+    old: Tensor,
+    new: Tensor,
     convert: Callable[[Tensor], Tensor],
 ) -> None:
-    """Let ``optimizer`` hold ``new`` in the place of ``old``; state of its shape is converted."""
+    """Let ``optimizer`` hold ``new`` instead of ``old``; state of its shape is converted."""
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
     shape = old.shape

@@ -4,17 +4,11 @@
 // lines and borders alike: what it makes has lines as long as its input's, whose last pixels mean
 // nothing. A stride is taken out of the input first: `split` deals pixels to one plane per phase.
 
-#include "maps.h"
-#include "norm.h"
+#include <ATen/Parallel.h>
 
 #include <cmath>
 
-struct Plane {
-  Scalar* data;  // pixel (0, 0) of channel 0
-  int64_t channels, height, columns, channel, line;  // numbers from one channel, or line, to the next
-
-  Scalar* row(int64_t c, int64_t h) const { return data + c * channel + h * line; }
-};
+#include "exported.h"
 
 namespace {
 
@@ -30,7 +24,7 @@ inline void each_channel(const Plane& z, F f) {
 
 extern "C" {
 
-// y: sy * sx planes in the place of each of x, of lines and pixels i, i + s, i + 2s, ...; x.height
+// y: sy * sx planes for each of x, of lines and pixels i, i + s, i + 2s, ...; x.height
 // and x.columns say how far x may be read, the rest is zero.
 void split(Plane x, int64_t sy, int64_t sx, Plane y) {
   each_channel(x, [&](int64_t c) {
@@ -44,6 +38,7 @@ void split(Plane x, int64_t sy, int64_t sx, Plane y) {
         }
   });
 }
+EXPORTED(split)
 
 // As `affine` of layers.cpp, by running statistics or without a norm; y stays as it is.
 void plane_affine(Plane y, bool first, const Scalar* before, Norm norm, Plane residual, bool relu,
@@ -71,6 +66,7 @@ void plane_affine(Plane y, bool first, const Scalar* before, Norm norm, Plane re
     }
   });
 }
+EXPORTED(plane_affine)
 
 void plane_max_pool(Plane x, int64_t kernel, int64_t stride, int64_t padding, Plane y) {
   each_channel(y, [&](int64_t c) {
@@ -85,6 +81,7 @@ void plane_max_pool(Plane x, int64_t kernel, int64_t stride, int64_t padding, Pl
       }
   });
 }
+EXPORTED(plane_max_pool)
 
 void plane_mean(Plane x, Plane y) {
   each_channel(x, [&](int64_t c) {
@@ -97,6 +94,7 @@ void plane_mean(Plane x, Plane y) {
     *y.row(c, 0) = sum / (x.height * x.columns);
   });
 }
+EXPORTED(plane_mean)
 
 // A linear layer of one image: y[row] = sum of value * x[offset]; first: [rows + 1].
 void dot(const Scalar* x, const Scalar* value, const int32_t* first, const int32_t* offset,
@@ -112,5 +110,6 @@ void dot(const Scalar* x, const Scalar* value, const int32_t* first, const int32
     }
   });
 }
+EXPORTED(dot)
 
 }  // extern "C"

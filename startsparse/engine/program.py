@@ -22,8 +22,8 @@ class DenseProduct:
         effective: the weight to compute with; None: that of the layer, as it is at each call.
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, window: Window, given: Space, made: Space):
-        self.layer, self.window, self.given, self.made = layer, window, given, made
+    def __init__(self, layer: nn.Conv2d | nn.Linear, window: Window, input: Space, output: Space):
+        self.layer, self.window, self.input, self.output = layer, window, input, output
         self.effective: Tensor | None = None
 
     @property
@@ -42,17 +42,17 @@ class DenseProduct:
         return y.detach(), (x, weight, y)
 
     def backward(
-        self, kept: tuple[Tensor, Tensor, Tensor], d_y: Tensor, into: Gradients | None
+        self, saved: tuple[Tensor, Tensor, Tensor], d_y: Tensor, into: Gradients | None
     ) -> tuple[Gradients, Gradients]:
         """``into`` None: the gradient of x is not needed."""
-        x, weight, y = kept
+        x, weight, y = saved
         wanted = [t for t, want in ((x, into is not None), (weight, weight.requires_grad)) if want]
         gradients = list(torch.autograd.grad(y, wanted, d_y)) if wanted else []
         d_x = None if into is None else added(gradients.pop(0).contiguous(), into[0])
-        return [d_x], gradients or [None]
+        return [d_x], [gradients[0] if gradients else None]
 
     def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        inside = self.given.inside(x).permute(1, 4, 2, 3, 0)  # channels_last is the fast layout
+        inside = self.input.inside(x).permute(1, 4, 2, 3, 0)  # channels_last is the fast layout
         images = inside.reshape(-1, *inside.shape[2:]).permute(0, 3, 1, 2)
         stride = self.window.stride
         if weight.dim() == 2:
@@ -61,7 +61,7 @@ class DenseProduct:
             # As in models.resnet.Projection: oneDNN must not see the stride.
             images, stride = images[:, :, :: stride[0], :: stride[1]], (1, 1)
         y = F.conv2d(images, weight, None, stride, self.window.padding)
-        return to_map(y, self.made)
+        return to_map(y, self.output)
 
 
 @dataclass
@@ -141,45 +141,46 @@ class Program:
         parameters = [p for step in self.steps for p in step.now.parameters if p is not None]
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
             return _Run.apply(self, images, *parameters)
-        return self._forward(images, keep=False)[0]
+        return self._forward(images, save=False)[0]
 
     @functools.cached_property
     def _last_use(self) -> dict[str, int]:
         """Value -> the last step that reads it."""
         return {name: i for i, step in enumerate(self.steps) for name in step.inputs}
 
-    def _forward(self, images: Tensor, keep: bool) -> tuple[Tensor, list]:
-        """Logits; and what the backward of each step needs, and its parameters, if ``keep``."""
+    def _forward(self, images: Tensor, save: bool) -> tuple[Tensor, list]:
+        """Logits; and what each step saved for its backward, and its parameters, if ``save``."""
         if self.flat:
             images = images.flatten(1)[:, :, None, None]
-        values, kept = {self.start: to_map(images, self.spaces[self.start])}, []
+        values, saved = {self.start: to_map(images, self.spaces[self.start])}, []
         count, last_use = len(images), self._last_use
         for i, step in enumerate(self.steps):
             inputs, now = [values[name] for name in step.inputs], step.now
-            values[step.output], needed = now.forward(*inputs, count)
-            if keep:
-                kept.append((needed, now.parameters))
+            values[step.output], of_step = now.forward(*inputs, count)
+            if save:
+                saved.append((of_step, now.parameters))
             for name in step.inputs:
                 if last_use[name] == i:
                     values.pop(name, None)
         result = values[self.result]
-        return to_images(result, self.spaces[self.result], count).flatten(1), kept
+        return to_images(result, self.spaces[self.result], count).flatten(1), saved
 
-    def _backward(self, kept: list, d_logits: Tensor) -> dict[int, Tensor]:
-        """``id`` of a parameter -> its gradient. Uses ``kept`` up."""
+    def _backward(self, saved: list, d_logits: Tensor) -> dict[int, Tensor]:
+        """``id`` of a parameter -> its gradient. Uses ``saved`` up."""
         d_result = to_map(d_logits[:, :, None, None], self.spaces[self.result])
-        maps, gradients = {self.result: d_result}, {}
+        maps: dict[str, Tensor | None] = {self.result: d_result}
+        gradients: dict[int, Tensor] = {}
         for step in reversed(self.steps):
-            into = [maps.pop(name, None) for name in step.inputs]
+            into: Gradients | None = [maps.pop(name, None) for name in step.inputs]
             if step.inputs == [self.start] and isinstance(step.run, Either):
                 into = None  # nobody asks for the gradient of the images
-            needed, parameters = kept.pop()
-            made, learned = step.now.backward(needed, maps.pop(step.output), into)
-            maps.update(zip(step.inputs, made))
+            of_step, parameters = saved.pop()
+            d_inputs, learned = step.now.backward(of_step, maps.pop(step.output), into)
+            maps.update(zip(step.inputs, d_inputs))
             for parameter, gradient in zip(parameters, learned):
                 if parameter is not None and gradient is not None:
-                    place = id(parameter)  # a tensor's own hash takes longer
-                    gradients[place] = added(gradient, gradients.get(place))
+                    key = id(parameter)  # a tensor's own hash takes longer
+                    gradients[key] = added(gradient, gradients.get(key))
         return gradients
 
 
@@ -187,13 +188,13 @@ class _Run(torch.autograd.Function):
     """A program as one function: autograd between its steps would take longer than small layers."""
 
     @staticmethod
-    def forward(ctx, program: Program, images: Tensor, *parameters: Tensor) -> Tensor:
-        logits, ctx.kept = program._forward(images, keep=True)
+    def forward(ctx: Any, program: Program, images: Tensor, *parameters: Tensor) -> Tensor:
+        logits, ctx.saved = program._forward(images, save=True)
         ctx.program, ctx.parameters = program, parameters
         return logits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_logits: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.program._backward(ctx.kept, d_logits)
+    def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.program._backward(ctx.saved, d_logits)
         return None, None, *(gradients.get(id(parameter)) for parameter in ctx.parameters)

@@ -1,133 +1,46 @@
 // Convolutions of 3x3 weights, most of them not zero, with a quarter of the multiplications
 // (Lavin and Gray, 2016: Fast algorithms for convolutional neural networks, F(4x4, 3x3)).
 //
-// The map that is made is cut into tiles of 4x4 pixels; each needs 6x6 pixels of the map given. Six
-// numbers in a line, seen as a polynomial, are known by its values at six points, and so is the
-// product of two polynomials by the products of their values. So tiles and weights are transformed
-// to their values at 6x6 points; there the convolution is a matrix product for each point; and the
-// result is transformed back. The points are 0, +-sqrt(1/2), +-sqrt(2) and infinity, at which
-// rounding errors stay small (Barabasz et al., 2020: Error analysis and improving the accuracy of
-// Winograd convolution for deep neural networks).
+// The output is cut into tiles of 4x4 pixels; each needs 6x6 (tile + kernel - 1) pixels of the
+// input. Six numbers in a line, seen as a polynomial, are known by its values at six points, and so
+// is the product of two polynomials by the products of their values. So tiles and weights are
+// transformed to their values at 6x6 points; there the convolution is a matrix product for each
+// point; and the result is transformed back (winograd.h).
 //
 // All happens on vectors of images, or of weights, without a look at single numbers. A *position*
 // is a tile of a block of 16 images.
 
-#include "maps.h"
+#include "winograd.h"
 
 #include <array>
-#include <cmath>
+
+#include "exported.h"
 
 namespace {
 
-constexpr int64_t six = 6, points = six * six;
-constexpr int64_t four = 4;  // pixels of a tile, and rows, or channels, that are done at once
-constexpr int64_t tile = std::max<int64_t>(1, 4 / registers);  // positions, likewise
+using namespace winograd;
+
+constexpr int64_t four = rows_at_once;                         // rows, and channels
+constexpr int64_t tile = std::max<int64_t>(1, 4 / registers);  // positions at a time
 constexpr int64_t cached = 144;  // channels of a tile of positions that stay in the cache
 
 // Positions at a time: as many as keep the transformed maps in the cache, but a least number, since
 // each time all transformed weights are read, or their sums added up.
-struct Share {
+struct Budget {
   int64_t numbers, least;
 };
-constexpr Share for_maps{1 << 19, 4}, for_weights{1 << 20, 16};
-
-constexpr Scalar a2 = 0.5, b2 = 2;  // squares of the points; a * b = 1
-const Scalar a = std::sqrt(a2), b = std::sqrt(b2);
+constexpr Budget for_maps{1 << 19, 4}, for_weights{1 << 20, 16};
 
 inline int64_t ceil_four(int64_t n) { return (n + four - 1) / four * four; }
-
-inline Vec fma(Scalar factor, const Vec& x, const Vec& y) {
-  return at::vec::fmadd(Vec(factor), x, y);
-}
-
-// Transforms of one line: x(i) is its number i, put(i, y) takes number i of the result.
-
-struct Given {  // 6 pixels -> 6 points
-  static constexpr int64_t from = 6, to = 6;
-  static void line(auto x, auto put) {
-    const Vec even_a = fma(-b2, x(2), x(4)), odd_a = fma(-b2, x(1), x(3));
-    const Vec even_b = fma(-a2, x(2), x(4)), odd_b = fma(-a2, x(1), x(3));
-    put(0, fma(-(a2 + b2), x(2), x(0) + x(4)));
-    put(1, fma(a, odd_a, even_a));
-    put(2, fma(-a, odd_a, even_a));
-    put(3, fma(b, odd_b, even_b));
-    put(4, fma(-b, odd_b, even_b));
-    put(5, fma(-(a2 + b2), x(3), x(1) + x(5)));
-  }
-};
-
-struct Made {  // 6 points -> 4 pixels
-  static constexpr int64_t from = 6, to = 4;
-  static void line(auto x, auto put) {
-    const Vec even_a = x(1) + x(2), odd_a = x(1) - x(2);
-    const Vec even_b = x(3) + x(4), odd_b = x(3) - x(4);
-    put(0, x(0) + even_a + even_b);
-    put(1, fma(a, odd_a, Vec(b) * odd_b));
-    put(2, fma(a2, even_a, Vec(b2) * even_b));
-    put(3, fma(a * a2, odd_a, fma(b * b2, odd_b, x(5))));
-  }
-};
-
-struct MadeTransposed {  // 4 pixels -> 6 points
-  static constexpr int64_t from = 4, to = 6;
-  static void line(auto x, auto put) {
-    const Vec even_a = fma(a2, x(2), x(0)), odd_a = fma(a2, x(3), x(1));
-    const Vec even_b = fma(b2, x(2), x(0)), odd_b = fma(b2, x(3), x(1));
-    put(0, x(0));
-    put(1, fma(a, odd_a, even_a));
-    put(2, fma(-a, odd_a, even_a));
-    put(3, fma(b, odd_b, even_b));
-    put(4, fma(-b, odd_b, even_b));
-    put(5, x(3));
-  }
-};
-
-// Of each point: one over the product of its distances from the others.
-constexpr Scalar at_a = 1 / (2 * a2 * (a2 - b2)), at_b = 1 / (2 * b2 * (b2 - a2));
-
-struct Weight {  // 3 taps -> 6 points
-  static constexpr int64_t from = 3, to = 6;
-  static void line(auto x, auto put) {
-    const Vec even_a = Vec(at_a) * fma(a2, x(2), x(0)), odd_a = Vec(at_a * a) * x(1);
-    const Vec even_b = Vec(at_b) * fma(b2, x(2), x(0)), odd_b = Vec(at_b * b) * x(1);
-    put(0, x(0));
-    put(1, even_a + odd_a);
-    put(2, even_a - odd_a);
-    put(3, even_b + odd_b);
-    put(4, even_b - odd_b);
-    put(5, x(2));
-  }
-};
-
-struct WeightTransposed {  // 6 points -> 3 taps
-  static constexpr int64_t from = 6, to = 3;
-  static void line(auto x, auto put) {
-    const Vec even_a = Vec(at_a) * (x(1) + x(2)), even_b = Vec(at_b) * (x(3) + x(4));
-    put(0, x(0) + even_a + even_b);
-    put(1, fma(at_a * a, x(1) - x(2), Vec(at_b * b) * (x(3) - x(4))));
-    put(2, fma(a2, even_a, fma(b2, even_b, x(5))));
-  }
-};
-
-// Both directions of a square: x(i, j) -> put(i, j, y).
-template <typename T>
-inline void square(auto x, auto put) {
-  Vec half[T::to][T::from];
-  for (int64_t k = 0; k < T::from; k++)
-    T::line([&](int64_t i) { return x(i, k); }, [&](int64_t i, const Vec& y) { half[i][k] = y; });
-  for (int64_t k = 0; k < T::to; k++)
-    T::line([&](int64_t j) { return half[k][j]; }, [&](int64_t j, const Vec& y) { put(k, j, y); });
-}
 
 // Weights, or their gradient: [from * from, size] -> [to * to, size], size a multiple of 16.
 template <typename T>
 void transform_weights(const Scalar* x, Scalar* y, int64_t size) {
   at::parallel_for(0, size / lanes, 64, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin * lanes; k < end * lanes; k += width)
-      square<T>([&](int64_t i, int64_t j) { return Vec::loadu(x + (i * T::from + j) * size + k); },
-                [&](int64_t i, int64_t j, const Vec& v) {
-                  v.store(y + (i * T::to + j) * size + k);
-                });
+      square<T>(
+          [&](int64_t i, int64_t j) { return Vec::loadu(x + (i * T::from + j) * size + k); },
+          [&](int64_t i, int64_t j, const Vec& v) { v.store(y + (i * T::to + j) * size + k); });
   });
 }
 
@@ -135,13 +48,13 @@ void transform_weights(const Scalar* x, Scalar* y, int64_t size) {
 struct Tiles {
   int64_t blocks, down, right, begin, count;
 
-  Tiles(const Map& made, int64_t channels, const Share& share)
-      : blocks(made.blocks),
-        down((made.height + four - 1) / four),
-        right((made.columns + four - 1) / four),
+  Tiles(const Map& output, int64_t channels, const Budget& budget)
+      : blocks(output.blocks),
+        down((output.height + output_tile - 1) / output_tile),
+        right((output.columns + output_tile - 1) / output_tile),
         begin(0) {
-    const int64_t most = ceil_four(share.numbers / (points * lanes * channels));
-    count = std::min(ceil_four(all()), std::max(share.least, most));
+    const int64_t most = ceil_four(budget.numbers / (points * lanes * channels));
+    count = std::min(ceil_four(all()), std::max(budget.least, most));
   }
 
   int64_t all() const { return blocks * down * right; }
@@ -149,14 +62,14 @@ struct Tiles {
   bool has(int64_t q) const { return begin + q < all(); }
 
   // Block, first line and first column of the q-th of them.
-  std::array<int64_t, 3> place(int64_t q) const {
+  std::array<int64_t, 3> corner(int64_t q) const {
     const int64_t i = begin + q;
-    return {i / (down * right), i / right % down * four, i % right * four};
+    return {i / (down * right), i / right % down * output_tile, i % right * output_tile};
   }
 };
 
 // A transformed map: [points, channels, count, 16], the points a little apart, lest their numbers
-// fall on the same places of the cache.
+// fall on the same lines of the cache.
 struct Transformed {
   Scalar* data;
   int64_t channels, count;
@@ -184,10 +97,10 @@ void transform(const Map& map, const Tiles& tiles, int64_t up, int64_t left,
         }
         continue;
       }
-      const auto [n, h0, w0] = tiles.place(q);
+      const auto [n, h0, w0] = tiles.corner(q);
       const int64_t h = h0 - up, w = w0 - left;
       for (int64_t i = 0; i < T::from && c + 1 < map.channels; i++)
-        fetch<false>(map.at(n, c + 1, h + i, w), four * lanes);
+        prefetch<false>(map.at(n, c + 1, h + i, w), output_tile * lanes);
       const bool inside = std::min(h, w) >= -border && h + T::from <= map.height + border &&
                           w + T::from <= map.columns + border;
       for (int64_t r = 0; r < lanes; r += width) {
@@ -200,7 +113,7 @@ void transform(const Map& map, const Tiles& tiles, int64_t up, int64_t left,
           return there ? stored(i, j) : Vec(Scalar(0));
         };
         const auto put = [&](int64_t i, int64_t j, const Vec& y) {
-          y.store(to.at(i * six + j, c, q) + r);
+          y.store(to.at(i * input_tile + j, c, q) + r);
         };
         if (inside)
           square<T>(stored, put);
@@ -218,16 +131,16 @@ void transform_back(const Transformed& from, const Tiles& tiles, const Map& map,
     for (int64_t i = begin * from.count; i < end * from.count; i++) {
       const int64_t c = i / from.count, q = i % from.count;
       if (!tiles.has(q)) continue;
-      const auto [n, h, w] = tiles.place(q);
+      const auto [n, h, w] = tiles.corner(q);
       const int64_t height = map.height - h, columns = map.columns - w;
-      for (int64_t i = 0; i < four && c + 1 < map.channels; i++)
-        fetch<true>(map.at(n, c + 1, h + i, w), four * lanes);
+      for (int64_t i = 0; i < output_tile && c + 1 < map.channels; i++)
+        prefetch<true>(map.at(n, c + 1, h + i, w), output_tile * lanes);
       for (int64_t r = 0; r < lanes; r += width) {
         Scalar* to = map.at(n, c, h, w) + r;
         const auto at = [&](int64_t i, int64_t j) {
-          return Vec::loadu(from.at(i * six + j, c, q) + r);
+          return Vec::loadu(from.at(i * input_tile + j, c, q) + r);
         };
-        square<Made>(at, [&](int64_t i, int64_t j, const Vec& y) {
+        square<Output>(at, [&](int64_t i, int64_t j, const Vec& y) {
           if (i >= height || j >= columns) return;
           Scalar* pixel = to + i * line + j * lanes;
           (add ? y + Vec::loadu(pixel) : y).store(pixel);
@@ -237,18 +150,18 @@ void transform_back(const Transformed& from, const Tiles& tiles, const Map& map,
   });
 }
 
-// made[row][q] = sum over channels: weight[channel][row] * given[channel][q], of four rows and a
-// few positions; given and made: a point of transformed maps, weight: [channels, 4].
-[[gnu::noinline]] void product(const Scalar* given, int64_t given_stride, const Scalar* weight,
-                               int64_t channels, Scalar* made, int64_t made_stride, bool fresh) {
+// out[row][q] = sum over channels: weight[channel][row] * in[channel][q], of four rows and a few
+// positions; in and out: a point of transformed maps, weight: [channels, 4].
+[[gnu::noinline]] void product(const Scalar* in, int64_t in_stride, const Scalar* weight,
+                               int64_t channels, Scalar* out, int64_t out_stride, bool fresh) {
   Vec sum[four][tile * registers];
   for (int64_t row = 0; row < four; row++)
     for (int64_t q = 0; q < tile * registers; q++)
-      sum[row][q] = fresh ? Vec(Scalar(0)) : Vec::loadu(made + row * made_stride + q * width);
+      sum[row][q] = fresh ? Vec(Scalar(0)) : Vec::loadu(out + row * out_stride + q * width);
   for (int64_t c = 0; c < channels; c++) {
     Vec x[tile * registers];
     for (int64_t q = 0; q < tile * registers; q++)
-      x[q] = Vec::loadu(given + c * given_stride + q * width);
+      x[q] = Vec::loadu(in + c * in_stride + q * width);
     for (int64_t row = 0; row < four; row++) {
       const Vec w(weight[c * four + row]);
       for (int64_t q = 0; q < tile * registers; q++)
@@ -257,19 +170,19 @@ void transform_back(const Transformed& from, const Tiles& tiles, const Map& map,
   }
   for (int64_t row = 0; row < four; row++)
     for (int64_t q = 0; q < tile * registers; q++)
-      sum[row][q].store(made + row * made_stride + q * width);
+      sum[row][q].store(out + row * out_stride + q * width);
 }
 
-// gradient[channel][row] += sum over `size` numbers: given[channel] * d_made[row], of four of each.
-[[gnu::noinline]] void dots(const Scalar* given, int64_t given_stride, const Scalar* d_made,
-                            int64_t made_stride, int64_t size, Scalar* gradient) {
+// gradient[channel][row] += sum over `size` numbers: in[channel] * d_out[row], of four of each.
+[[gnu::noinline]] void dots(const Scalar* in, int64_t in_stride, const Scalar* d_out,
+                            int64_t out_stride, int64_t size, Scalar* gradient) {
   Vec sum[four * four];
   std::fill(sum, sum + four * four, Vec(Scalar(0)));
   for (int64_t i = 0; i < size; i += width) {
     Vec d[four];
-    for (int64_t row = 0; row < four; row++) d[row] = Vec::loadu(d_made + row * made_stride + i);
+    for (int64_t row = 0; row < four; row++) d[row] = Vec::loadu(d_out + row * out_stride + i);
     for (int64_t c = 0; c < four; c++) {
-      const Vec x = Vec::loadu(given + c * given_stride + i);
+      const Vec x = Vec::loadu(in + c * in_stride + i);
       for (int64_t row = 0; row < four; row++)
         sum[c * four + row] = at::vec::fmadd(x, d[row], sum[c * four + row]);
     }
@@ -283,15 +196,18 @@ struct Work {
   int64_t channels, rows, size;  // channels and rows: the next multiples of four
   Tiles tiles;
   Scalar* weight;
-  Transformed given, made;
+  Transformed input, output;
 
-  Work(const Map& in, const Map& out, Scalar* scratch, const Share& share)
-      : channels(ceil_four(in.channels)), rows(ceil_four(out.channels)), size(channels * rows),
-        tiles(out, channels + rows, share), weight(scratch),
-        given{scratch + points * size, channels, tiles.count},
-        made{given.data + given.size(), rows, tiles.count} {}
+  Work(const Map& in, const Map& out, Scalar* scratch, const Budget& budget)
+      : channels(ceil_four(in.channels)),
+        rows(ceil_four(out.channels)),
+        size(channels * rows),
+        tiles(out, channels + rows, budget),
+        weight(scratch),
+        input{scratch + points * size, channels, tiles.count},
+        output{input.data + input.size(), rows, tiles.count} {}
 
-  int64_t numbers() const { return points * size + given.size() + made.size(); }
+  int64_t numbers() const { return points * size + input.size() + output.size(); }
 
   // f(point, four rows) for all, in parallel.
   template <typename F>
@@ -312,6 +228,7 @@ int64_t winograd_scratch_size(Map in, Map out) {
   return std::max(Work(in, out, nullptr, for_maps).numbers(),
                   Work(in, out, nullptr, for_weights).numbers());
 }
+EXPORTED(winograd_scratch_size)
 
 // The convolution of `in`, which is written to `out` or added to what is there. up, left: padding;
 // weight: [9, rows / 4, channels, 4], zero for rows and channels that are not there.
@@ -321,37 +238,39 @@ void winograd_gather(Map in, Map out, const Scalar* weight, int64_t up, int64_t 
   Tiles& tiles = work.tiles;
   transform_weights<Weight>(weight, work.weight, work.size);
   for (; tiles.begin < tiles.all(); tiles.begin += tiles.count) {
-    transform<Given>(in, tiles, up, left, work.given);
+    transform<Input>(in, tiles, up, left, work.input);
     work.each([&](int64_t p, int64_t rows) {
       const Scalar* w = work.weight + p * work.size + rows * work.channels * four;
       for (int64_t c = 0; c < work.channels; c += cached)
         for (int64_t q = 0; q < tiles.count; q += tile)
-          product(work.given.at(p, c, q), work.given.channel(), w + c * four,
-                  std::min(cached, work.channels - c), work.made.at(p, rows * four, q),
-                  work.made.channel(), c == 0);
+          product(work.input.at(p, c, q), work.input.channel(), w + c * four,
+                  std::min(cached, work.channels - c), work.output.at(p, rows * four, q),
+                  work.output.channel(), c == 0);
     });
-    transform_back(work.made, tiles, out, add);
+    transform_back(work.output, tiles, out, add);
   }
 }
+EXPORTED(winograd_gather)
 
 // The gradient of the weight of `winograd_gather`, laid out as it is.
-void winograd_weights(Map in, Map d_out, Scalar* gradient, int64_t up, int64_t left,
-                      Scalar* scratch) {
+void winograd_weight_gradient(Map in, Map d_out, Scalar* gradient, int64_t up, int64_t left,
+                              Scalar* scratch) {
   Work work(in, d_out, scratch, for_weights);
   Tiles& tiles = work.tiles;
   std::fill(work.weight, work.weight + points * work.size, Scalar(0));
   for (; tiles.begin < tiles.all(); tiles.begin += tiles.count) {
-    transform<Given>(in, tiles, up, left, work.given);
-    transform<MadeTransposed>(d_out, tiles, 0, 0, work.made);
+    transform<Input>(in, tiles, up, left, work.input);
+    transform<OutputTransposed>(d_out, tiles, 0, 0, work.output);
     work.each([&](int64_t p, int64_t rows) {
-      const Scalar* d = work.made.at(p, rows * four, 0);
+      const Scalar* d = work.output.at(p, rows * four, 0);
       Scalar* sums = work.weight + p * work.size + rows * work.channels * four;
       for (int64_t c = 0; c < work.channels; c += four)
-        dots(work.given.at(p, c, 0), work.given.channel(), d, work.made.channel(),
+        dots(work.input.at(p, c, 0), work.input.channel(), d, work.output.channel(),
              tiles.count * lanes, sums + c * four);
     });
   }
   transform_weights<WeightTransposed>(work.weight, gradient, work.size);
 }
+EXPORTED(winograd_weight_gradient)
 
 }  // extern "C"

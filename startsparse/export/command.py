@@ -32,7 +32,7 @@ class ExportOptions:
 
     run: Annotated[str, tyro.conf.Positional] = ""
     """Run folder"""
-    format: choice(ENDINGS) = "safetensors"
+    format: Annotated[str, choice(ENDINGS)] = "safetensors"
     """safetensors: dense, with zeros; csr: layers as compressed sparse rows; onnx"""
     compact: bool = False
     """Leave out the units that are dead on either side, and all that only they feed"""

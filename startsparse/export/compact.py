@@ -18,8 +18,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from startsparse.errors import UserError
+from startsparse.masks import SparseLayer, sparse_layers
+from startsparse.traced import module_name, source_of
 
 _SMALLEST = 0.01  # of a unit that stands for others, beside them: rounding grows by the inverse
 
@@ -49,7 +52,7 @@ def compact(model: nn.Module) -> nn.Module:
     return model
 
 
-def resize(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+def resize(layer: SparseLayer, weight: Tensor, bias: Tensor | None) -> None:
     """Give a convolution or linear layer other parameters, and the sizes that these have."""
     layer.weight = nn.Parameter(weight)
     layer.bias = None if bias is None else nn.Parameter(bias)
@@ -59,12 +62,14 @@ def resize(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
         layer.out_features, layer.in_features = weight.shape
 
 
-def keep_units(norm: nn.Module, kept: Tensor) -> None:
-    """Leave a BatchNorm the units with the numbers ``kept``, int64 [k]."""
-    norm.num_features = len(kept)
-    norm.running_mean, norm.running_var = norm.running_mean[kept], norm.running_var[kept]
+def keep_units(norm: _BatchNorm, remaining: Tensor) -> None:
+    """Leave a BatchNorm the units with the numbers ``remaining``, int64 [k]."""
+    norm.num_features = len(remaining)
+    for name in ("running_mean", "running_var"):
+        setattr(norm, name, norm.get_buffer(name)[remaining])
     if norm.affine:
-        norm.weight, norm.bias = nn.Parameter(norm.weight[kept]), nn.Parameter(norm.bias[kept])
+        norm.weight = nn.Parameter(norm.weight[remaining])
+        norm.bias = nn.Parameter(norm.bias[remaining])
 
 
 @dataclass(eq=False)
@@ -89,7 +94,7 @@ class _Analysis:
     """Follows units through a traced network."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model, self.layers = model, sparse_layers(model)
         self.streams: list[_Stream] = []
         self.values: dict[fx.Node, tuple[_Stream, Tensor]] = {}  # node -> units, what is known
 
@@ -104,11 +109,11 @@ class _Analysis:
             return node.op
         target = node.target
         if node.op == "call_module":
-            module = self.model.get_submodule(target)
+            module = self.model.get_submodule(module_name(node))
             name = type(module).__name__
             kind = next((kind for kind, types in _MODULES.items() if type(module) in types), None)
         else:
-            name, kind = getattr(target, "__name__", target), _FUNCTIONS.get(target)
+            name, kind = getattr(target, "__name__", str(target)), _FUNCTIONS.get(target)
         if kind is None:
             raise UserError(f"--compact: it is not known what {name} ({node}) does to units")
         return kind
@@ -120,26 +125,29 @@ class _Analysis:
         """A constant of the network: no units."""
 
     def _output(self, node: fx.Node) -> None:
-        self.values[node.args[0]][0].fixed = True
+        self.values[source_of(node)][0].fixed = True
 
     def _product(self, node: fx.Node) -> None:
-        layer = self.model.get_submodule(node.target)
+        name = module_name(node)
+        layer = self.layers[name]
         if isinstance(layer, nn.Conv2d) and (layer.groups > 1 or layer.padding_mode != "zeros"):
-            raise UserError(f"--compact: {node.target}: groups or padding that is not with zeros")
-        stream, known = self.values[node.args[0]]
+            raise UserError(f"--compact: {name}: groups or padding that is not with zeros")
+        stream, known = self.values[source_of(node)]
         inputs = layer.weight.shape[1]
         if len(known) not in (1, inputs):
-            raise UserError(f"--compact: {node.target}: {len(known)} maps, {inputs} inputs")
+            raise UserError(f"--compact: {name}: {len(known)} maps, {inputs} inputs")
         known = known.expand(inputs)
-        stream.readers.append((node.target, known))
-        self._begin(node, _Stream(makers=[node.target]), _outcome(layer, known))
+        stream.readers.append((name, known))
+        self._begin(node, _Stream(makers=[name]), _outcome(layer, known))
 
     def _norm(self, node: fx.Node) -> None:
-        norm = self.model.get_submodule(node.target)
-        if norm.running_mean is None:
-            raise UserError(f"--compact: {node.target}: BatchNorm without running statistics")
-        stream, known = self.values[node.args[0]]
-        stream.norms.append(node.target)
+        name = module_name(node)
+        norm = self.model.get_submodule(name)
+        assert isinstance(norm, _BatchNorm)
+        if norm.running_mean is None or norm.running_var is None:
+            raise UserError(f"--compact: {name}: BatchNorm without running statistics")
+        stream, known = self.values[source_of(node)]
+        stream.norms.append(name)
         scale = (norm.running_var.double() + norm.eps).rsqrt()
         shift = torch.zeros_like(scale)
         if norm.affine:
@@ -148,13 +156,13 @@ class _Analysis:
         self.values[node] = stream, torch.where(scale == 0, shift, known)
 
     def _relu(self, node: fx.Node) -> None:
-        stream, known = self.values[node.args[0]]
+        stream, known = self.values[source_of(node)]
         self.values[node] = stream, known.relu()
 
     def _add(self, node: fx.Node) -> None:
         if len(node.args) != 2 or any(arg not in self.values for arg in node.args):
             raise UserError(f"--compact: {node}: an addition of something else than two maps")
-        (one, known), (other, also_known) = (self.values[arg] for arg in node.args)
+        (one, known), (other, also_known) = (self.values[source_of(node, i)] for i in (0, 1))
         if one is not other:
             for name in ("makers", "norms", "readers"):
                 getattr(one, name).extend(getattr(other, name))
@@ -166,9 +174,11 @@ class _Analysis:
         self.values[node] = one, known + also_known
 
     def _matmul(self, node: fx.Node) -> None:
-        if node.args[0].op != "get_attr":
+        if source_of(node).op != "get_attr":
             raise UserError(f"--compact: {node}: a product of two maps")
-        stream, known = self.values[node.args[1]]  # a sum over nodes keeps zeros and nothing else
+        stream, known = self.values[
+            source_of(node, 1)
+        ]  # a sum over nodes keeps zeros and nothing else
         self.values[node] = stream, torch.where(known == 0, known, torch.nan)
 
     def _flatten(self, node: fx.Node) -> None:
@@ -190,16 +200,16 @@ class _Analysis:
         self._same(node)
 
     def _same(self, node: fx.Node) -> None:
-        self.values[node] = self.values[node.args[0]]
+        self.values[node] = self.values[source_of(node)]
 
     def _begin(self, node: fx.Node, stream: _Stream, known: Tensor) -> None:
         self.streams.append(stream)
         self.values[node] = stream, known
 
 
-def _edges(layer: nn.Module) -> Tensor:
+def _edges(layer: SparseLayer) -> Tensor:
     """Bool [out, in]: whether a unit has a weight for another."""
-    return (layer.weight != 0).reshape(*layer.weight.shape[:2], -1).any(2)
+    return layer.weight.ne(0).reshape(*layer.weight.shape[:2], -1).any(2)
 
 
 def _sums(weight: Tensor) -> Tensor:
@@ -207,16 +217,16 @@ def _sums(weight: Tensor) -> Tensor:
     return weight.reshape(*weight.shape[:2], -1).sum(2)
 
 
-def _pads(layer: nn.Module) -> bool:
+def _pads(layer: SparseLayer) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.padding not in ((0, 0), "valid")
 
 
-def _foldable(layer: nn.Module, known: Tensor) -> Tensor:
+def _foldable(layer: SparseLayer, known: Tensor) -> Tensor:
     """Bool [in]: which inputs of ``layer`` are constants that its bias can take in."""
     return known == 0 if _pads(layer) else known.isfinite()
 
 
-def _outcome(layer: nn.Module, known: Tensor) -> Tensor:
+def _outcome(layer: SparseLayer, known: Tensor) -> Tensor:
     """What is known of the outputs of ``layer``, float64 [out]."""
     foldable = _foldable(layer, known)
     outcome = _sums(layer.weight.double()) @ torch.where(foldable, known, 0)
@@ -229,39 +239,41 @@ def _shrink(model: nn.Module, stream: _Stream) -> bool:
     """Take the units out that can go; whether anything changed."""
     if stream.fixed:
         return False
-    gone, stands_in = _dead(model, stream)
-    layers = [model.get_submodule(name) for name in stream.makers]
-    layers += [model.get_submodule(name) for name, _ in stream.readers]
-    if not gone.any() or (len(gone) == 1 and not any(_edges(layer).any() for layer in layers)):
+    layers = sparse_layers(model)
+    gone, stands_in = _dead(layers, stream)
+    own = [*stream.makers, *(name for name, _ in stream.readers)]
+    if not gone.any() or (len(gone) == 1 and not any(_edges(layers[name]).any() for name in own)):
         return False
-    kept = (~gone).nonzero().squeeze(1)
-    if not len(kept):
-        kept = torch.zeros(1, dtype=torch.long)  # one has to stay; it has no edges from now on
+    remaining = (~gone).nonzero().squeeze(1)
+    if not len(remaining):
+        remaining = torch.zeros(1, dtype=torch.long)  # one has to stay; it has no edges from now on
     for name, known in stream.readers:
-        _unread(model.get_submodule(name), known, gone, kept, stands_in)
+        _unread(layers[name], known, gone, remaining, stands_in)
     for name in stream.makers:
-        layer = model.get_submodule(name)
-        live = ~gone[kept]
-        weight = layer.weight[kept] * live.view(-1, *[1] * (layer.weight.dim() - 1))
-        resize(layer, weight, None if layer.bias is None else layer.bias[kept] * live)
+        layer = layers[name]
+        live = ~gone[remaining]
+        weight = layer.weight[remaining] * live.view(-1, *[1] * (layer.weight.dim() - 1))
+        resize(layer, weight, None if layer.bias is None else layer.bias[remaining] * live)
     for name in stream.norms:
-        keep_units(model.get_submodule(name), kept)
+        norm = model.get_submodule(name)
+        assert isinstance(norm, _BatchNorm)
+        keep_units(norm, remaining)
     return True
 
 
-def _dead(model: nn.Module, stream: _Stream) -> tuple[Tensor, int | None]:
+def _dead(layers: dict[str, SparseLayer], stream: _Stream) -> tuple[Tensor, int | None]:
     """Which units can go, bool [units]; the constant unit, if any, that stands for others."""
-    count = len(model.get_submodule(stream.makers[0]).weight)
+    count = len(layers[stream.makers[0]].weight)
     free, constant = torch.ones(2, count, dtype=torch.bool)
     size = torch.ones(count, dtype=torch.float64)  # beside the largest constant, where that counts
     for name, known in stream.readers:
-        layer = model.get_submodule(name)
+        layer = layers[name]
         read, foldable = _edges(layer).any(0), _foldable(layer, known)
         free &= ~read | foldable
         constant &= ~read | known.isfinite()
     left = constant & ~free
     for name, known in stream.readers:
-        layer = model.get_submodule(name)
+        layer = layers[name]
         if (left & _edges(layer).any(0) & ~_foldable(layer, known)).any():
             constants = torch.where(left & known.isfinite(), known.abs(), 0)
             size = size.minimum(constants / constants.max())
@@ -274,20 +286,20 @@ def _dead(model: nn.Module, stream: _Stream) -> tuple[Tensor, int | None]:
 
 
 def _unread(
-    layer: nn.Module, known: Tensor, gone: Tensor, kept: Tensor, stands_in: int | None
+    layer: SparseLayer, known: Tensor, gone: Tensor, remaining: Tensor, stands_in: int | None
 ) -> None:
-    """Make ``layer`` read the units ``kept`` only, and put what the others bring elsewhere."""
+    """Make ``layer`` read the units ``remaining`` only, and put what the others bring elsewhere."""
     weight = layer.weight.double()
     given = torch.where(gone & _edges(layer).any(0), known, 0)
     bias = layer.bias
     if given.any() and _pads(layer):
-        share = given / known[stands_in]
-        weight[:, stands_in] += (weight * share[:, None, None]).sum(1)
+        ratio = given / known[stands_in]
+        weight[:, stands_in] += (weight * ratio[:, None, None]).sum(1)
     elif given.any():
         bias = (0 if bias is None else bias.double()) + _sums(weight) @ given
     weight[:, gone] = 0
     kind = layer.weight.dtype
-    resize(layer, weight[:, kept].to(kind), None if bias is None else bias.to(kind))
+    resize(layer, weight[:, remaining].to(kind), None if bias is None else bias.to(kind))
 
 
 _MODULES: dict[str, tuple[type[nn.Module], ...]] = {

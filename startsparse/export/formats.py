@@ -12,6 +12,7 @@ Their metadata says what the network is: ``network`` (JSON, what `startsparse.mo
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -34,7 +35,7 @@ Facts = Mapping[str, str]
 
 
 def rebuild(
-    network: Mapping[str, object],
+    network: Mapping[str, Any],
     state: Mapping[str, Tensor],
     path: Path,
     adjacency: Tensor | None = None,
@@ -134,8 +135,8 @@ def _from_csr(state: dict[str, Tensor], facts: Facts) -> dict[str, Tensor]:
     for name, (outputs, *rest) in json.loads(facts["shapes"]).items():
         values, columns, rows = (state.pop(f"{name}.{x}") for x in ("values", "columns", "rows"))
         weight = torch.zeros(outputs, torch.Size(rest).numel(), dtype=values.dtype)
-        place = torch.arange(outputs).repeat_interleave(rows.diff())
-        weight[place, columns.long()] = values
+        row_of = torch.arange(outputs).repeat_interleave(rows.diff())
+        weight[row_of, columns.long()] = values
         state[name] = weight.view(outputs, *rest)
     return state
 
@@ -148,16 +149,22 @@ def write_onnx(path: Path, model: nn.Module, facts: Facts, shape: Sequence[int])
     """
     import onnxruntime  # not of every installation: PACKAGES
 
-    images = torch.randn(3, *shape[1:], generator=torch.Generator().manual_seed(1))
-    names = {"input_names": ["inputs"], "output_names": ["logits"]}
+    inputs = torch.randn(3, *shape[1:], generator=torch.Generator().manual_seed(1))
     program = torch.onnx.export(
-        model, (images,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False, **names
+        model,
+        (inputs,),
+        dynamo=True,
+        dynamic_shapes=({0: "batch"},),
+        verbose=False,
+        input_names=["inputs"],
+        output_names=["logits"],
     )
+    assert program is not None  # with dynamo
     program.model.metadata_props.update(facts)
     with replacing(path) as temporary:
         program.save(temporary, external_data=False)
         session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
-        for batch in (images, images[:1]):
+        for batch in (inputs, inputs[:1]):
             with torch.inference_mode():
                 expected = model(batch)
             (found,) = session.run(None, {"inputs": batch.numpy()})

@@ -70,8 +70,10 @@ def read_run(folder: Path) -> Trained:
     }
     adjacency = None
     if shape.nodes:
-        root = data.data_root(options.get("data_dir", options.get("data")))
-        adjacency = data.SETS[name](root, options.get("mirror", "")).adjacency
+        root = data.data_root(options.get("data_dir", options.get("data", "")))
+        graph = data.SETS[name](root, options.get("mirror", ""))
+        assert isinstance(graph, data.Graph)
+        adjacency = graph.adjacency
     model = rebuild(network, _plain(state, source, network), source, adjacency)
     facts = {
         "kind": KIND,

@@ -16,6 +16,8 @@ class GCN(nn.Module):
             has its layers and cannot be called.
     """
 
+    graph: Tensor
+
     def __init__(
         self, features: int, classes: int, adjacency: Tensor | None, *, width: int = 16
     ) -> None:

@@ -126,7 +126,7 @@ class ResNet(nn.Module):
         return self.fc(self.stages(x).mean(dim=(2, 3)))
 
 
-_WIDE = {
+_WIDE: dict[int, tuple[type[BasicBlock] | type[Bottleneck], Sequence[int]]] = {
     18: (BasicBlock, (2, 2, 2, 2)),
     34: (BasicBlock, (3, 4, 6, 3)),
     50: (Bottleneck, (3, 4, 6, 3)),

@@ -10,39 +10,38 @@ where they may compute in their sparse forms (`compute`).
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from startsparse import parallel, training
+from startsparse import optimizers, training
 from startsparse.data.rows import Rows
 from startsparse.engine.network import SparseForm
-from startsparse.masks import keep_inside, mask_gradients, masked_weights
+from startsparse.masks import gradient, keep_inside, mask_gradients, masked_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How the networks are trained. The learning rate is constant, as in the published runs."""
 
-    optimizer: str = "adam"  # or sgd
+    optimizer: str = "adam"  # one of `optimizers.OPTIMIZERS`
     lr: float = 0.01
     weight_decay: float = 0.0
     momentum: float = 0.9  # of sgd
     nesterov: bool = False  # of sgd
 
-
-def make_optimizer(parameters: Sequence[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
-    """Adam or SGD of ``recipe``."""
-    common = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": True}
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(parameters, **common)
-    if recipe.optimizer == "sgd":
-        momentum = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
-        return torch.optim.SGD(parameters, **common, **momentum)
-    raise ValueError(f"no optimizer is called {recipe.optimizer!r}; choose from adam, sgd")
+    def make_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """The optimizer of ``parameters``."""
+        return optimizers.make_optimizer(
+            self.optimizer,
+            [{"params": list(parameters), "weight_decay": self.weight_decay}],
+            lr=self.lr,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+        )
 
 
 def train_loop(
@@ -72,20 +71,14 @@ def train_loop(
     losses = torch.empty(epochs, len(models), dtype=torch.float64)
     for number, (model, rows) in enumerate(zip(models, parts)):
         keep_inside(model)
-        optimizer = make_optimizer(list(model.parameters()), recipe)
-        form = forms[number] if forms else model
-        with form.within(optimizer) if forms else contextlib.nullcontext():
+        optimizer = recipe.make_optimizer(model.parameters())
+        form = forms[number] if forms else None
+        learner = training.Learner(model, optimizer, forward=form or model)
+        with form.within(optimizer) if form else contextlib.nullcontext():
             for epoch in range(epochs):
                 sums = training.new_sums(device)
                 training.train_epoch(
-                    model,
-                    form,
-                    rows,
-                    optimizer,
-                    lambda _: recipe.lr,
-                    epoch=first_epoch + epoch,
-                    sums=sums,
-                    autocast=parallel.autocast(device, "off"),
+                    learner, rows, lambda _: recipe.lr, sums, epoch=first_epoch + epoch
                 )
                 losses[epoch, number] = training.means(sums)["loss"]
     return losses
@@ -115,7 +108,7 @@ def train_batched(
     skeleton = _skeleton(models[0])
     weights = [f"{name}.weight" if name else "weight" for name, _, _ in masked_weights(models[0])]
     masks = [buffers[f"{name}_mask"] for name in weights]
-    optimizer = make_optimizer(list(parameters.values()), recipe)
+    optimizer = recipe.make_optimizer(parameters.values())
 
     def loss_of(own: dict, state: dict, features: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(skeleton, (own, state), (features,)), labels)
@@ -128,7 +121,7 @@ def train_batched(
             losses[epoch] += each.detach() * labels.shape[1]
             optimizer.zero_grad()
             each.sum().backward()  # the gradient of a sum is each network's own
-            mask_gradients([parameters[name].grad for name in weights], masks)
+            mask_gradients([gradient(parameters[name]) for name in weights], masks)
             optimizer.step()
         if not losses[epoch].isfinite().all():
             bad = int((~losses[epoch].isfinite()).int().argmax())
@@ -140,7 +133,7 @@ def train_batched(
     return losses / examples
 
 
-FORMS = {"batched": train_batched, "loop": train_loop}
+LOOPS = {"batched": train_batched, "loop": train_loop}
 
 
 class _BatchNorm(nn.BatchNorm1d):
@@ -149,6 +142,11 @@ class _BatchNorm(nn.BatchNorm1d):
     Inside vmap PyTorch's own kernel sees the channels of all networks side by side, and its
     backward pass is a third of the whole step.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, F) -> (B, F)."""

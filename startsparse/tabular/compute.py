@@ -9,13 +9,14 @@ from torch import nn
 
 from startsparse.console import log
 from startsparse.data.rows import Rows
-from startsparse.engine.build import NoCompilerError, library
+from startsparse.engine.build import NoCompilerError
 from startsparse.engine.choice import Seconds, choose, cpu_seconds
+from startsparse.engine.kernels import kernels_for
 from startsparse.engine.network import SparseForm
 from startsparse.masks import density_table
-from startsparse.tabular.batched import FORMS, Recipe, train_loop
+from startsparse.tabular.batched import LOOPS, Recipe, train_loop
 
-_STEPS = 4  # of each network, that a form is tried for
+_STEPS = 4  # of each network, that each is tried for
 
 
 def sparse_forms(
@@ -24,15 +25,15 @@ def sparse_forms(
     recipe: Recipe,
     *,
     mode: str,
-    form: str,
+    loop: str,
 ) -> list[SparseForm]:
-    """The sparse forms to give to `train_loop`, or [] if ``form`` is to train the networks masked.
+    """The sparse forms to give to `train_loop`, or [] if ``loop`` is to train the networks masked.
 
     Args:
         models: networks of one shape and about the same density, which are left as they were.
         parts: training data of each.
         mode: on, off, or auto: both are tried for a few steps, and the faster is said and taken.
-        form: one of `FORMS`.
+        loop: one of `LOOPS`.
 
     Raises:
         UnsupportedError: a network has a part without a sparse form.
@@ -41,7 +42,7 @@ def sparse_forms(
         return []
     shape = parts[0].features.shape[1], 1, 1
     forms = [SparseForm(model, shape) for model in models]
-    layers = forms[0].layers if mode == "on" else _faster(forms, parts, recipe, form)
+    layers = forms[0].layers if mode == "on" else _faster(forms, parts, recipe, loop)
     for each in forms if layers else ():
         each.compute_sparsely(layers)
     return forms if layers else []
@@ -51,7 +52,7 @@ def sparse_forms(
 def _there_are_kernels(dtype: torch.dtype) -> bool:
     """Says why, if there are none; once."""
     try:
-        library(dtype)
+        kernels_for(dtype)
     except NoCompilerError as error:
         log.info("sparse compute: off, %s", error)
         return False
@@ -59,27 +60,27 @@ def _there_are_kernels(dtype: torch.dtype) -> bool:
 
 
 def _faster(
-    forms: Sequence[SparseForm], parts: Sequence[Rows], recipe: Recipe, form: str
+    forms: Sequence[SparseForm], parts: Sequence[Rows], recipe: Recipe, loop: str
 ) -> frozenset[str]:
-    """The layers to compute sparsely; none if ``form`` is faster. The first network stands for all.
+    """The layers to compute sparsely; none if ``loop`` is faster. The first network stands for all.
 
-    What `choose` finds is against that network alone, masked; so then all train in ``form``.
+    What `choose` finds is against that network alone, masked; so then all train in ``loop``.
     """
     density = density_table(forms[0].model).iloc[-1]["density"]
-    images, labels = next(parts[0].epoch(0))
-    found = choose(forms[0], images, int(labels.max()) + 1)
+    features, labels = next(parts[0].epoch(0))
+    found = choose(forms[0], features, int(labels.max()) + 1)
     faster = False
     if found.computes:
-        together = _seconds([f.model for f in forms], parts, recipe, FORMS[form])
+        together = _seconds([f.model for f in forms], parts, recipe, LOOPS[loop])
         alone = _seconds([forms[0].model], parts[:1], recipe, train_loop, forms=forms[:1])
         faster = len(forms) * alone.fastest < together.fastest
     if not faster:
         log.info("sparse compute: not at density %.3g, it would be slower", density)
         return frozenset()
     layers = f"{len(found.computes)} of {len(forms[0].layers)} layers at density {density:.3g}"
-    share = alone.over(together)
-    if share is not None:
-        layers += f", training takes {len(forms) * share:.2f} of the masked CPU time"
+    ratio = alone.over(together)
+    if ratio is not None:
+        layers += f", training takes {len(forms) * ratio:.2f} of the masked CPU time"
     log.info("sparse compute: %s", layers)
     return found.computes
 

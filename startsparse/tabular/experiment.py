@@ -24,7 +24,14 @@ from startsparse.atomic import write_text
 from startsparse.commandline import from_flags
 from startsparse.data import data_root
 from startsparse.data.rows import Rows
-from startsparse.masks import attach_masks, density_table, draw_masks, keep_inside, sparse_layers
+from startsparse.masks import (
+    attach_masks,
+    density_table,
+    draw_masks,
+    keep_inside,
+    masked_weights,
+    sparse_layers,
+)
 from startsparse.models import build, init_weights
 from startsparse.ratios import layer_densities
 from startsparse.tabular import batched, compute, tables
@@ -136,12 +143,12 @@ def run(members: Sequence[Member], options: TabularOptions) -> pd.DataFrame:
         epochs = options.final_epochs if density == levels[-1] else options.epochs
         models, parts = [m.model for m in present], [m.train for m in present]
         forms = compute.sparse_forms(
-            models, parts, recipe, mode=options.sparse_compute, form=options.form
+            models, parts, recipe, mode=options.sparse_compute, loop=options.loop
         )
         if forms:
             batched.train_loop(models, parts, recipe, epochs, first_epoch, forms)
         else:
-            batched.FORMS[options.form](models, parts, recipe, epochs, first_epoch)
+            batched.LOOPS[options.loop](models, parts, recipe, epochs, first_epoch)
         first_epoch += epochs
         rows += [measure(member, density) for member in present]
     return pd.DataFrame(rows)
@@ -152,7 +159,7 @@ def measure(member: Member, density: float) -> dict:
     layers = density_table(member.model)
     total, layers = layers.iloc[-1], layers.iloc[:-1]
     labels = member.test.labels
-    masks = [layer.weight_mask for layer in sparse_layers(member.model).values()]
+    masks = [mask for _, _, mask in masked_weights(member.model)]
     member.first_masks[density] = masks[0].clone()
     return {
         "start": member.start,

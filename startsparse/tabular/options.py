@@ -10,8 +10,9 @@ from startsparse import ratios, results
 from startsparse.commandline import write_yaml
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
-from startsparse.fields import Truth, choice, default_is, flag
+from startsparse.fields import Truth, called, choice, default_is, flag
 from startsparse.models import INITS
+from startsparse.optimizers import OPTIMIZERS
 from startsparse.options import require_distinct, require_range
 from startsparse.tabular import batched
 
@@ -22,7 +23,7 @@ class TabularOptions:
 
     tables: tuple[str, ...] = ("breast-cancer",)
     """breast-cancer, digits, ACSEmployment, ACSIncome, or the paths of .csv files"""
-    data: Annotated[str, default_is("$STARTSPARSE_DATA, else data/ at the root")] = ""
+    data: Annotated[str, default_is("$STARTSPARSE_DATA, else data/ of the checkout, or here")] = ""
     """Folder of the census files"""
     state: str = "AL"
     """State of the census, two letters"""
@@ -33,7 +34,9 @@ class TabularOptions:
 
     starts: tuple[float, ...] = (1.0, 0.5)
     """Densities of the random masks to start from; 1 is the dense start"""
-    er_sparse_method: choice(m for m in ratios.METHODS if m != "network") = "uniform"
+    er_sparse_method: Annotated[str, choice(m for m in ratios.METHODS if m != "network")] = (
+        "uniform"
+    )
     """Layer-wise ratio of the random masks"""
     densities: tuple[float, ...] = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
     """Densities to prune to by magnitude; those not below the start are left out"""
@@ -46,9 +49,9 @@ class TabularOptions:
 
     width: int = 256
     """Units of the hidden layers"""
-    init: choice(INITS) = "kaiming_normal"
+    init: Annotated[str, choice(INITS)] = "kaiming_normal"
     """Initialisation of the weights"""
-    optimizer: choice(("adam", "sgd")) = "adam"
+    optimizer: Annotated[str, choice(OPTIMIZERS)] = "adam"
     """Optimizer; it starts anew at each density"""
     lr: float = 0.01
     """Learning rate"""
@@ -60,9 +63,9 @@ class TabularOptions:
     """Epochs at each density"""
     final_epochs: int = 20
     """Epochs at the last density"""
-    form: choice(batched.FORMS) = "batched"
+    loop: Annotated[str, choice(batched.LOOPS), called("form")] = "batched"
     """Train all networks at once, or one after the other: the same within rounding"""
-    sparse_compute: choice(MODES) = "auto"
+    sparse_compute: Annotated[str, choice(MODES)] = "auto"
     """Train one after the other, and compute and store only what is inside the masks; auto: at the
     densities where a few steps are faster so. The same within rounding"""
     result_dir: str = "runs/tabular"

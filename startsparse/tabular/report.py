@@ -1,6 +1,7 @@
 """Tables and pictures of `startsparse.tabular`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -57,7 +58,7 @@ def wide(rows: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _cell(row: tuple) -> str:
+def _cell(row: Any) -> str:
     text = f"{100 * row.test_accuracy:.1f}"
     if row.runs > 1:
         text += f" ± {100 * row.test_accuracy_ci95:.1f}"
@@ -137,7 +138,7 @@ def accuracy_plot(rows: pd.DataFrame) -> Figure:
     for axis in axes[-1]:
         axis.set_xlabel(KEPT, fontsize=9)
         axis.tick_params(axis="x", labelsize=8)
-    shown: dict[str, object] = {}
+    shown: dict[str, Any] = {}
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             shown.setdefault(label, handle)
@@ -169,11 +170,13 @@ def mask_picture(masks: dict[str, Tensor], feature_names: Sequence[str]) -> Figu
     figure = Figure(figsize=(9, height * len(masks)), layout="constrained")
     axes = figure.subplots(len(masks), 2, squeeze=False, width_ratios=[5, 1])
     for (title, mask), (picture, counts) in zip(masks.items(), axes):
-        mask, places = mask.numpy(), range(len(feature_names))
-        picture.imshow(mask.T, aspect="auto", cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
+        edges, places = mask.numpy(), range(len(feature_names))
+        picture.imshow(
+            edges.T, aspect="auto", cmap="Greys", interpolation="nearest", vmin=0, vmax=1
+        )
         picture.set_yticks(places, feature_names, fontsize=7)
-        picture.set_title(f"{title}: {int(mask.sum())} of {mask.size} edges", fontsize=10)
-        counts.barh(places, mask.sum(0), color="0.4")
+        picture.set_title(f"{title}: {edges.sum()} of {edges.size} edges", fontsize=10)
+        counts.barh(places, edges.sum(0), color="0.4")
         counts.set(ylim=picture.get_ylim(), yticks=[])
         counts.set_title("edges of a feature", fontsize=10)
     axes[-1, 0].set_xlabel("hidden unit")

@@ -113,12 +113,12 @@ def split(table: Table, seed: int, *, valid: float = 0.1, test: float = 0.2) -> 
         raise UserError(f"{rows} rows are too few for training, validation and test")
     order = torch.randperm(rows, generator=seeding.generator(seed, "split"))
     # Each class is spread evenly over [0, 1): any stretch holds it with its share.
-    place = torch.empty(rows, dtype=torch.float64)
+    position = torch.empty(rows, dtype=torch.float64)
     for one in range(len(table.class_names)):
         members = order[table.labels[order] == one]
-        place[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
+        position[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
     # Shuffled, for equal places would otherwise leave the order of the file.
-    order = order[place[order].argsort(stable=True)]
+    order = order[position[order].argsort(stable=True)]
     chosen = order.split([tests, valids, rows - tests - valids])
     std, mean = torch.std_mean(table.features[chosen[2]].double(), dim=0, correction=0)
     # In float64 a constant column may come out as 1e-17 instead of 0.
@@ -238,17 +238,20 @@ def _numbers(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
 def _table(
     features: np.ndarray, labels: np.ndarray, names: Iterable, classes: Iterable, source: str
 ) -> Table:
-    labels = torch.from_numpy(np.asarray(labels, np.int64))
-    names, classes = tuple(map(str, names)), tuple(map(str, classes))
-    if len(labels) == 0:
+    table = Table(
+        torch.from_numpy(np.array(features, np.float64)).float(),
+        torch.from_numpy(np.asarray(labels, np.int64)),
+        tuple(map(str, names)),
+        tuple(map(str, classes)),
+    )
+    if len(table.labels) == 0:
         raise UserError(f"{source}: no rows are left")
-    found = labels.unique()
+    found = table.labels.unique()
     if len(found) < 2:
-        raise UserError(
-            f"{source}: all {len(labels)} rows have the label {str(classes[found[0]])!r}"
-        )
-    features = torch.from_numpy(np.array(features, np.float64)).float()
-    if not features.isfinite().all():
-        column = int((~features.isfinite()).any(0).int().argmax())
-        raise UserError(f"{source}: column '{names[column]}' is not finite")
-    return Table(features, labels, names, classes)
+        name = table.class_names[int(found[0])]
+        raise UserError(f"{source}: all {len(table.labels)} rows have the label {name!r}")
+    finite = table.features.isfinite()
+    if not finite.all():
+        column = table.feature_names[int((~finite).any(0).int().argmax())]
+        raise UserError(f"{source}: column '{column}' is not finite")
+    return table

@@ -1,15 +1,15 @@
-// What comes between sparse products: BatchNorm or bias, addition, ReLU in one go, and pooling.
+// What comes between sparse products: BatchNorm or bias, addition, ReLU in one pass.
 //
 // A channel is done by one thread, and its numbers are summed in one order. In the last block the
 // images from `last` on are padding: what is written there is zero, and sums leave it out. As in
 // products.cpp, what loops over pixels stands alone, so that g++ keeps its numbers in registers.
 
-#include "maps.h"
-#include "norm.h"
-
 #include <cmath>
 #include <initializer_list>
 #include <utility>
+
+#include "exported.h"
+#include "vectors.h"
 
 namespace {
 
@@ -27,23 +27,23 @@ struct Pixels {
   bool partial(int64_t n) const { return n + 1 == blocks && last < lanes; }
 };
 
-// Maps of which a channel is fetched, line by line, while another is computed: the same that is
-// computed of maps that it makes, the next one of maps that are read.
-template <bool made>
-class Ahead {
+// Maps of which a channel is prefetched, line by line, while another is computed: of maps that are
+// written the same channel, of maps that are read the next one.
+template <bool written>
+class Prefetched {
  public:
-  explicit Ahead(std::initializer_list<Map> all) {
+  explicit Prefetched(std::initializer_list<Map> all) {
     for (const Map& map : all)
       if (map.data && map.large()) maps[count++] = map;  // others are in the cache
   }
 
-  [[gnu::always_inline]] void fetch_line(int64_t c, int64_t n, int64_t h) const {
+  [[gnu::always_inline]] void prefetch_line(int64_t c, int64_t n, int64_t h) const {
     for (int64_t i = 0; i < count; i++) {
       const Map& map = maps[i];
-      if (made)
-        fetch<true>(map.at(n, c, h, 0), map.line());
+      if (written)
+        prefetch<true>(map.at(n, c, h, 0), map.line());
       else if (c + 1 < map.channels)
-        fetch<false>(map.at(n, c + 1, h, 0), map.line());
+        prefetch<false>(map.at(n, c + 1, h, 0), map.line());
     }
   }
 
@@ -95,40 +95,46 @@ inline void each_vector(const Pixels& p, F row, End end) {
 
 [[gnu::noinline]] double sum_of(const Channel& y, const Pixels& p) {
   Sum sum;
-  each_vector(p, [&](int64_t n, int64_t h) {
-    return [&sum, from = y.row(n, h)](int64_t i, int64_t r, int64_t part) {
-      sum.part[r][part] = sum.part[r][part] + Vec::loadu(from + i);
-    };
-  }, [&] { sum.close(); });
+  each_vector(
+      p,
+      [&](int64_t n, int64_t h) {
+        return [&sum, from = y.row(n, h)](int64_t i, int64_t r, int64_t part) {
+          sum.part[r][part] = sum.part[r][part] + Vec::loadu(from + i);
+        };
+      },
+      [&] { sum.close(); });
   return sum.all;  // images that are not there are zero
 }
 
 [[gnu::noinline]] double squares_about(Scalar mean, const Channel& y, const Pixels& p,
-                                       const Ahead<true>& made, int64_t c) {
+                                       const Prefetched<true>& output, int64_t c) {
   const Vec centre(mean);
   Sum sum;
-  each_vector(p, [&](int64_t n, int64_t h) {
-    made.fetch_line(c, n, h);
-    return [&, from = y.row(n, h), partial = p.partial(n)](int64_t i, int64_t r, int64_t part) {
-      Vec d = Vec::loadu(from + i) - centre;
-      if (partial) d = d * p.present_at(i);
-      sum.part[r][part] = at::vec::fmadd(d, d, sum.part[r][part]);
-    };
-  }, [&] { sum.close(); });
+  each_vector(
+      p,
+      [&](int64_t n, int64_t h) {
+        output.prefetch_line(c, n, h);
+        return [&, from = y.row(n, h), partial = p.partial(n)](int64_t i, int64_t r, int64_t part) {
+          Vec d = Vec::loadu(from + i) - centre;
+          if (partial) d = d * p.present_at(i);
+          sum.part[r][part] = at::vec::fmadd(d, d, sum.part[r][part]);
+        };
+      },
+      [&] { sum.close(); });
   return sum.all;
 }
 
 template <bool with_residual, bool relu>
 [[gnu::noinline]] void affine_channel(const Channel& y, Scalar scale, Scalar shift,
                                       const Channel& residual, const Channel& z, const Pixels& p,
-                                      const Ahead<false>& read, int64_t c) {
+                                      const Prefetched<false>& input, int64_t c) {
   const Vec a(scale), b(shift), zero(Scalar(0));
   for (int64_t n = 0; n < p.blocks; n++)
     for (int64_t h = 0; h < p.height; h++) {
       const Scalar *from = y.row(n, h), *other = residual.row(n, h);
       Scalar* to = z.row(n, h);
       const bool partial = p.partial(n);
-      read.fetch_line(c, n, h);
+      input.prefetch_line(c, n, h);
       for (int64_t i = 0; i < p.columns * lanes; i += width) {
         Vec v = at::vec::fmadd(Vec::loadu(from + i), a, b);
         if (with_residual) v = v + Vec::loadu(other + i);
@@ -156,21 +162,24 @@ struct Gradient {
 // Sums of g, and of g * (y - mean).
 template <Gate gate>
 [[gnu::noinline]] std::pair<double, double> gradient_sums(
-    const Channel& d_z, const Channel& z, const Channel& y, Scalar mean, Scalar scale,
-    Scalar shift, const Pixels& p, const Ahead<true>& made, int64_t c) {
+    const Channel& d_z, const Channel& z, const Channel& y, Scalar mean, Scalar scale, Scalar shift,
+    const Pixels& p, const Prefetched<true>& output, int64_t c) {
   const Gradient<gate> gradient(scale, shift);
   const Vec centre(mean);
   Sum sums, products;
-  each_vector(p, [&](int64_t n, int64_t h) {
-    made.fetch_line(c, n, h);
-    return [&, d = d_z.row(n, h), result = z.row(n, h), from = y.row(n, h)](
-               int64_t i, int64_t r, int64_t part) {
-      const Vec v = Vec::loadu(from + i);  // d_z is zero for images that are not there
-      const Vec g = gradient(Vec::loadu(d + i), v, result + i);
-      sums.part[r][part] = sums.part[r][part] + g;
-      products.part[r][part] = at::vec::fmadd(g, v - centre, products.part[r][part]);
-    };
-  }, [&] { sums.close(), products.close(); });
+  each_vector(
+      p,
+      [&](int64_t n, int64_t h) {
+        output.prefetch_line(c, n, h);
+        return [&, d = d_z.row(n, h), result = z.row(n, h), from = y.row(n, h)](
+                   int64_t i, int64_t r, int64_t part) {
+          const Vec v = Vec::loadu(from + i);  // d_z is zero for images that are not there
+          const Vec g = gradient(Vec::loadu(d + i), v, result + i);
+          sums.part[r][part] = sums.part[r][part] + g;
+          products.part[r][part] = at::vec::fmadd(g, v - centre, products.part[r][part]);
+        };
+      },
+      [&] { sums.close(), products.close(); });
   return {sums.all, products.all};
 }
 
@@ -180,7 +189,7 @@ template <Gate gate>
                                         Scalar mean, Scalar scale, Scalar shift, Scalar slope,
                                         Scalar constant, const Channel& d_y,
                                         const Channel& d_residual, const Pixels& p,
-                                        const Ahead<false>& read, int64_t c) {
+                                        const Prefetched<false>& input, int64_t c) {
   const Gradient<gate> gradient(scale, shift);
   const Vec a(scale), centre(mean), k(slope), b(constant);
   for (int64_t n = 0; n < p.blocks; n++)
@@ -188,7 +197,7 @@ template <Gate gate>
       const Scalar *d = d_z.row(n, h), *result = z.row(n, h), *from = y.row(n, h);
       Scalar *to = d_y.row(n, h), *other = d_residual.row(n, h);
       const bool partial = p.partial(n);
-      read.fetch_line(c, n, h);
+      input.prefetch_line(c, n, h);
       for (int64_t i = 0; i < p.columns * lanes; i += width) {
         const Vec v = Vec::loadu(from + i), g = gradient(Vec::loadu(d + i), v, result + i);
         Vec sum = at::vec::fmadd(a, g, at::vec::fmadd(v - centre, k, b));
@@ -210,33 +219,17 @@ inline void zero_borders(const Map& x, int64_t c) {
   for (int64_t n = 0; n < x.blocks && x.data; n++) x.zero_border(n, c);
 }
 
-// f(n, c) for each plane of a map, in the order of memory.
-template <typename F>
-inline void each_plane(const Map& x, F f) {
-  at::parallel_for(0, x.channels * x.blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; item++) f(item % x.blocks, item / x.blocks);
-  });
-}
-
-// The lines, or columns, that a window reads, of so many that there are.
-struct Reach {
-  int64_t first, last;  // the last is not read
-  Reach(int64_t window, int64_t kernel, int64_t stride, int64_t padding, int64_t size)
-      : first(std::max<int64_t>(window * stride - padding, 0)),
-        last(std::min(window * stride - padding + kernel, size)) {}
-};
-
 }  // namespace
 
 extern "C" {
 
-// z = norm(y) (+ residual), then ReLU if asked for. `first` asks for y = ReLU(y + before) before all
-// that, in place; before: [channels], or nullptr for 0.
+// z = norm(y) (+ residual), then ReLU if `relu`. With `first`, y = ReLU(y + before) comes before
+// all that, in place; before: [channels], or nullptr for 0.
 void affine(Map y, bool first, const Scalar* before, Norm norm, Map residual, bool relu,
             int64_t last, Map z) {
   const Pixels p(y, last, std::max({y.border, residual.border, z.border}));
-  const Ahead<true> made({z});
-  const Ahead<false> read({y, residual}), none({});
+  const Prefetched<true> output({z});
+  const Prefetched<false> input({y, residual}), none({});
   const double count = p.count(), unbiased = count / (count - 1);
   const auto apply = residual.data ? relu ? affine_channel<true, true> : affine_channel<true, false>
                      : relu        ? affine_channel<false, true>
@@ -249,7 +242,7 @@ void affine(Map y, bool first, const Scalar* before, Norm norm, Map residual, bo
       double mean, variance;
       if (norm.mode == batch) {
         mean = sum_of(from, p) / count;
-        variance = squares_about(mean, from, p, made, c) / count;
+        variance = squares_about(mean, from, p, output, c) / count;
         if (norm.running_mean) {
           Scalar &mean_so_far = norm.running_mean[c], &variance_so_far = norm.running_variance[c];
           mean_so_far += norm.momentum * (mean - mean_so_far);
@@ -261,9 +254,10 @@ void affine(Map y, bool first, const Scalar* before, Norm norm, Map residual, bo
       norm.mean[c] = mean, norm.inverse[c] = 1 / std::sqrt(variance + norm.epsilon);
     }
     zero_borders(z, c);
-    apply(from, norm.scale(c), norm.shift(c), residual.channel(c), z.channel(c), p, read, c);
+    apply(from, norm.scale(c), norm.shift(c), residual.channel(c), z.channel(c), p, input, c);
   });
 }
+EXPORTED(affine)
 
 // Backward of `affine`: d_y, d_residual, and d_gamma, d_beta and d_before [channels].
 //
@@ -273,21 +267,22 @@ void affine(Map y, bool first, const Scalar* before, Norm norm, Map residual, bo
 // needs it. d_y or d_residual may be d_z itself.
 void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, int64_t last, Map d_y,
                      Map d_residual, Scalar* d_gamma, Scalar* d_beta, Scalar* d_before) {
-  const Pixels p(y, last, std::max({d_z.border, z.border, y.border, d_y.border, d_residual.border}));
-  const Ahead<true> made({d_y});
-  const Ahead<false> read({d_z, z, y}), none({});
+  const Pixels p(y, last,
+                 std::max({d_z.border, z.border, y.border, d_y.border, d_residual.border}));
+  const Prefetched<true> output({d_y});
+  const Prefetched<false> input({d_z, z, y}), none({});
   const double count = p.count();
-  const auto sums_of = !relu   ? gradient_sums<Gate::open>
+  const auto sums_of = !relu    ? gradient_sums<Gate::open>
                        : z.data ? gradient_sums<Gate::by_z>
                                 : gradient_sums<Gate::by_y>;
-  const auto apply = !relu   ? gradient_channel<Gate::open>
+  const auto apply = !relu    ? gradient_channel<Gate::open>
                      : z.data ? gradient_channel<Gate::by_z>
                               : gradient_channel<Gate::by_y>;
   each_channel(y, [&](int64_t c) {
     const Channel d = d_z.channel(c), result = z.channel(c), from = y.channel(c);
     const Channel to = d_y.channel(c);
     const Scalar mean = norm.mean[c], scale = norm.scale(c), shift = norm.shift(c);
-    const auto [sum, product] = sums_of(d, result, from, mean, scale, shift, p, made, c);
+    const auto [sum, product] = sums_of(d, result, from, mean, scale, shift, p, output, c);
     d_beta[c] = sum, d_gamma[c] = product * norm.inverse[c];
     double slope = 0, constant = 0;
     if (norm.mode == batch) {
@@ -295,65 +290,14 @@ void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, in
       constant = -scale * sum / count;
     }
     zero_borders(d_y, c);
-    apply(d, result, from, mean, scale, shift, slope, constant, to, d_residual.channel(c), p,
-          read, c);
-    if (first) {  // y is now what that ReLU made
+    apply(d, result, from, mean, scale, shift, slope, constant, to, d_residual.channel(c), p, input,
+          c);
+    if (first) {  // y is the output of that ReLU
       gradient_channel<Gate::by_z>(to, from, from, 0, 1, 0, 0, 0, to, {}, p, none, c);
       d_before[c] = sum_of(to, p);
     }
   });
 }
-
-// The largest of each window; beyond the edge there is nothing.
-void max_pool(Map x, int64_t kernel, int64_t stride, int64_t padding, Map y) {
-  each_plane(x, [&](int64_t n, int64_t c) {
-    y.zero_border(n, c);
-    for (int64_t oh = 0; oh < y.height; oh++) {
-      const Reach down(oh, kernel, stride, padding, x.height);
-      for (int64_t h = down.first; h < down.last; h++)
-        fetch<false>(x.at(n, c, h, 0) + x.plane(), x.columns * lanes);
-      for (int64_t ow = 0; ow < y.columns; ow++) {
-        const Reach right(ow, kernel, stride, padding, x.columns);
-        Vec best[registers];
-        for (auto& v : best) v = Vec(-INFINITY);
-        for (int64_t h = down.first; h < down.last; h++)
-          for (int64_t w = right.first; w < right.last; w++)
-            for (int64_t r = 0; r < registers; r++)
-              best[r] = at::vec::maximum(best[r], Vec::loadu(x.at(n, c, h, w) + r * width));
-        for (int64_t r = 0; r < registers; r++) best[r].store(y.at(n, c, oh, ow) + r * width);
-      }
-    }
-  });
-}
-
-// The gradient goes to the first of the largest, as in PyTorch.
-void max_pool_backward(Map d_y, Map y, Map x, int64_t kernel, int64_t stride, int64_t padding,
-                       Map d_x) {
-  each_plane(x, [&](int64_t n, int64_t c) {
-    Scalar* start = d_x.at(n, c, -d_x.border, -d_x.border);
-    std::fill(start, start + d_x.plane(), Scalar(0));
-    for (int64_t oh = 0; oh < y.height; oh++) {
-      const Reach down(oh, kernel, stride, padding, x.height);
-      for (int64_t h = down.first; h < down.last; h++) {
-        fetch<false>(x.at(n, c, h, 0) + x.plane(), x.columns * lanes);
-        fetch<true>(d_x.at(n, c, h, 0) + d_x.plane(), x.columns * lanes);
-      }
-      for (int64_t ow = 0; ow < y.columns; ow++) {
-        const Reach right(ow, kernel, stride, padding, x.columns);
-        for (int64_t r = 0; r < registers; r++) {
-          const Vec best = Vec::loadu(y.at(n, c, oh, ow) + r * width), zero(Scalar(0));
-          Vec left_over = Vec::loadu(d_y.at(n, c, oh, ow) + r * width);
-          for (int64_t h = down.first; h < down.last; h++)
-            for (int64_t w = right.first; w < right.last; w++) {
-              const Vec here = Vec::loadu(x.at(n, c, h, w) + r * width) == best;
-              Scalar* to = d_x.at(n, c, h, w) + r * width;
-              (Vec::loadu(to) + Vec::blendv(zero, left_over, here)).store(to);
-              left_over = Vec::blendv(left_over, zero, here);
-            }
-        }
-      }
-    }
-  });
-}
+EXPORTED(affine_backward)
 
 }  // extern "C"

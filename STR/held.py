@@ -1,0 +1,29 @@
+"""main.py in a process of a sweep, which holds the lock file of its run for as long as it lives.
+
+python held.py LOCK [flags of main.py]
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+BUSY = 75  # exit code: another process holds the lock
+
+
+def main(lock: str, argv: list[str]) -> None:
+    """Run main.py with ``argv`` while ``lock`` is held; exit code `BUSY` if another holds it."""
+    try:
+        with FileLock(lock, timeout=0):
+            from startsparse.processes import run_script  # slow: the lock comes first
+            from STR.main import main
+
+            sys.argv = [str(Path(__file__).with_name("main.py")), *argv]
+            run_script(partial(main, argv))
+    except Timeout:
+        sys.exit(BUSY)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,13 @@
+"""`functools.cache` for functions of classes."""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar, cast
+
+P = ParamSpec("P")
+V = TypeVar("V")
+
+
+def cached(function: Callable[P, V]) -> Callable[P, V]:
+    """`functools.cache`, with the types of ``function``: its own take no class as an argument."""
+    return cast(Callable[P, V], functools.cache(function))

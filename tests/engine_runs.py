@@ -1,0 +1,75 @@
+"""What the tests of the engine share: networks, a step with either form, a clock that is set."""
+
+import torch
+import torch.nn.functional as F
+
+from startsparse import models
+from startsparse.engine import choice
+from startsparse.engine.network import SparseForm
+from startsparse.masks import (
+    attach_masks,
+    draw_masks,
+    mask_gradients,
+    masked_weights,
+    sparse_layers,
+)
+
+WIDTHS = {"resnet20": 4, "resnet18": 6, "resnet50": 4, "vgg11": 4, "vgg16": 4, "mlp": 24}
+SHAPE = 3, 32, 32
+
+
+def network(arch, density=0.3, dtype=torch.float64, width=None):
+    model = models.build(arch, classes=10, width=width or WIDTHS[arch])
+    models.init_weights(model, "kaiming_normal", 1)
+    shapes = {name: layer.weight.shape for name, layer in sparse_layers(model).items()}
+    attach_masks(model, draw_masks(shapes, [density] * len(shapes), 1, "bernoulli"))
+    return model.to(dtype, memory_format=torch.channels_last)
+
+
+def batch(images=19, dtype=torch.float64, shape=SHAPE):
+    draw = torch.Generator().manual_seed(2)
+    return torch.randn(images, *shape, generator=draw, dtype=dtype), torch.arange(images) % 10
+
+
+def sparse_form(model, without=(), shape=SHAPE):
+    form = SparseForm(model, shape)
+    form.compute_sparsely(set(form.layers) - set(without))
+    return form
+
+
+def optimizer_of(model, kind):
+    if kind == "adam":
+        return torch.optim.Adam(model.parameters(), 1e-2, weight_decay=1e-3, fused=True)
+    return torch.optim.SGD(
+        model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3, nesterov=True, fused=True
+    )
+
+
+def step(forward, model, optimizer, images, labels):
+    optimizer.zero_grad()
+    loss = F.cross_entropy(forward(images), labels)
+    loss.backward()
+    pairs = [(w.grad, m) for _, w, m in masked_weights(model) if w.grad is not None]
+    mask_gradients([g for g, _ in pairs], [m for _, m in pairs])
+    optimizer.step()
+    return loss.item()
+
+
+def equal_states(one, other, tolerance):
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values()):
+        assert a.stride() == b.stride(), name
+        assert (a.double() - b.double()).abs().max() <= tolerance, name
+
+
+def clock(monkeypatch, dense, sparse):
+    """Everything is tried, and said to take ``dense`` seconds, or ``sparse`` in the sparse form."""
+
+    def runs(name, said):
+        original = getattr(choice, name)
+        monkeypatch.setattr(choice, name, lambda *args: (original(*args), said)[1])
+
+    dense, sparse = choice.Seconds(dense), choice.Seconds(sparse)
+    monkeypatch.setattr(choice, "cpu_seconds", lambda run, *_: run())
+    runs("_masked", dense)
+    runs("_between_maps", (dense, sparse))
+    runs("_steps", (dense, sparse))
