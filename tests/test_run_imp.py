@@ -367,7 +367,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_levels(tmp_path, whole):
         if with_children:
             places.append(place(tmp_path))
     # The run of the last sweep lives on, and is waited for.
-    assert "goes on in a process of another sweep; waiting" in sweep(tmp_path)
+    assert "runs in another sweep already; waiting" in sweep(tmp_path)
     assert not works(children[0])
     assert (tmp_path / "levels.csv").read_bytes() == whole
     went_on, epochs = resumed(tmp_path)
