@@ -1,7 +1,7 @@
 # make demo    train a random ER network on scikit-learn's digits, about a minute
 # make test    lint and tests
 # make bench   speed and memory, as ratios measured in one run on this machine
-# make lint    ruff
+# make lint    ruff and mypy
 # VENV=DIR     use (or make) another environment
 
 VENV ?= .venv
@@ -23,6 +23,7 @@ bench: $(VENV)/.startsparse
 lint: $(VENV)/.startsparse-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 $(VENV)/.startsparse: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -4,7 +4,9 @@ from typing import ClassVar
 
 from startsparse.data import NOT_FETCHED, OWN_PARTS, SHAPES, WITHOUT_FILES
 from startsparse.fields import Condition
+from startsparse.models import MODELS
 from startsparse.optimizers import OPTIMIZERS
+from startsparse.schedules import LEARNING_RATES
 
 MASK = Condition(lambda o: o.draws_mask, "{o.no_mask}")
 CLIPS = Condition(
@@ -32,14 +34,11 @@ BATCHES = Condition(
 )
 DECAYS = Condition(lambda o: o.weight_decay > 0, "with --weight-decay 0")
 NORMED = Condition(
-    lambda o: o.arch not in ("gcn", "algorithmic"), "with --arch {o.arch}, which has no BatchNorm"
+    lambda o: MODELS[o.arch].batch_norm, "with --arch {o.arch}, which has no BatchNorm"
 )
 FALLS = Condition(lambda o: o.falls, "with --lr-policy {o.lr_policy}")
 MOMENTUM = Condition(lambda o: o.uses_momentum, "with --optimizer {o.optimizer}")
 SPARSE_FORM = Condition(lambda o: o.sparse_compute != "on" or not o.obstacle, "as on: {o.obstacle}")
-
-FALLING = ("cosine", "multistep")
-"""Schedules that use --lr-min."""
 
 
 class Meaning:
@@ -117,7 +116,7 @@ class Meaning:
     @property
     def falls(self) -> bool:
         """Whether some learning rate falls to --lr-min."""
-        return self.lr_policy in FALLING
+        return LEARNING_RATES[self.lr_policy].reads_end
 
     @property
     def uses_momentum(self) -> bool:

@@ -109,7 +109,7 @@ class EffectiveLayer(nn.Module):
             if shapes[0] != shapes[1]:
                 raise TypeError(f"{name}.effective: a {kind} of {shapes[0]} becomes {shapes[1]}")
         if mask is not None and bool(self.effective_weight()[~mask].any()):
-            raise TypeError(f"{name}.effective: weights outside the mask are not zero")
+            raise TypeError(f"{name}.effective: weights outside the mask are not 0")
 
     def __reduce__(self) -> tuple:
         """Pickle by formula and plain class, as the class of the layer is created when needed."""
@@ -178,14 +178,16 @@ def replace_layers(
         The layers of ``formula``, name -> module, in forward order.
 
     Raises:
-        TypeError: `EffectiveLayer.check`.
+        TypeError: `EffectiveLayer.check`; or a layer has a formula already.
     """
     layers: dict[str, Any] = {
         name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Conv2d | nn.Linear) and name not in dense
     }
-    for layer in layers.values():
+    for name, layer in layers.items():
+        if isinstance(layer, EffectiveLayer):
+            raise TypeError(f"'{name}' has a formula already: {layer.formula.__name__}")
         plain_names = frozenset(layer.state_dict()) - {"weight_mask"}
         layer.__class__ = _layer_class(formula, type(layer))
         layer.plain_names = plain_names

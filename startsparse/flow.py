@@ -53,7 +53,8 @@ def preserve_flow(mask: Tensor, draw: torch.Generator, priority: Tensor | None =
     outputs = _ends(dead_outputs, count, mask.shape[0], draw)
     inputs = _ends(dead_inputs, count, mask.shape[1], draw)
     kernel = [torch.randint(size, (count,), generator=draw) for size in mask.shape[2:]]
-    mask[(outputs, inputs, *kernel)] = True
+    new_edges = (outputs, inputs, *kernel)
+    mask[new_edges] = True
 
     # No new edge can be spared: on the side with more dead units, each is its unit's only edge.
     out_degree = torch.cat([edges[:, 0], outputs]).bincount(minlength=mask.shape[0])
@@ -114,7 +115,8 @@ def _rejoin(mask: Tensor, most: int, draw: torch.Generator) -> int:
     mask[shares_output.unbind(1)] = False
     mask[shares_input.unbind(1)] = False
     kernel = [torch.randint(size, (count,), generator=draw) for size in mask.shape[2:]]
-    mask[(shares_input[:, 0], shares_output[:, 1], *kernel)] = True
+    new_edges = (shares_input[:, 0], shares_output[:, 1], *kernel)
+    mask[new_edges] = True
     return count
 
 
