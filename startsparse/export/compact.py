@@ -6,7 +6,7 @@ unit without an incoming edge is constant, also after BatchNorm and ReLU. A conv
 cannot fold a constant: at the border it reads zeros instead. In its input only units that are
 constantly zero can go; the other constants are merged into one unit that stands for all of them.
 
-Maps that are added ratio their units: a unit goes only if it can go for all readers of all these
+Maps that are added share their units: a unit goes only if it can go for all readers of all these
 maps. Each layer keeps at least one unit, with zero weights if nothing needs it.
 """
 
