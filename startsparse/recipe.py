@@ -123,9 +123,8 @@ def show_start(trainer: Trainer, requested: dict[str, float]) -> None:
     trainer.decide()
     table = trainer.compute.columns(masks.density_table(trainer.model, requested))
     show_densities(trainer.run, table, "density.csv")
-    if (
-        requested and not trainer.history and not trainer.position.step
-    ):  # only first masks are drawn
+    # Later masks are not as drawn.
+    if requested and not trainer.history and not trainer.position.step:
         say_deviation(trainer.model, requested, trainer.options)
 
 
