@@ -1,12 +1,14 @@
 """Schedules: plain functions of progress, the share of the training done so far, in [0, 1].
 
-Those of the learning rate also know the epoch, for steps that come at fixed epochs.
+Those of the learning rate also know the epoch, for steps that come at fixed epochs; a new one is a
+function and a line in `LEARNING_RATES`.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
-Policy = Callable[[float, float, float, float], float]  # of progress, epoch, start, end
+Rate = Callable[[float, float, float, float], float]  # of progress, epoch, start, end
 
 
 def cosine(progress: float, start: float, end: float) -> float:
@@ -15,7 +17,7 @@ def cosine(progress: float, start: float, end: float) -> float:
 
 
 def cosine_rate(progress: float, epoch: float, start: float, end: float) -> float:  # noqa: ARG001
-    """`cosine`, as a policy."""
+    """`cosine`, as a rate."""
     return cosine(progress, start, end)
 
 
@@ -24,13 +26,13 @@ def multistep(progress: float, epoch: float, start: float, end: float) -> float:
     return max(end, start * 0.1 ** ((progress >= 0.5) + (progress >= 0.75)))
 
 
-def every(epochs: int) -> Policy:
+def every(epochs: int) -> Rate:
     """``start`` divided by 10 every so many epochs, however many there are; ``end`` is ignored."""
 
-    def policy(progress: float, epoch: float, start: float, end: float) -> float:  # noqa: ARG001
+    def rate(progress: float, epoch: float, start: float, end: float) -> float:  # noqa: ARG001
         return start * 0.1 ** (epoch // epochs)
 
-    return policy
+    return rate
 
 
 def constant(progress: float, epoch: float, start: float, end: float) -> float:  # noqa: ARG001
@@ -38,12 +40,24 @@ def constant(progress: float, epoch: float, start: float, end: float) -> float: 
     return start
 
 
+class Policy(NamedTuple):
+    """A schedule of the learning rate.
+
+    Attributes:
+        rate: (progress, epoch, start, end) -> the rate.
+        reads_end: whether it looks at ``end``, which is --lr-min.
+    """
+
+    rate: Rate
+    reads_end: bool = False
+
+
 LEARNING_RATES: dict[str, Policy] = {
-    "cosine": cosine_rate,
-    "multistep": multistep,
-    "every30": every(30),
-    "every60": every(60),
-    "constant": constant,
+    "cosine": Policy(cosine_rate, reads_end=True),
+    "multistep": Policy(multistep, reads_end=True),
+    "every30": Policy(every(30)),
+    "every60": Policy(every(60)),
+    "constant": Policy(constant),
 }
 ALIASES = {
     "cosine_lr": "cosine",
@@ -73,7 +87,7 @@ def learning_rate(
     if step < warmup:
         return start * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return LEARNING_RATES[policy](progress, step / steps_per_epoch, start, end)
+    return LEARNING_RATES[policy].rate(progress, step / steps_per_epoch, start, end)
 
 
 def cubic(progress: float, start: float, end: float) -> float:

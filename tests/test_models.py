@@ -472,19 +472,22 @@ def test_every_weight_of_a_model_is_drawn(name):
     [
         ({"arch": "resnet19"}, ["--arch: ", "'resnet19'", "choose from", *MODELS]),
         ({"arch": "ResNet18"}, ["--arch: ", "'ResNet18'"]),
-        ({"resnet_type": "tiny"}, ["--resnet-type: ", "'tiny'", "choose from", *RESNET_TYPES]),
+        (
+            {"resnet_type": "tiny", "option": "--kind"},
+            ["--kind: ", "'tiny'", "choose from", *RESNET_TYPES],
+        ),
         ({"width": -1}, ["--width: -1"]),
         (
             {"resnet_type": "small-dense"},
-            ["--width: --resnet-type small-dense needs it (channels of every stage)"],
+            ["--width: small-dense needs it (channels of every stage)"],
         ),
-        ({"resnet_type": "small-dense-inc"}, ["--width: --resnet-type small-dense-inc needs it"]),
+        ({"resnet_type": "small-dense-inc"}, ["--width: small-dense-inc needs it"]),
         ({"arch": "vgg16", "size": 15}, ["--arch: vgg16", "16 pixels", "15"]),
         ({"arch": "resnet34", "imagenet": True}, ["--arch: ", "choose from resnet18, resnet50"]),
         ({"arch": "vgg16", "imagenet": True}, ["--arch: ", "choose from resnet18, resnet50"]),
         (
-            {"resnet_type": "small-dense", "width": 8, "imagenet": True},
-            ["--resnet-type: ", "choose from large, res50"],
+            {"resnet_type": "small-dense", "width": 8, "imagenet": True, "option": "--kind"},
+            ["--kind: ", "choose from large, res50"],
         ),
         ({"width": 32, "imagenet": True}, ["--width: "]),
         ({"channels": 1, "imagenet": True}, ["--arch: ", "colour", "1 channel"]),
@@ -506,8 +509,8 @@ def test_unknown_init():
 
 
 def test_resnet_type_replaces_arch():
-    assert RESNET_TYPES["large"] is MODELS["resnet18"]
-    assert RESNET_TYPES["res50"] is MODELS["resnet50"]
+    assert RESNET_TYPES["large"] is MODELS["resnet18"].build
+    assert RESNET_TYPES["res50"] is MODELS["resnet50"].build
     for kind, parameters in [("large", 11_689_512), ("res50", 25_557_032)]:
         model = build("vgg16", classes=1000, resnet_type=kind, imagenet=True)
         assert count(model) == parameters
