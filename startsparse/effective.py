@@ -226,15 +226,16 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     tensors of a formula or a method. BatchNorm without weight and bias gets 1 and 0.
     """
     agree(model)
-    effective = {name: layer.effective() for name, layer in effective_layers(model).items()}
+    # By module, since a layer may have several names.
+    effective = {layer: layer.effective() for layer in effective_layers(model).values()}
     state = {}
     for name, tensor in model.state_dict().items():
         path, _, kind = name.rpartition(".")
         module = model.get_submodule(path)
         if not _is_plain(module, kind):
             continue
-        if path in effective and kind in ("weight", "bias"):
-            tensor = effective[path][kind == "bias"].detach()
+        if module in effective and kind in ("weight", "bias"):
+            tensor = effective[module][kind == "bias"].detach()
         elif (mask := getattr(module, f"{kind}_mask", None)) is not None:
             tensor = tensor * mask
         state[name] = tensor

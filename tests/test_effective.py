@@ -9,8 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from script_runs import newest, same, weights
-from slt_runs import few_digits
+from script_runs import Crash, crashing, few_digits, newest, same, weights
 from torch import nn
 
 from startsparse import checkpoint, data, effective, masks
@@ -60,7 +59,7 @@ ARGV = "--arch resnet20 --width 4 --epochs 2 --batch-size 32 --er-sparse-init 0.
 @pytest.fixture
 def train(monkeypatch, tmp_path, no_pictures):
     """Run STR/main.py with ConvMask of a formula; the run folder, and the trainer that tested."""
-    monkeypatch.setitem(data.SETS, "digits", few_digits)
+    monkeypatch.setitem(data.SETS, "digits", few_digits(64, 20))
     test, seen = Trainer.test, []
     monkeypatch.setattr(Trainer, "test", lambda trainer: seen.append(trainer) or test(trainer))
 
@@ -80,16 +79,8 @@ def test_from_training_to_export(formula, train, monkeypatch):
 
     # Killed after a checkpoint within the first epoch, and the last one within the second.
     for count in (1, 3):
-        left, save = [None] * count, Trainer.save
-
-        def dies(trainer, left=left, save=save):
-            save(trainer)
-            left.pop()
-            if not left:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Trainer, "save", dies)
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(Trainer, "save", crashing("after", count))
             train(formula, *argv, where=f"parts{count}")
         assert same(folder, train(formula, *argv, "--resume", "auto", where=f"parts{count}")[0])
 
@@ -254,6 +245,9 @@ def test_layers_stay_the_same_objects():
     assert type(model[3]) is nn.Linear
     model(torch.ones(1, 5))
     assert called == [1, 1]
+    state = plain_state(model)
+    assert torch.equal(state["0.weight"], layer.effective_weight())
+    assert torch.equal(state["2.weight"], layer.effective_weight())
     with pytest.raises(TypeError, match="'0' has a formula already: Gain"):
         replace_layers(model, Straight)
 
@@ -335,8 +329,8 @@ def test_masked_layers_beside_a_formula_have_their_masked_weights():
 def test_a_file_tells_which_layers_have_a_formula(tmp_path):
     model = network(Gain)
     path = tmp_path / "a.pt"
-    checkpoint.save(path, {"model": model.state_dict()})
-    checkpoint.save(path, checkpoint.load(path))  # as the best epoch is kept
+    checkpoint.save_by_rank_0(path, {"model": model.state_dict()})
+    checkpoint.save_by_rank_0(path, checkpoint.load(path))  # as the best epoch is kept
     assert effective.formulas(checkpoint.load(path)["model"]) == dict.fromkeys("037", "Gain")
     assert effective.formulas(plain_state(model)) == {}
     stored = io.BytesIO()
