@@ -1,7 +1,6 @@
 """Pictures of runs, of tables over settings, and of curves over epochs."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,11 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from startsparse import labels
 from startsparse.atomic import replacing
 from startsparse.errors import OptionError, UserError
-from startsparse.fields import normal
 from startsparse.processes import by_rank_0
-from startsparse.results import OTHER_NAMES
 
 if TYPE_CHECKING:  # matplotlib is slow to import, and needed when a run has finished
     from matplotlib.axes import Axes
@@ -21,49 +19,6 @@ if TYPE_CHECKING:  # matplotlib is slow to import, and needed when a run has fin
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".pdf", ".svg")
-
-KEPT = "density (kept / all weights)"
-LABELS = {  # the field's words for columns
-    "density": KEPT,
-    "requested": "density asked for (kept / all weights)",
-    "er_sparse_init": "density of the random mask (kept / all weights)",
-    "final_density": "final density (kept / all weights)",
-    "sparsity": "density of the ticket (kept / all weights)",
-    "sparsity_start": "density that annealing starts from",
-    "test_accuracy": "test accuracy (%)",
-    "valid_accuracy": "validation accuracy (%)",
-    "train_accuracy": "training accuracy (%)",
-    "test_loss": "test loss (cross-entropy)",
-    "inference_flops_share": "FLOPs of inference (share of dense)",
-    "training_flops_share": "FLOPs of training (share of dense)",
-    "er_sparse_method": "layer-wise ratio",
-    "st_decay": "weight decay of s",
-    "lr": "learning rate",
-    "arch": "network",
-    "set": "data set",
-}
-DENSITIES = {"density", "requested", "er_sparse_init", "final_density", "sparsity"}
-
-
-def label(name: str) -> str:
-    """A column in the field's words; accuracies are in percent."""
-    own = OTHER_NAMES.get(normal(name), name)
-    return LABELS.get(own, name.replace("_", " ") + " (%)" * ("accuracy" in name))
-
-
-def shown(value: object) -> str:
-    """A value of an option, numbers with four significant digits."""
-    if isinstance(value, float | np.floating):
-        x = float(value)
-        if math.isnan(x):
-            return ""
-        return f"{x:.0f}" if abs(x) < 10**15 and x == round(x) else f"{x:.4g}"
-    return str(value)
-
-
-def words(name: str) -> str:
-    """`label` without units."""
-    return label(name).partition(" (")[0]
 
 
 def bars(means: pd.DataFrame, column: str) -> np.ndarray:
@@ -117,7 +72,7 @@ def plot_run_by_rank_0(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -
     loss.set(xlabel="epoch", ylabel="cross-entropy", title="Loss", yscale="log")
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
     density.plot(x, epochs["density"], ".-", color="tab:green")
-    density.set(xlabel="epoch", ylabel=KEPT, title="Density")
+    density.set(xlabel="epoch", ylabel=labels.DENSITY, title="Density")
     _density_limits(density, epochs["density"])
     for axis in (loss, accuracy, density):
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -127,14 +82,14 @@ def plot_run_by_rank_0(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -
     requested = rows["requested"]
     per_layer.plot(positions, requested, "_", color="black", ms=9, label="requested at start")
     per_layer.set_xticks(positions, rows["layer"], rotation=90, fontsize=6)
-    per_layer.set(ylabel=KEPT, title="Density per layer")
+    per_layer.set(ylabel=labels.DENSITY, title="Density per layer")
     _density_limits(per_layer, pd.concat([rows["density"], requested]), room=1.2)
     per_layer.legend(loc="upper center", ncols=2)
     save(figure, path, dpi=110)
 
 
 def _density_limits(axis: "Axes", densities: pd.Series, room: float = 1.05) -> None:
-    """Set the y axis: from 0, or logarithmic where some are below 0.1; ``room`` above the highest."""
+    """Let the y axis begin at 0, or be logarithmic where some are below 0.1; ``room`` on top."""
     lowest, highest = densities[densities > 0].min(), max(densities.max(), 1e-9)
     if lowest < 0.1:
         above = max(highest / lowest, 10) ** (2 * (room - 1))
@@ -170,10 +125,9 @@ def plot(means: pd.DataFrame, by: Sequence[str], column: str, path: Path) -> Non
 
     means = means.assign(_="")  # stands for a missing column of ``by``
     if len(by) > 4:
-        means = means.assign(
-            **{", ".join(by[3:]): [" ".join(map(shown, v)) for v in means[by[3:]].to_numpy()]}
-        )
-        by = [*by[:3], ", ".join(by[3:])]
+        name = ", ".join(by[3:])
+        values = [" ".join(map(labels.shown, row)) for row in means[by[3:]].to_numpy()]
+        means, by = means.assign(**{name: values}), [*by[:3], name]
     x, colour, panel, style = (*by, *["_"] * 4)[:4]
     panels = list(dict.fromkeys(means[panel]))
     figure = Figure(figsize=(2.5 + 5.5 * len(panels), 6), layout="constrained")
@@ -186,7 +140,7 @@ def plot(means: pd.DataFrame, by: Sequence[str], column: str, path: Path) -> Non
             if rows.empty:
                 continue
             aside = 0.6 * ((i + 0.5) / len(looks) - 0.5)  # as bars at one x hide each other
-            lines[f"{shown(c)} {shown(s)}".strip()] = axis.errorbar(
+            lines[f"{labels.shown(c)} {labels.shown(s)}".strip()] = axis.errorbar(
                 x_axis.positions(rows[x], aside),
                 _scale(column) * rows[column],
                 bars(rows, column),
@@ -195,13 +149,13 @@ def plot(means: pd.DataFrame, by: Sequence[str], column: str, path: Path) -> Non
                 lw=1.2,
                 capsize=2,
             )
-        what = f"{words(panel)}: " if panel != "_" else ""
-        axis.set(title=f"{what}{shown(title)}", xlabel=label(x))
+        what = f"{labels.words(panel)}: " if panel != "_" else ""
+        axis.set(title=f"{what}{labels.shown(title)}", xlabel=labels.label(x))
         axis.grid(alpha=0.3)
         x_axis.draw(axis)
-    axes[0].set_ylabel(label(column))
+    axes[0].set_ylabel(labels.label(column))
     _y_limits(axes[0], means, column)
-    title = ",\n".join(words(name) for name in (colour, style) if name != "_")
+    title = ",\n".join(labels.words(name) for name in (colour, style) if name != "_")
     if title:
         figure.legend(lines.values(), lines, loc="outside right upper", title=title, fontsize=8)
     save(figure, path)
@@ -260,7 +214,7 @@ class _XAxis(NamedTuple):
         crowded: dict[str, Any] = {"rotation": 60, "fontsize": 7} if len(self.ticks) > 8 else {}
         if not self.logarithmic:
             count = len(self.ticks)
-            axis.set_xticks(list(range(count)), list(map(shown, self.in_order)), **crowded)
+            axis.set_xticks(list(range(count)), list(map(labels.shown, self.in_order)), **crowded)
             axis.set_xlim(-0.5, count - 0.5)
             return
         axis.set_xscale("log")
@@ -276,7 +230,7 @@ def _x_axis(values: pd.Series) -> _XAxis:
         ticks=sorted(set(values), reverse=True) if numbers else list(dict.fromkeys(values)),
         numbers=numbers,
         logarithmic=numbers and bool((values > 0).all()),
-        falls=OTHER_NAMES.get(normal(str(values.name)), values.name) in DENSITIES,
+        falls=labels.is_density(str(values.name)),
     )
 
 
@@ -292,7 +246,7 @@ def _y_limits(axis: "Axes", means: pd.DataFrame, column: str) -> None:
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1
     if scale == 100:
         axis.set_ylim(max(0, min(low - room, low - 2)), 101)
-    elif column in DENSITIES and 0 < values.min() < 0.1:
+    elif column in labels.DENSITIES and 0 < values.min() < 0.1:
         axis.set(yscale="log", ylim=(values.min() / 1.5, 1.5 * high))
         _plain_ticks(axis.yaxis)
     else:
@@ -310,7 +264,7 @@ def plot_curves(means: pd.DataFrame, by: Sequence[str], path: Path) -> None:
     axis = figure.subplots()
     groups = means.groupby(list(by), dropna=False, sort=False) if by else [((), means)]
     for i, (setting, rows) in enumerate(groups):
-        name = "".join(f"{shown(value)}, " for value in setting)
+        name = "".join(f"{labels.shown(value)}, " for value in setting)
         for what, style in (("train", "--"), ("valid", "-")):
             mean, half = (100 * rows[f"{what}_accuracy{end}"] for end in ("", "_ci95"))
             line = f"{name}{'training' if what == 'train' else 'validation'}"
@@ -321,6 +275,6 @@ def plot_curves(means: pd.DataFrame, by: Sequence[str], path: Path) -> None:
     axis.set(xscale="log", xlabel="epoch", ylabel="accuracy (%)", ylim=(-2, 102))
     _plain_ticks(axis.xaxis)
     axis.grid(alpha=0.3)
-    title = ",\n".join(map(words, by))
+    title = ",\n".join(map(labels.words, by))
     figure.legend(loc="outside right upper", title=title, fontsize=8)
     save(figure, path)
