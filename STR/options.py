@@ -116,6 +116,11 @@ class STROptions(Options):
         return CONV_TYPES[self.conv_type].formula is SoftThresholded
 
     @property
+    def network_option(self) -> str:
+        """The option that names the network, for messages."""
+        return "--resnet-type" if self.resnet_type else super().network_option
+
+    @property
     def network_name(self) -> str:
         """Name of the network in messages."""
         return f"--resnet-type {self.resnet_type}" if self.resnet_type else self.arch

@@ -226,7 +226,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     tensors of a formula or a method. BatchNorm without weight and bias gets 1 and 0.
     """
     agree(model)
-    # By module, since a layer may have several names.
+    # Keyed by module, since a layer may have several names.
     effective = {layer: layer.effective() for layer in effective_layers(model).values()}
     state = {}
     for name, tensor in model.state_dict().items():

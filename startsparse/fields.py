@@ -83,7 +83,7 @@ TRUTH = PrimitiveConstructorSpec(
     str_from_instance=lambda value: [str(value)],
 )
 Truth = Annotated[tyro.conf.FlagConversionOff[bool], TRUTH]
-"""The type of a switch that is written out: ``--anneal False``."""
+"""The type of a switch that is written out: ``--flag False``."""
 
 
 # --- when an option counts ------------------------------------------------------------------------

@@ -147,6 +147,11 @@ class Options(Meaning):
     thresholds and edge-popup use of it; auto: only in layers where a trial is faster so"""
 
     @property
+    def network_option(self) -> str:
+        """The option that names the network, for messages."""
+        return "--arch"
+
+    @property
     def network_name(self) -> str:
         """Name of the network."""
         return self.arch

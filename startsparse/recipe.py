@@ -72,7 +72,7 @@ def build(options: Options, shape: data.Shape, resnet_type: str = "") -> torch.n
         OptionError: it takes other examples; see also `models.build`.
     """
     fits = models.fitting(shape.kind)
-    option, name = ("--resnet-type", resnet_type) if resnet_type else ("--arch", options.arch)
+    option, name = options.network_option, resnet_type or options.arch
     if shape.kind != "images" if resnet_type else name not in fits:
         raise OptionError(
             f"{option}: {name} is not for {options.set}, a set of {shape.kind}; "
@@ -85,6 +85,7 @@ def build(options: Options, shape: data.Shape, resnet_type: str = "") -> torch.n
         size=shape.size,
         width=options.width,
         resnet_type=resnet_type,
+        option=option,
         imagenet=options.set == "imagenet",
         adjacency=shape.adjacency,
     )

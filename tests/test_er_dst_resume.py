@@ -88,7 +88,7 @@ def test_gone_after_updates_that_no_checkpoint_has_and_resumed(run_dst, monkeypa
     from tensorboard.summary.writer import event_file_writer
 
     # Files of one second are read in the order of their names, where 10 comes before 9.
-    monkeypatch.setattr(event_file_writer, "_global_uid", 1000)
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
     argv = [*ARGV, *RUNS[name], "--save-every", "6"]
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(Trainer, "after_step", stopping(10))
