@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from startsparse.plots import KEPT, bars
+from startsparse.labels import DENSITY
+from startsparse.plots import bars
 from startsparse.report import summarise
 
 SETTING = ["start", "reset", "flow"]  # what makes a network, besides table and seed
@@ -136,7 +137,7 @@ def accuracy_plot(rows: pd.DataFrame) -> Figure:
         line[0].set(ylim=(100 * low - 6, 101), ylabel="test accuracy (%)")
     _density_axis(axes[0, 0], sorted(set(found["requested"]), reverse=True))
     for axis in axes[-1]:
-        axis.set_xlabel(KEPT, fontsize=9)
+        axis.set_xlabel(DENSITY, fontsize=9)
         axis.tick_params(axis="x", labelsize=8)
     shown: dict[str, Any] = {}
     for axis in axes.flat:
