@@ -20,7 +20,7 @@ LEVELS = Condition(lambda o: o.levels > 1, "with --levels 1")
 ANNEALS = Condition(lambda o: o.anneal, "with --anneal False")
 GLOBAL = Condition(lambda o: o.per_layer or o.global_ranking, "when taken back without --global")
 NORMLESS = Condition(
-    lambda o: o.arch in ("gcn", "algorithmic"), "with --arch {o.arch}: its BatchNorm takes it back"
+    lambda o: not MODELS[o.arch].batch_norm, "with --arch {o.arch}: its BatchNorm takes it back"
 )
 NO_NORM = Condition(lambda _: False, "in ER_SLT: BatchNorm has no parameters here")
 

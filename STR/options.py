@@ -7,7 +7,6 @@ from typing import Annotated, ClassVar
 from torch import nn
 
 from startsparse import runs, schedules, scores
-from startsparse.conditions import FALLING
 from startsparse.errors import OptionError
 from startsparse.fields import Condition, choice, counts, default_is
 from startsparse.models import MODELS, RESNET_TYPES
@@ -144,8 +143,8 @@ class STROptions(Options):
     @property
     def falls(self) -> bool:
         """Whether some learning rate falls to --lr-min."""
-        before = bool(self.threshold_list) and self.prune_scheduler in FALLING
-        return super().falls or before
+        before = schedules.LEARNING_RATES[self.prune_scheduler].reads_end
+        return super().falls or (bool(self.threshold_list) and before)
 
     @property
     def s_decay(self) -> float:

@@ -1,10 +1,12 @@
-"""When the options that all scripts share count; how that is said is in `fields.Condition`."""
+"""When the options that all scripts share count: one `fields.Condition` for each reason."""
 
 from typing import ClassVar
 
 from startsparse.data import NOT_FETCHED, OWN_PARTS, SHAPES, WITHOUT_FILES
 from startsparse.fields import Condition
+from startsparse.models import MODELS
 from startsparse.optimizers import OPTIMIZERS
+from startsparse.schedules import LEARNING_RATES
 
 MASK = Condition(lambda o: o.draws_mask, "{o.no_mask}")
 CLIPS = Condition(
@@ -32,18 +34,15 @@ BATCHES = Condition(
 )
 DECAYS = Condition(lambda o: o.weight_decay > 0, "with --weight-decay 0")
 NORMED = Condition(
-    lambda o: o.arch not in ("gcn", "algorithmic"), "with --arch {o.arch}, which has no BatchNorm"
+    lambda o: MODELS[o.arch].batch_norm, "with --arch {o.arch}, which has no BatchNorm"
 )
 FALLS = Condition(lambda o: o.falls, "with --lr-policy {o.lr_policy}")
 MOMENTUM = Condition(lambda o: o.uses_momentum, "with --optimizer {o.optimizer}")
 SPARSE_FORM = Condition(lambda o: o.sparse_compute != "on" or not o.obstacle, "as on: {o.obstacle}")
 
-FALLING = ("cosine", "multistep")
-"""Schedules that look at --lr-min."""
-
 
 class Meaning:
-    """What is asked of options to know which count, and how they are called and grouped."""
+    """Facts about options that decide which of them count; their other names and help groups."""
 
     er_sparse_method: str
     lr_policy: str
@@ -52,7 +51,7 @@ class Meaning:
     # the methods of --er-sparse-method that take their ratio from --er-sparsity-file
     file_methods: ClassVar[tuple[str, ...]] = ("network",)
 
-    # What the three scripts call an option: taken by all, where it is no other option's name.
+    # Names of an option in the three scripts; each script accepts all that name no other option.
     other_names: ClassVar[dict[str, tuple[str, ...]]] = {
         "set": ("set", "dataset"),
         "data": ("data-dir",),
@@ -66,24 +65,15 @@ class Meaning:
         "name": ("name", "save-file"),
     }
 
-    # of --help: title -> fields
+    # groups of --help: title -> fields
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "run": (
             *("config", "name", "seed", "log_dir", "result_dir", "resume", "evaluate"),
             "save_every",
         ),
         "data": (
-            *(
-                "set",
-                "data",
-                "mirror",
-                "valid_split",
-                "workers",
-                "augment",
-                "padding",
-                "modulus",
-                "train_fraction",
-            ),
+            *("set", "data", "mirror", "valid_split", "workers", "augment", "padding"),
+            *("modulus", "train_fraction"),
         ),
         "network": ("arch", "width", "init"),
         "random mask": (
@@ -100,12 +90,12 @@ class Meaning:
 
     @property
     def draws_mask(self) -> bool:
-        """Whether a random mask is drawn by the --er-* options."""
+        """Whether the --er-* options draw a random mask."""
         return True
 
     @property
     def no_mask(self) -> str:
-        """Which option says that none is: "with --option value"."""
+        """The option that says to draw none, as "with --option value"."""
         return ""
 
     @property
@@ -126,9 +116,9 @@ class Meaning:
     @property
     def falls(self) -> bool:
         """Whether some learning rate falls to --lr-min."""
-        return self.lr_policy in FALLING
+        return LEARNING_RATES[self.lr_policy].reads_end
 
     @property
     def uses_momentum(self) -> bool:
-        """Whether something is averaged with --momentum."""
+        """Whether anything uses --momentum."""
         return OPTIMIZERS[self.optimizer].momentum

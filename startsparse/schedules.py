@@ -1,12 +1,14 @@
-"""Schedules: plain functions of progress, the share of the training done so far, in [0, 1].
+"""Schedules: plain functions of progress, the fraction of the training that is done, in [0, 1].
 
-Those of the learning rate also know the epoch, for steps that come at fixed epochs.
+Those of the learning rate also take the epoch, for drops at fixed epochs; a new one is a function
+and a line in `LEARNING_RATES`.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
-Policy = Callable[[float, float, float, float], float]  # of progress, epoch, start, end
+Rate = Callable[[float, float, float, float], float]  # of progress, epoch, start, end
 
 
 def cosine(progress: float, start: float, end: float) -> float:
@@ -15,7 +17,7 @@ def cosine(progress: float, start: float, end: float) -> float:
 
 
 def cosine_rate(progress: float, epoch: float, start: float, end: float) -> float:  # noqa: ARG001
-    """`cosine`, as a policy."""
+    """`cosine`, as a rate."""
     return cosine(progress, start, end)
 
 
@@ -24,13 +26,13 @@ def multistep(progress: float, epoch: float, start: float, end: float) -> float:
     return max(end, start * 0.1 ** ((progress >= 0.5) + (progress >= 0.75)))
 
 
-def every(epochs: int) -> Policy:
-    """``start`` divided by 10 every so many epochs, however many there are; ``end`` is ignored."""
+def every(epochs: int) -> Rate:
+    """``start`` divided by 10 every ``epochs`` epochs of any training; ``end`` is ignored."""
 
-    def policy(progress: float, epoch: float, start: float, end: float) -> float:  # noqa: ARG001
+    def rate(progress: float, epoch: float, start: float, end: float) -> float:  # noqa: ARG001
         return start * 0.1 ** (epoch // epochs)
 
-    return policy
+    return rate
 
 
 def constant(progress: float, epoch: float, start: float, end: float) -> float:  # noqa: ARG001
@@ -38,12 +40,24 @@ def constant(progress: float, epoch: float, start: float, end: float) -> float: 
     return start
 
 
+class Policy(NamedTuple):
+    """A schedule of the learning rate.
+
+    Attributes:
+        rate: (progress, epoch, start, end) -> the rate.
+        reads_end: whether it looks at ``end``, which is --lr-min.
+    """
+
+    rate: Rate
+    reads_end: bool = False
+
+
 LEARNING_RATES: dict[str, Policy] = {
-    "cosine": cosine_rate,
-    "multistep": multistep,
-    "every30": every(30),
-    "every60": every(60),
-    "constant": constant,
+    "cosine": Policy(cosine_rate, reads_end=True),
+    "multistep": Policy(multistep, reads_end=True),
+    "every30": Policy(every(30)),
+    "every60": Policy(every(60)),
+    "constant": Policy(constant),
 }
 ALIASES = {
     "cosine_lr": "cosine",
@@ -64,16 +78,15 @@ def learning_rate(
     end: float = 0.0,
     warmup: int = 0,
 ) -> float:
-    """The rate of step ``step`` of ``steps``, after ``warmup`` steps that rise linearly to it.
+    """The rate of step ``step`` of ``steps``, of which the first ``warmup`` rise linearly.
 
-    The first warm-up step has start / warmup, the last has ``start``. Progress then runs over the
-    steps that remain; epochs count from the first step, so that a division at epoch 30 comes there
-    with any warm-up.
+    The first warm-up step has start / warmup, the last has ``start``. Progress runs over the steps
+    after them. Epochs count from the first step, so a drop at epoch 30 does not depend on warm-up.
     """
     if step < warmup:
         return start * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return LEARNING_RATES[policy](progress, step / steps_per_epoch, start, end)
+    return LEARNING_RATES[policy].rate(progress, step / steps_per_epoch, start, end)
 
 
 def cubic(progress: float, start: float, end: float) -> float:
@@ -89,7 +102,7 @@ def geometric(start: float, keep: float, target: float) -> list[float]:
 
     Args:
         start: density before the first level.
-        keep: share of the weights that a level keeps, in (0, 1).
+        keep: fraction of the weights that a level keeps, in (0, 1).
         target: density of the last level.
     """
     count = round(math.log(target / start) / math.log(keep))

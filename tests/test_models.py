@@ -506,8 +506,8 @@ def test_unknown_init():
 
 
 def test_resnet_type_replaces_arch():
-    assert RESNET_TYPES["large"] is MODELS["resnet18"]
-    assert RESNET_TYPES["res50"] is MODELS["resnet50"]
+    assert RESNET_TYPES["large"] is MODELS["resnet18"].build
+    assert RESNET_TYPES["res50"] is MODELS["resnet50"].build
     for kind, parameters in [("large", 11_689_512), ("res50", 25_557_032)]:
         model = build("vgg16", classes=1000, resnet_type=kind, imagenet=True)
         assert count(model) == parameters

@@ -1,10 +1,14 @@
-"""Data sets by name: `load` gives training, validation and test batches on the device."""
+"""Data sets by name: `load` gives training, validation and test batches on the device.
+
+A new set is a loader and a line in `_SOURCES`.
+"""
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,30 +60,6 @@ AnyBatches = Batches | FolderBatches | GraphBatches | Rows | Repeated
 Loader = Callable[..., Arrays | Folders | Graph | Pairs]
 """Reads a set from (the data root, the mirror to fetch from or ""); raises `UserError`."""
 
-SETS: dict[str, Loader] = {
-    "digits": digits.load,
-    "mnist": partial(mnist.load, mnist.MNIST),
-    "cifar10": partial(cifar.load, cifar.CIFAR10),
-    "cifar100": partial(cifar.load, cifar.CIFAR100),
-    "tiny-imagenet": partial(tiny_imagenet.load, tiny_imagenet.TINY_IMAGENET),
-    "imagenet": imagenet.load,
-    "karate": graphs.karate,
-    "cora": partial(planetoid.load, planetoid.CORA),
-    "citeseer": partial(planetoid.load, planetoid.CITESEER),
-    "pubmed": partial(planetoid.load, planetoid.PUBMED),
-    "modular-addition": modular.load,
-}
-
-OWN_PARTS = ("karate", "cora", "citeseer", "pubmed", "modular-addition")
-"""Sets that come with a validation part, so that none is held out of their training part."""
-
-
-WITHOUT_FILES = ("digits", "karate", "modular-addition")
-"""Sets that are made, or come with a package: there is no folder that they are read from."""
-
-NOT_FETCHED = (*WITHOUT_FILES, "imagenet")
-"""Sets that are never downloaded."""
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -112,20 +92,59 @@ class Shape:
         return "images" if self.size > 1 else "rows"
 
 
-SHAPES = {
-    "digits": Shape(10, 3, 32),
-    "mnist": Shape(10, 1, 32),
-    "cifar10": Shape(10, 3, 32),
-    "cifar100": Shape(100, 3, 32),
-    "tiny-imagenet": Shape(200, 3, 64),
-    "imagenet": Shape(1000, 3, 224),
-    "karate": Shape(2, 34, 1, nodes=34),
-    "cora": Shape(7, 1433, 1, nodes=2708),
-    "citeseer": Shape(6, 3703, 1, nodes=3327),
-    "pubmed": Shape(3, 500, 1, nodes=19717),
-    "modular-addition": Shape(59, 59, 1),  # with the default --modulus
+class Source(NamedTuple):
+    """A line of the table of sets.
+
+    Attributes:
+        load: reads it.
+        shape: known before it is read; `Data.shape` is what was found.
+        files: "published": fetched where they are missing; "own": the user's; "none": the set is
+            made, or comes with a package.
+        own_parts: whether it has a validation part, so that none is held out for training.
+    """
+
+    load: Loader
+    shape: Shape
+    files: Literal["published", "own", "none"] = "published"
+    own_parts: bool = False
+
+
+_SOURCES = {
+    "digits": Source(digits.load, Shape(10, 3, 32), "none"),
+    "mnist": Source(partial(mnist.load, mnist.MNIST), Shape(10, 1, 32)),
+    "cifar10": Source(partial(cifar.load, cifar.CIFAR10), Shape(10, 3, 32)),
+    "cifar100": Source(partial(cifar.load, cifar.CIFAR100), Shape(100, 3, 32)),
+    "tiny-imagenet": Source(
+        partial(tiny_imagenet.load, tiny_imagenet.TINY_IMAGENET), Shape(200, 3, 64)
+    ),
+    "imagenet": Source(imagenet.load, Shape(1000, 3, 224), "own"),
+    "karate": Source(graphs.karate, Shape(2, 34, 1, nodes=34), "none", own_parts=True),
+    "cora": Source(
+        partial(planetoid.load, planetoid.CORA), Shape(7, 1433, 1, nodes=2708), own_parts=True
+    ),
+    "citeseer": Source(
+        partial(planetoid.load, planetoid.CITESEER), Shape(6, 3703, 1, nodes=3327), own_parts=True
+    ),
+    "pubmed": Source(
+        partial(planetoid.load, planetoid.PUBMED), Shape(3, 500, 1, nodes=19717), own_parts=True
+    ),
+    "modular-addition": Source(  # the shape is that of the default --modulus
+        modular.load, Shape(59, 59, 1), "none", own_parts=True
+    ),
 }
-"""The published sets, known before they are read; `Data.shape` is what was found."""
+
+SETS: dict[str, Loader] = {name: source.load for name, source in _SOURCES.items()}
+
+SHAPES: dict[str, Shape] = {name: source.shape for name, source in _SOURCES.items()}
+
+OWN_PARTS = tuple(name for name, source in _SOURCES.items() if source.own_parts)
+"""Sets that come with a validation part, so that none is held out of their training part."""
+
+WITHOUT_FILES = tuple(name for name, source in _SOURCES.items() if source.files == "none")
+"""Sets that are made, or come with a package: there is no folder that they are read from."""
+
+NOT_FETCHED = tuple(name for name, source in _SOURCES.items() if source.files != "published")
+"""Sets that are never downloaded."""
 
 
 @dataclass

@@ -6,11 +6,12 @@ forward pass runs them, the classifier last, so that layer-wise ratios can numbe
 only ever called as modules, so that a swapped layer or a hook is never bypassed.
 
 A new network is a function of keyword arguments (classes, channels, size, width) and one line in
-`MODELS`; one that does not take images has a line in `TAKES` too.
+`MODELS`.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -22,38 +23,46 @@ from startsparse.models.init import INITS, init_weights
 from startsparse.models.mlp import mlp
 from startsparse.models.vgg import vgg
 
-__all__ = ["INITS", "MODELS", "RESNET_TYPES", "TAKES", "build", "fitting", "init_weights"]
+__all__ = ["INITS", "MODELS", "RESNET_TYPES", "build", "fitting", "init_weights"]
 
 Builder = Callable[..., nn.Module]
 
-MODELS: dict[str, Builder] = {
-    "resnet20": partial(resnet.thin, 20),
-    "resnet32": partial(resnet.thin, 32),
-    "resnet56": partial(resnet.thin, 56),
-    "resnet18": partial(resnet.wide, 18),
-    "resnet34": partial(resnet.wide, 34),
-    "resnet50": partial(resnet.wide, 50),
-    "vgg11": partial(vgg, 11),
-    "vgg13": partial(vgg, 13),
-    "vgg16": partial(vgg, 16),
-    "vgg19": partial(vgg, 19),
-    "mlp": mlp,
-    "gcn": gcn,
-    "algorithmic": algorithmic,
-}
 
-TAKES: dict[str, tuple[str, ...]] = {
-    "mlp": ("images", "rows", "graph nodes"),
-    "gcn": ("graph nodes",),
-    "algorithmic": ("rows",),
+class Network(NamedTuple):
+    """A line of `MODELS`.
+
+    Attributes:
+        build: called with classes, channels, size and width, see `build`.
+        takes: what it takes, kinds of `data.Shape.kind`.
+        batch_norm: whether it has BatchNorm.
+    """
+
+    build: Builder
+    takes: tuple[str, ...] = ("images",)
+    batch_norm: bool = True
+
+
+MODELS: dict[str, Network] = {
+    "resnet20": Network(partial(resnet.thin, 20)),
+    "resnet32": Network(partial(resnet.thin, 32)),
+    "resnet56": Network(partial(resnet.thin, 56)),
+    "resnet18": Network(partial(resnet.wide, 18)),
+    "resnet34": Network(partial(resnet.wide, 34)),
+    "resnet50": Network(partial(resnet.wide, 50)),
+    "vgg11": Network(partial(vgg, 11)),
+    "vgg13": Network(partial(vgg, 13)),
+    "vgg16": Network(partial(vgg, 16)),
+    "vgg19": Network(partial(vgg, 19)),
+    "mlp": Network(mlp, ("images", "rows", "graph nodes")),
+    "gcn": Network(gcn, ("graph nodes",), batch_norm=False),
+    "algorithmic": Network(algorithmic, ("rows",), batch_norm=False),
 }
-"""What a network takes, kinds of `data.Shape.kind`; those that are not here take images."""
 
 RESNET_TYPES: dict[str, Builder] = {
-    "large": MODELS["resnet18"],
+    "large": MODELS["resnet18"].build,
     "small-dense": resnet.small_dense,
     "small-dense-inc": resnet.small_dense_inc,
-    "res50": MODELS["resnet50"],
+    "res50": MODELS["resnet50"].build,
 }
 
 _IMAGENET_MODELS: dict[str, Builder] = {
@@ -99,7 +108,8 @@ def build(
         table = _IMAGENET_TYPES if imagenet else RESNET_TYPES
         builder = _choose("--resnet-type", resnet_type, table, imagenet)
     else:
-        table = _IMAGENET_MODELS if imagenet else MODELS
+        plain = {name: network.build for name, network in MODELS.items()}
+        table = _IMAGENET_MODELS if imagenet else plain
         builder = _choose("--arch", arch, table, imagenet)
     graph = {"adjacency": adjacency} if builder is gcn else {}
     return builder(classes=classes, channels=channels, size=size, width=width, **graph)
@@ -107,7 +117,7 @@ def build(
 
 def fitting(kind: str) -> list[str]:
     """The networks of `MODELS` that take examples of this `data.Shape.kind`."""
-    return [name for name in MODELS if kind in TAKES.get(name, ("images",))]
+    return [name for name, network in MODELS.items() if kind in network.takes]
 
 
 def _choose(option: str, name: str, table: dict[str, Builder], imagenet: bool) -> Builder:
