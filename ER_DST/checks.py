@@ -1,4 +1,4 @@
-"""What a run says before training where its options ask for what cannot be, or change nothing."""
+"""Warnings before training: options that ask for what cannot be, or that change nothing."""
 
 import logging
 
@@ -7,20 +7,20 @@ from torch import nn
 from ER_DST.options import DSTOptions
 from ER_DST.topology import METHODS, Schedule, prune_uniformly
 from startsparse import er, flow
-from startsparse.masks import density_table, masked_weights, sparse_layers
+from startsparse.masks import SparseLayer, density_table, masked_weights, sparse_layers
 from startsparse.pruning import layer_counts, weights_left
 
 log = logging.getLogger("startsparse")
 
 
 def check_flow(model: nn.Module, requested: dict[str, float], options: DSTOptions) -> None:
-    """Say, before training, where flow preservation needs more weights than are asked for.
+    """Warn where flow preservation needs more weights than requested.
 
-    What global pruning leaves in a layer is for its scores to say: of GraNet's and GMP's final
-    density only the total is checked, and only where updates are followed by a repair.
+    Scores decide what global pruning leaves in a layer. So for GraNet and GMP the check at the
+    final density covers the total only, and only if each update ends with a repair.
 
     Args:
-        requested: the density asked of each layer at the start; {}: not known yet.
+        requested: each layer's requested density at the start; {}: not known yet.
     """
     if not requested or options.flow_preservation == "False":
         return
@@ -34,22 +34,34 @@ def check_flow(model: nn.Module, requested: dict[str, float], options: DSTOption
         return  # what the repair adds at the start, pruning takes away
     final = options.requested * sum(sizes.values())
     if options.prunes and METHODS[options.method].prune is prune_uniformly:
-        masked = [name for name in layers if name not in dense]
-        shapes, left = [layers[n].weight.shape for n in masked], [start[n] for n in masked]
-        counts = layer_counts("uniform", shapes, left, round(final) - sum(sizes[n] for n in dense))
-        _warn_thin("end", dict(zip(masked, counts)), needs)
-    if final < sum(needs.values()):
+        masked = {name: layer for name, layer in layers.items() if name not in dense}
+        total = round(final) - sum(sizes[name] for name in dense)
+        _warn_thin("end", _uniform_counts(masked, start, total), needs)
+    _warn_total(final, sum(needs.values()), options.requested)
+
+
+def _uniform_counts(
+    layers: dict[str, SparseLayer], start: dict[str, float], total: int
+) -> dict[str, float]:
+    """Weights that uniform pruning to ``total`` leaves of the ``start`` weights of each layer."""
+    shapes = [layer.weight.shape for layer in layers.values()]
+    counts = layer_counts("uniform", shapes, [start[name] for name in layers], total)
+    return dict(zip(layers, counts))
+
+
+def _warn_total(final: float, needed: int, density: float) -> None:
+    if final < needed:
         log.warning(
             "warning: --flow-preservation: it needs %d weights, density %g has %.0f: it will not "
             "be reached",
-            sum(needs.values()),
-            options.requested,
+            needed,
+            density,
             final,
         )
 
 
 def warn_of_thin_start(model: nn.Module, options: DSTOptions) -> None:
-    """Say where the mask has fewer weights from the start than --final-density asks for."""
+    """Warn if the initial mask has fewer weights than --final-density asks for."""
     if not options.prunes:
         return
     nnz = sum(int(mask.sum()) for _, _, mask in masked_weights(model))
@@ -62,7 +74,7 @@ def warn_of_thin_start(model: nn.Module, options: DSTOptions) -> None:
 
 
 def warn_of_rare_updates(plan: Schedule, options: DSTOptions) -> None:
-    """Say where masks hardly move, or never grow."""
+    """Warn if masks hardly move, or never grow."""
     first = min(plan.every, plan.end) if plan.prunes else plan.every
     if plan.every >= plan.steps:
         log.warning(

@@ -1,4 +1,4 @@
-"""Dynamic sparse training: a step that may move the masks, and what it writes down."""
+"""Dynamic sparse training: a step that may move the masks, and the record of each update."""
 
 import logging
 from collections.abc import Callable
@@ -29,7 +29,7 @@ Report = Callable[[dict, int], None]
 """Called after each update with its row of topology.csv and its step."""
 
 
-def _nothing(_row: dict, _step: int) -> None:
+def _no_report(_row: dict, _step: int) -> None:
     pass
 
 
@@ -41,7 +41,7 @@ def schedule(options: DSTOptions, steps_per_epoch: int) -> Schedule:
         per_epoch=steps_per_epoch,
         every=options.update_frequency,
         start=options.init_prune_epoch * steps_per_epoch,
-        # Pruning at the very end comes before the last step.
+        # Pruning ends in the last step, at the latest.
         end=min(round(options.prune_end * steps_per_epoch), steps - 1),
         stop=round(options.stop_updates * steps),
         initial=options.er_sparse_init,
@@ -51,8 +51,8 @@ def schedule(options: DSTOptions, steps_per_epoch: int) -> Schedule:
     )
 
 
-def phase(options: DSTOptions, steps_per_epoch: int, report: Report = _nothing) -> Phase:
-    """The whole training; epochs before the final density are no candidates for the best."""
+def phase(options: DSTOptions, steps_per_epoch: int, report: Report = _no_report) -> Phase:
+    """The whole training; the best epoch is selected among those at the final density."""
     if not options.moves:
         return Phase("train", options.epochs, options.lr_policy, options.lr_min)
     plan = schedule(options, steps_per_epoch)
@@ -70,24 +70,24 @@ def phase(options: DSTOptions, steps_per_epoch: int, report: Report = _nothing) 
 class DynamicSparse(Method):
     """GraNet, DST (SET, RigL) and GMP: masks move between the backward pass and the weights' step.
 
-    The gradient that chose a weight does not move it as well: in this step only weights that were
-    in the mask before have one. What is new starts at 0, without momentum or moments, and the next
-    step's gradient is the first to move it (RigL, Evci et al. 2020, algorithm 1, takes no step of
-    the weights at an update; GraNet, Liu et al. 2021, takes it before the masks move).
+    The gradient that grows a weight does not also move it: in an update only weights of the old
+    mask have gradients. New weights start at 0, without momentum or moments, and the next step's
+    gradient is the first to move them. (RigL, Evci et al. 2020, algorithm 1, takes no step of the
+    weights in an update; GraNet, Liu et al. 2021, takes it before the masks move.)
     """
 
-    def __init__(self, options: DSTOptions, plan: Schedule, report: Report = _nothing):
+    def __init__(self, options: DSTOptions, plan: Schedule, report: Report = _no_report):
         self.options, self.plan, self.report = options, plan, report
         self.growth = options.growth_rule
         if self.growth:
             self.dense_gradients = self.growth.dense_gradients
 
     def moves_masks(self, step: int) -> bool:
-        """In updates."""
+        """Whether the schedule has an update in ``step``."""
         return self.plan.due(step)
 
     def needs_dense_gradients(self, step: int) -> bool:
-        """As the growth rule says, while something is grown."""
+        """Whether the growth rule needs them, as long as weights are grown."""
         return self.drop_fraction(step) > 0 and super().needs_dense_gradients(step)
 
     def drop_fraction(self, step: int) -> float:
@@ -95,7 +95,7 @@ class DynamicSparse(Method):
         return self.plan.drop_fraction(step) if self.growth else 0.0
 
     def after_backward(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """An update, where one is due."""
+        """Update the masks if an update is due."""
         options, fraction = self.options, self.drop_fraction(step)
         if fraction > 0 and self.growth and self.growth.accumulate:
             self.growth.accumulate(model, options.momentum)
@@ -141,29 +141,29 @@ def update(
 ) -> None:
     """One update of all masks: prune to ``density``, then drop and grow ``fraction``.
 
-    Weights and optimizer state outside the new masks are the caller's to zero
-    (`masks.keep_inside`); what is new is zero because it was outside before.
+    The caller zeroes weights and optimizer state outside the new masks (`masks.keep_inside`). New
+    weights are zero, because they were outside before.
     """
-    chosen = METHODS[method]
-    if chosen.prune:
-        chosen.prune(model, density, prune)
-    if chosen.grow and fraction > 0:
+    parts = METHODS[method]
+    if parts.prune:
+        parts.prune(model, density, prune)
+    if parts.grow and fraction > 0:
         layers = sparse_layers(model)
         for name, weight, mask in masked_weights(model):
             layer = layers[name]
-            growing = GROWTH[growth].score(layer, generator(seed, f"grow/{name}", 0, step))
+            score = GROWTH[growth].score(layer, generator(seed, f"grow/{name}", 0, step))
             allowed = layer.get_buffer("initial_mask") if within_initial else None
             try:
-                drop_and_grow(mask, PRUNE[prune](weight), growing, fraction, allowed)
+                drop_and_grow(mask, PRUNE[prune](weight), score, fraction, allowed)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
 
 
 def remember(model: nn.Module, growth: Growth | None) -> None:
-    """Put beside each mask what an update needs to know of the past, in the state_dict as well.
+    """Add buffers beside each mask for what updates need to know of the past.
 
-    ``initial_mask`` and ``ever_active`` are bool; where ``growth`` accumulates something,
-    ``growth_state``, zeros like the weight, is where.
+    ``initial_mask`` and ``ever_active`` are bool. If ``growth`` accumulates, ``growth_state`` is
+    where; it starts as zeros like the weight.
     """
     for name, weight, mask in list(masked_weights(model)):
         layer = model.get_submodule(name)
@@ -174,9 +174,9 @@ def remember(model: nn.Module, growth: Growth | None) -> None:
 
 
 def preserve_flow(model: nn.Module, seed: int, step: int) -> None:
-    """`flow.repair`, which removes random edges, and a line on what it could not do.
+    """Run `flow.repair`, which removes random edges, and warn of weights that it had to add.
 
-    The smallest weights would be those that the same update has just grown, which are 0.
+    Removal by magnitude would take the weights that the same update has just grown: they are 0.
     """
     more = flow.repair(model, seed, step, by_magnitude=False)
     if more:
@@ -185,9 +185,9 @@ def preserve_flow(model: nn.Module, seed: int, step: int) -> None:
 
 
 def describe(model: nn.Module, before: dict[str, torch.Tensor]) -> dict[str, float]:
-    """What an update did, and where the masks stand: a row of topology.csv.
+    """What an update did, and the state of the masks after it: a row of topology.csv.
 
-    density: of all weights; dropped, grown: weights, in all and per layer; ever_active: share of
+    density: of all weights; dropped, grown: weights, in total and per layer; ever_active: share of
     all weights that were in the mask at some time (in-time over-parametrization, Liu et al. 2021);
     inside_initial: share of the mask that lies in the initial one; dead_units: without an incoming
     or an outgoing edge.

@@ -1,4 +1,4 @@
-"""How networks begin: as published, or scaled by the density of masks; and orthogonal repair."""
+"""Initial weights: as published, or scaled by the density of masks; and orthogonal repair."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from startsparse.seeding import generator
 
 
 class Spec(NamedTuple):
-    """What a rule knows of the layer that it draws a weight for."""
+    """What a rule knows of the layer whose weight it draws."""
 
     shape: torch.Size
     """[out, in, *kernel]"""
@@ -51,9 +51,9 @@ def _bimodal(spec: Spec, draw: torch.Generator) -> Tensor:
 
 
 def _looks_linear(spec: Spec, draw: torch.Generator) -> Tensor:
-    """See `looks_linear`. It is not scaled by density.
+    """See `looks_linear`. Density does not scale it.
 
-    Only a dense network begins linear: a random mask is not mirrored, and cuts the mirror image.
+    Only a dense network begins linear, because random masks are not mirrored.
     """
     return looks_linear(spec.shape, draw, first=spec.first, last=spec.last)
 
@@ -78,10 +78,10 @@ def _glorot(spec: Spec, draw: torch.Generator) -> Tensor:
 
 
 class Start(NamedTuple):
-    """How a network begins: None leaves to layers of that kind what the base has drawn."""
+    """Rules for the weights of a network; None: layers of that kind keep what the base drew."""
 
     base: str
-    """A rule of `models.init_weights`, which draws biases too: 0, or with "torch" PyTorch's"""
+    """A rule of `models.init_weights`. It sets biases too: to 0, or with "torch" as PyTorch does"""
 
     conv: Init | None = None
     linear: Init | None = None
@@ -99,7 +99,7 @@ INITS: dict[str, Start | None] = {
 
 
 def published(model: nn.Module) -> Start:
-    """What a network starts from in published code; the mask does not matter.
+    """The rules that published code has for a network, whatever its mask.
 
     VGG: Kaiming normal with fan_out, the classifier N(0, 0.01^2), biases 0. ResNets of ImageNet:
     Kaiming normal with fan_out, the classifier by PyTorch's own rule, as torchvision has it. GCN:
@@ -117,12 +117,12 @@ def published(model: nn.Module) -> Start:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, how: str, seed: int) -> None:
-    """Start ``model`` anew, in place, by the rule ``how`` for weights.
+    """Initialise ``model`` in place, its weights by the rule ``how``.
 
-    ``default`` is what `published` says of this network, ``kaiming`` is Kaiming normal with fan_in.
-    Biases are 0, but for those of ``default``. As in `models.init_weights`, each layer draws on the
-    CPU from ``generator(seed, f"weights/{name}")``, BatchNorm is reset, and the model must be the
-    bare one. Afterwards the weights are zero outside their masks.
+    ``default`` is `published` for this network; ``kaiming`` is Kaiming normal with fan_in. Biases
+    are 0, except with ``default``. As in `models.init_weights`, each layer draws on the CPU from
+    ``generator(seed, f"weights/{name}")``, BatchNorm is reset, and the model must be the bare one.
+    Afterwards the weights are zero outside their masks.
 
     Raises:
         OptionError: ``how`` is not in `INITS`, or does not suit the size of a layer.
@@ -150,18 +150,18 @@ def init_weights(model: nn.Module, how: str, seed: int) -> None:
 
 @torch.no_grad()
 def ortho_repair(model: nn.Module, steps: int = 40) -> dict[str, tuple[float, float]]:
-    """Bring each masked layer as near to orthogonal as its mask allows, in place.
+    """Make each masked layer as orthogonal as its mask allows, in place.
 
     Gradient descent on ||W W^T - I||^2 (Frobenius) for W = (mask * weight).flatten(1), in float32
-    on the weight's device. Where W has more rows than columns it is W^T W, since W W^T cannot have
-    full rank. The step size is halved where the objective would rise, so it never rises, and grows
-    after a success. A layer is left early when a step gains less than 0.01 %.
+    on the weight's device. If W has more rows than columns, W^T W takes the place of W W^T, which
+    cannot have full rank. A step that would raise the objective is not taken and halves the step
+    size; any other step increases it. A layer is done early when a step gains less than 0.01 %.
 
     Masks stay as they are, and weights outside them are zero afterwards.
 
     Args:
-        steps: most steps that are tried in a layer; each costs about 4 * n * weights operations,
-            n being the smaller side of W.
+        steps: limit of the steps tried in a layer; each costs about 4 * n * weights operations,
+            where n is the smaller side of W.
 
     Returns:
         Layer name -> (objective before, after).
@@ -184,9 +184,9 @@ def _descend(matrix: Tensor, inside: Tensor, steps: int) -> tuple[Tensor, float,
     """The matrix after at most ``steps`` tried steps, and the objective before and after."""
     gap = orthogonality_gap(matrix)
     before = objective = float(gap.square().sum())
-    # A careful start: the curvature is about eight times the largest eigenvalue of W W^T, which is
-    # at most its largest row sum. It doubles up to the first failure; after that, slower growth
-    # wastes fewer of the tries.
+    # A small first step: the curvature is about eight times the largest eigenvalue of W W^T, which
+    # is at most its largest row sum. The size doubles up to the first failure; after that it grows
+    # more slowly, to waste fewer steps.
     size = 0.25 / max(1.0, float(gap.abs().sum(1).max()))
     growth = 2.0
     slope = orthogonality_gradient(matrix, gap, inside)
@@ -194,7 +194,7 @@ def _descend(matrix: Tensor, inside: Tensor, steps: int) -> tuple[Tensor, float,
         tried = matrix - size * slope
         gap = orthogonality_gap(tried)
         value = float(gap.square().sum())
-        if not value < objective:  # not a number, after an overflow, is a failure too
+        if not value < objective:  # NaN, after an overflow, is a failure too
             size, growth = size / 2, 1.2
             if size * float(slope.square().sum()) < 1e-4 * objective:  # to first order
                 break

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(options: DSTOptions) -> None:
-    """The run that ``options`` describe."""
+    """Do the run that ``options`` describe."""
     folder = runs.find_run_by_rank_0(options)
     if recipe.already_done(options, folder):
         return
@@ -70,7 +70,7 @@ def train(options: DSTOptions) -> None:
 
 
 def plan(options: DSTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, float]]:
-    """The network, not yet initialised, and the density asked of each layer ({}: not known yet)."""
+    """The network, not yet initialised, and each layer's requested density ({}: not known yet)."""
     model = recipe.build(options, shape)
     if not options.sparse:
         return model, {}
@@ -88,12 +88,13 @@ def plan(options: DSTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, f
 def network(
     options: DSTOptions, dataset: data.Data, device: torch.device, folder: Path | None = None
 ) -> tuple[nn.Module, dict[str, float], float]:
-    """The initialised network on ``device``, sparse as asked for.
+    """The initialised sparse network on ``device``.
 
-    ``folder`` is that of a run which is continued: a ratio that it has found is read from there.
+    Args:
+        folder: that of a run to resume; a ratio that the run has found is read from there.
 
     Returns:
-        The network; the density asked of each layer; the FLOPs that the search for them took.
+        The network; each layer's requested density; the FLOPs of the search for these.
     """
     model, requested = plan(options, dataset.shape)
     init_weights(model, options.init, options.seed)
@@ -109,12 +110,12 @@ def network(
             requested = er.read_densities(folder / "ratios.json")
             spent = json.loads((folder / "search.json").read_text())["flops"]
         elif options.searches:
-            found, spent = pruner_ratio(model, options, dataset)
-            requested = er.requested_densities(model, options, found)
+            ratio, spent = pruner_ratio(model, options, dataset)
+            requested = er.requested_densities(model, options, ratio)
         er.attach_er_masks(model, requested, options)
     if options.flow_preservation != "False":
         preserve_flow(model, options.seed, step=0)
-    init_weights(model, options.init, options.seed)  # scaled by the densities that came out
+    init_weights(model, options.init, options.seed)  # again, scaled by the realised densities
     if options.ortho_repair:
         for name, (before, after) in ortho_repair(model).items():
             log.info("ortho-repair: %s %.4g -> %.4g", name, before, after)

@@ -85,11 +85,11 @@ class DSTOptions(Options):
     er_sparsity_file: Annotated[
         str, called("ratios-from"), default_is("none"), counts(on.MASK, on.FILE)
     ] = ""
-    """Run folder, checkpoint or JSON of layer densities whose ratio is taken: by --sparse-init
-    network, and by ER_snip, ER_synflow and ER_imp instead of pruning here. Of a run that found a
-    ratio by a pruner it is that one (ratios.json), else that of its network (layers.json)"""
+    """Run folder, checkpoint or JSON of layer densities. --sparse-init network takes its ratio;
+    ER_snip, ER_synflow and ER_imp take it too, instead of pruning here. In a run folder it is the
+    ratio that the run found by a pruner (ratios.json), else that of its network (layers.json)"""
     er_budget: Annotated[str, choice(ratios.BUDGETS), counts(on.MASK, RANDOM, on.CLIPS)] = "exact"
-    """exact: the density asked for; clip: the clipped, lower one of the paper's research code"""
+    """exact: the requested density; clip: the clipped, lower one of the paper's research code"""
     er_sampling: Annotated[str, choice(masks.SAMPLINGS), counts(on.MASK, RANDOM)] = "bernoulli"
     """bernoulli: each weight is drawn by itself; exact: a fixed number of weights per layer"""
     weight_decay: Annotated[float, called("l2", "--wd", "--weight-decay")] = 5e-4
@@ -109,18 +109,18 @@ class DSTOptions(Options):
     final_density: Annotated[float, counts(SPARSE, MOVES, PRUNES)] = 0.05
     """Density that GraNet and GMP prune to"""
     prune: Annotated[str, choice(PRUNE), counts(SPARSE, MOVES)] = "magnitude"
-    """What decides which weights go"""
+    """How to choose the weights to prune or drop"""
     growth: Annotated[str, choice(GROWTH), counts(SPARSE, MOVES, GROWS)] = "gradient"
-    """What decides which weights come: chance, the largest gradients, or the largest sums of past
-    gradients with the factor --momentum, whatever the optimizer"""
+    """How to choose the weights to grow: at random, by the largest gradients, or by the largest
+    momentum of the gradients, with the factor --momentum whatever the optimizer"""
     prune_rate: Annotated[float, counts(SPARSE, MOVES, GROWS)] = 0.5
-    """Share of a layer's weights that is dropped and grown; falls to 0.005 as a cosine, until the
-    end of the training or --stop-updates"""
+    """Share of a layer's weights that an update drops and grows; it falls to 0.005 as a cosine,
+    until the end of the training or --stop-updates"""
     update_frequency: Annotated[int, counts(SPARSE, MOVES)] = 100
-    """Steps between changes of the mask; the end of the pruning is one too"""
+    """Steps between updates of the mask; the end of the pruning is an update too"""
     stop_updates: Annotated[float, counts(SPARSE, MOVES, GROWS)] = 1.0
-    """Share of the training, in (0, 1], after which nothing is dropped and grown any more, and at
-    which --prune-rate has fallen to 0.005 (RigL: 0.75); pruning goes on to its own end"""
+    """Share of the training, in (0, 1], after which drop and grow stops, with --prune-rate fallen
+    to 0.005 (RigL: 0.75); pruning goes on to its own end"""
     init_prune_epoch: Annotated[int, counts(SPARSE, MOVES, PRUNES)] = 0
     """Epochs after which pruning starts"""
     final_prune_epoch: Annotated[
@@ -128,16 +128,16 @@ class DSTOptions(Options):
     ] = None
     """Epochs after which --final-density is reached"""
     is_prune: Annotated[Truth, counts(SPARSE)] = True
-    """False: the mask stays as it was drawn"""
+    """False: the mask stays as drawn"""
     grow_within_init: Annotated[bool, counts(SPARSE, MOVES, GROWS)] = False
     """Grow only weights of the initial mask; --flow-preservation always may still add others"""
     flow_preservation: Annotated[str, choice(FLOW, FLOW_ALIASES), counts(SPARSE)] = "False"
-    """True: give every unit without an incoming or outgoing edge a random one, at the same density,
-    in the initial mask; always: also after every update, which may leave units without again"""
+    """True: in the initial mask, give every unit without an incoming or outgoing edge a random one,
+    at the same density; updates may cut it again; always: also after every update"""
     ortho_repair: Annotated[Truth, counts(SPARSE)] = False
-    """Bring the initial weights of each layer that has a mask as near to orthogonal as it allows"""
+    """Make the initial weights of each masked layer as orthogonal as its mask allows"""
     imp_epochs: Annotated[int, counts(SPARSE, IMP, SEARCHES)] = 2
-    """Epochs before each pruning by a fifth, from dense, that find the ratios of ER_imp here"""
+    """Epochs before each pruning by a fifth, from dense, in the search for the ratio of ER_imp"""
 
     @property
     def masked(self) -> bool:
@@ -151,25 +151,25 @@ class DSTOptions(Options):
 
     @property
     def no_mask(self) -> str:
-        """What leaves the network dense."""
+        """Why the network is dense, in messages."""
         return "without --sparse"
 
     @property
     def uses_momentum(self) -> bool:
-        """Whether something is averaged with --momentum: growth as well."""
+        """Whether --momentum counts: the optimizer or the growth rule averages with it."""
         rule = self.growth_rule
         return super().uses_momentum or bool(rule and rule.accumulate)
 
     @property
     def draws_singly(self) -> bool:
-        """As for all scripts; the mask that SNIP finds is not drawn."""
+        """As in all scripts, except that the mask of SNIP is not drawn."""
         return super().draws_singly and self.er_sparse_method != "snip"
 
     @property
     def searches(self) -> bool:
-        """Whether the layer-wise ratio is found by a pruner in this run."""
-        found = self.sparse and self.er_sparse_method in PRUNER_RATIOS
-        return found and not self.er_sparsity_file
+        """Whether a pruner finds the layer-wise ratio in this run."""
+        by_pruner = self.sparse and self.er_sparse_method in PRUNER_RATIOS
+        return by_pruner and not self.er_sparsity_file
 
     @property
     def moves(self) -> bool:
@@ -188,7 +188,7 @@ class DSTOptions(Options):
 
     @property
     def growth_rule(self) -> Growth | None:
-        """What says which weights come; None: nothing grows."""
+        """The rule that chooses the weights to grow; None: nothing grows."""
         return GROWTH[self.growth] if self.grows else None
 
     @property
@@ -199,13 +199,13 @@ class DSTOptions(Options):
 
     @property
     def requested(self) -> float:
-        """The density asked for at the end."""
+        """The density requested at the end."""
         if not self.sparse:
             return 1.0
         return self.final_density if self.prunes else self.er_sparse_init
 
     def no_sparse_compute(self, device: torch.device) -> str:
-        """Why --sparse-compute is out of the question, if it is."""
+        """Why --sparse-compute is impossible; "" if it is possible."""
         if self.growth_rule and self.growth_rule.dense_gradients == "always":
             return f"--growth {self.growth} needs the gradients outside the masks in every step"
         return super().no_sparse_compute(device)
@@ -218,7 +218,7 @@ class DSTOptions(Options):
         return f"{name}-{self.er_sparse_init:g}" + f"-{self.final_density:g}" * self.prunes
 
     def check(self) -> None:
-        """Raise `OptionError` for values that cannot be meant; names the option."""
+        """Raise `OptionError`, which names the option, for values that make no sense."""
         super().check()
         require_range(self, "final_density", low=0, high=1, open_low=True)
         require_range(self, "prune_rate", low=0, high=1)

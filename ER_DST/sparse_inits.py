@@ -1,4 +1,4 @@
-"""Initial masks that need more than layer shapes: what a pruner finds in the dense network."""
+"""Initial masks and layer-wise ratios that a pruner finds in the dense network."""
 
 import copy
 import logging
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("startsparse")
 
-KEEP = 0.8  # of the weights, at each pruning of ER_imp; the last goes on to the target
+KEEP = 0.8  # share of the weights that a pruning of ER_imp keeps; the last goes to the target
 
 
 def find_snip(model: nn.Module, options: "DSTOptions", data: Data) -> float:
-    """Put the mask of --init-density that SNIP finds beside the weights, and zero the others.
+    """Attach the mask of --init-density that SNIP finds; weights outside it become zero.
 
     Returns:
-        The FLOPs that this takes: of its passes, forward and backward, as `flops.training` counts.
+        The FLOPs of its forward and backward passes, as `flops.training` counts them.
     """
     full_masks(model, options)
     return _prune(model, "snip", options, data)
@@ -35,12 +35,12 @@ def find_snip(model: nn.Module, options: "DSTOptions", data: Data) -> float:
 def pruner_ratio(
     model: nn.Module, options: "DSTOptions", data: Data
 ) -> tuple[dict[str, float], float]:
-    """Layer -> density, in the mask of --init-density that the pruner of --sparse-init finds.
+    """Layer -> density in the mask of --init-density that the pruner of --sparse-init finds.
 
-    It works on a copy of ``model``, dense, on ``data``'s device.
+    The pruner works on a dense copy of ``model``, on the device of ``data``.
 
     Returns:
-        The densities, and the FLOPs that finding them takes, as for `find_snip`.
+        The densities, and the FLOPs of the search, counted as in `find_snip`.
     """
     network = copy.deepcopy(model)
     full_masks(network, options)
@@ -49,7 +49,7 @@ def pruner_ratio(
 
 
 def full_masks(model: nn.Module, options: "DSTOptions") -> None:
-    """Masks of ones, but for the layers that are kept dense."""
+    """Attach masks of ones to all layers that are not kept dense."""
     dense = er.dense_layers(model, options)
     ones = {
         name: torch.ones_like(layer.weight, dtype=torch.bool)
@@ -97,12 +97,12 @@ def _synflow(model: nn.Module, options: "DSTOptions", data: Data) -> float:
 
 
 def _imp(model: nn.Module, options: "DSTOptions", data: Data) -> float:
-    """--imp-epochs of training at --lr, prune by a fifth, back to the start, and again."""
+    """Train for --imp-epochs at --lr, prune by a fifth, rewind to the start, and repeat."""
     device = next(model.parameters()).device
     first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     densities = geometric(1.0, KEEP, options.er_sparse_init)
     forward, spent = _forward_flops(model, data), 0.0
-    inputs = options.imp_epochs * (len(data.train) if data.shape.nodes else data.train.examples)
+    examples = options.imp_epochs * (len(data.train) if data.shape.nodes else data.train.examples)
     for level, density in enumerate(densities):
         learner = training.Learner(
             model,
@@ -121,7 +121,7 @@ def _imp(model: nn.Module, options: "DSTOptions", data: Data) -> float:
                 epoch=epoch,
                 title=f"ER_imp {level + 1}/{len(densities)}",
             )
-        spent += inputs * flops.training(forward, flops.densities(model))
+        spent += examples * flops.training(forward, flops.densities(model))
         accuracy = 100 * training.means(sums)["accuracy"]
         log.info("ER_imp: train %.2f %%, pruning to density %.4f", accuracy, density)
         prune(model, "mag", weights_left(model, density), seed=options.seed, level=level)

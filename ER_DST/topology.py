@@ -1,7 +1,7 @@
-"""How masks can move: which weights go, which come, and when. `dynamic` has the step that does it.
+"""How masks move: which weights are dropped, which grow, and when. `dynamic` has the step.
 
 Everything works in place on `masked_weights(model)`. A new growth rule is a function and a line in
-`GROWTH`; a new way to prune is one in `PRUNE`; a method, one in `METHODS`, is what an update does.
+`GROWTH`; a new pruning score, one in `PRUNE`; a new method, one in `METHODS`.
 """
 
 import math
@@ -17,7 +17,7 @@ from startsparse.method import When
 from startsparse.pruning import layer_counts, weights_left
 from startsparse.schedules import cosine, cubic
 
-LAST_FRACTION = 0.005  # of a layer's weights that is dropped and grown at the end
+LAST_FRACTION = 0.005  # of a layer's weights that are dropped and grown at the end
 
 
 def _magnitude(weight: Tensor) -> Tensor:
@@ -29,13 +29,13 @@ PRUNE: dict[str, Callable[[Tensor], Tensor]] = {"magnitude": _magnitude}
 
 
 class Growth(NamedTuple):
-    """A rule that says which weights come; FLOPs and sparse compute follow from what it needs.
+    """A rule that chooses weights to grow; FLOPs and sparse compute follow from what it needs.
 
     Attributes:
-        score: (layer, generator) -> score like the weight; the highest outside the mask come.
+        score: (layer, generator) -> score like the weight; the highest outside the mask grow.
         dense_gradients: in which steps it needs the gradients outside the masks.
-        accumulate: (model, --momentum), called after the backward pass of each step until masks
-            grow no more; adds to the buffer ``growth_state``, like the weight, of masked layers.
+        accumulate: (model, --momentum), called after each backward pass as long as masks grow; it
+            adds to the buffer ``growth_state`` of masked layers, which is like the weight.
     """
 
     score: Callable[[SparseLayer, torch.Generator], Tensor]
@@ -44,7 +44,7 @@ class Growth(NamedTuple):
 
 
 def _random(layer: SparseLayer, draw: torch.Generator) -> Tensor:
-    """Chance (SET, Mocanu et al. 2018)."""
+    """At random (SET, Mocanu et al. 2018)."""
     return torch.rand(layer.weight.shape, generator=draw).to(layer.weight.device)
 
 
@@ -76,24 +76,24 @@ GROWTH: dict[str, Growth] = {
 
 
 def prune_globally(model: nn.Module, density: float, score: str) -> None:
-    """Shrink the masks to the highest scores of the whole network, round(density N) of N weights.
+    """Shrink the masks to the round(density N) highest scores of the network's N weights.
 
-    Where a random mask has fewer from the start, nothing is pruned.
+    Masks that have fewer already stay as they are.
     """
-    left = sum(int(mask.sum()) for _, _, mask in masked_weights(model))
+    nnz = sum(int(mask.sum()) for _, _, mask in masked_weights(model))
     values = {name: PRUNE[score](weight) for name, weight, _ in masked_weights(model)}
-    scores.keep_top(model, values, min(left, weights_left(model, density)))
+    scores.keep_top(model, values, min(nnz, weights_left(model, density)))
 
 
 def prune_uniformly(model: nn.Module, density: float, score: str) -> None:
     """The same, but every layer is pruned to the same density.
 
-    A layer that is sparser already keeps what it has, and the others have more.
+    A layer that is sparser already keeps all its weights, and the others keep more.
     """
     entries = list(masked_weights(model))
-    left = [int(mask.sum()) for _, _, mask in entries]
-    total = min(sum(left), weights_left(model, density))
-    counts = layer_counts("uniform", [mask.shape for _, _, mask in entries], left, total)
+    nnz = [int(mask.sum()) for _, _, mask in entries]
+    total = min(sum(nnz), weights_left(model, density))
+    counts = layer_counts("uniform", [mask.shape for _, _, mask in entries], nnz, total)
     for (name, weight, mask), count in zip(entries, counts):
         scores.shrink({name: mask}, {name: PRUNE[score](weight)}, int(count))
 
@@ -103,22 +103,22 @@ def drop_and_grow(
 ) -> None:
     """Drop the lowest ceil(fraction n) of a layer's n weights, then grow as many, in place.
 
-    What was dropped may be grown again: it was never away, and keeps its value. Of equal scores,
-    those of earlier positions stay, and come. The number of weights is conserved exactly.
+    A dropped weight may be grown again; it then keeps its value. Ties go to earlier positions, both
+    in what stays and in what grows. The number of weights stays exactly the same.
 
     Args:
         mask: bool, like the weight.
         importance: of each weight; the lowest are dropped.
-        growth: like ``mask``; the highest outside what is left are grown.
+        growth: like ``mask``; the highest outside the weights left are grown.
         fraction: in [0, 1].
-        allowed: bool, where weights may grow besides where they were (default: anywhere).
+        allowed: bool, where weights may grow other than in ``mask`` itself (default: anywhere).
 
     Raises:
         ValueError: a score is NaN.
     """
     before = mask.clone()
     count = int(before.sum())
-    # A hair less: 0.15 * 20 in floating point is above 3, and its ceiling would be 4.
+    # A hair less: 0.15 * 20 is above 3 in floating point, and its ceiling would be 4.
     dropped = math.ceil(fraction * count * (1 - 1e-12))
     scores.shrink({"importance": mask}, {"importance": importance}, count - dropped)
     candidates = ~mask if allowed is None else (allowed | before) & ~mask
@@ -150,9 +150,9 @@ class Schedule(NamedTuple):
         per_epoch: steps of an epoch.
         every: steps between updates.
         start, end: of the pruning; at ``end`` the final density is reached.
-        stop: the first step that drops and grows no more.
+        stop: the first step without drop and grow.
         initial, final: densities.
-        fraction: of weights that is dropped and grown at the start.
+        fraction: share of the weights that are dropped and grown, at the start.
         prunes: whether the density falls.
     """
 
@@ -179,7 +179,7 @@ class Schedule(NamedTuple):
 
     def density(self, step: int) -> float:
         """Cubic from initial to final (Zhu & Gupta 2017, equation 1)."""
-        if step >= self.end:  # where a very short window also starts
+        if step >= self.end:  # in a very short window, start is the end too
             return self.final
         progress = max(0, step - self.start) / max(1, self.end - self.start)
         return cubic(progress, self.initial, self.final)

@@ -1,4 +1,4 @@
-"""`main.py` by the name that the published command uses; the set is CIFAR10 if none is named."""
+"""`main.py` under the name in the published command; the default set is CIFAR10."""
 
 from functools import partial
 

@@ -2,16 +2,16 @@
 
 Weights and biases never change. Each has a score, and the layer computes with those whose scores
 are the largest in magnitude, weights and biases ranked together; everything else is exactly 0.
-Only entries inside the random mask are ranked, and every bias. Their scores learn by the
-straight-through estimator: where e = w * m(|s|) is the effective weight, m counts as the identity,
+Only biases and entries inside the random mask are ranked. Scores learn by the straight-through
+estimator, which takes m as the identity in the effective weight e = w * m(|s|):
 
     dL/ds = dL/de * w * sign(s),    with the sign of a zero taken from its sign bit, never 0,
 
 for entries that are kept and for those that are not. sign(s) is the derivative of |s|: as in the
-code published with the paper, the magnitude belongs to the function that is differentiated.
+code published with the paper, the magnitude is part of the differentiated function.
 
-Scores live inside the mask, as weights do: both are zero outside, so the gradient is too, and no
-weight decay or momentum changes that.
+Scores live inside the mask, as weights do. Both are zero outside, so the gradient is too, and
+neither weight decay nor momentum changes that.
 """
 
 import math
@@ -29,15 +29,15 @@ from startsparse.seeding import generator
 SCORE_INITS = ("constant", "kaiming")
 
 _CONSTANT = 0.5
-_TIE_BREAK = 1e-4  # spread of the constant scores, small beside what a few steps change
+_TIE_BREAK = 1e-4  # spread of the constant scores, small against the change of a few steps
 
 
-class Kept(torch.autograd.Function):
-    """w * m, with the straight-through gradient to the scores s that m was chosen by."""
+class StraightThrough(torch.autograd.Function):
+    """w * m, with the straight-through gradient to the scores s that m ranks."""
 
     @staticmethod
     def forward(ctx: Any, frozen: Tensor, score: Tensor, mask: Tensor) -> Tensor:
-        """All of one shape; ``mask`` is 0 or 1 in their dtype."""
+        """All have one shape; ``mask`` is 0 or 1 in their dtype."""
         ctx.save_for_backward(frozen, score)
         return frozen * mask
 
@@ -50,7 +50,7 @@ class Kept(torch.autograd.Function):
 
 
 class Popup(EffectiveLayer):
-    """A layer with frozen weights, of which the best-scored are used; each layer has its number.
+    """A layer of frozen weights that uses those with the best scores; each layer has its number.
 
     ``weight_score`` and ``bias_score`` are parameters like ``weight`` and ``bias``. ``keep``, the
     number of entries kept, is an int64 buffer, so that checkpoints hold it and changing it needs no
@@ -58,7 +58,7 @@ class Popup(EffectiveLayer):
     """
 
     zeros_learn = True  # the scores of weights that are not kept have a gradient, too
-    entrywise = True  # but for ranking, which asks for the order of entries only
+    entrywise = True  # except for ranking, which needs the order of entries only
 
     weight_score: nn.Parameter
     bias_score: nn.Parameter | None
@@ -73,7 +73,7 @@ class Popup(EffectiveLayer):
             self.bias.requires_grad_(False)
             self.bias_score = nn.Parameter(torch.zeros_like(self.bias))
         if (inside := self._inside()) is not None:
-            # Not -0, which a product leaves: what is not stored comes back as 0, to the bit.
+            # Not -0, which a product leaves: the sparse form restores what it does not store as 0.
             self.weight.data.masked_fill_(~inside, 0)
         self.register_buffer("keep", torch.tensor(self.allowed(), device=self.weight.device))
 
@@ -82,7 +82,7 @@ class Popup(EffectiveLayer):
         return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
 
     def allowed(self) -> int:
-        """Number of weights inside the mask, and biases. Waits for the device."""
+        """Number of biases and of weights inside the mask. Waits for the device."""
         inside = self._inside()
         outside = 0 if inside is None else int((~inside).sum())
         return self.size() - outside
@@ -93,7 +93,7 @@ class Popup(EffectiveLayer):
             self.weight_score.mul_(inside)
 
     def ranked(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Magnitudes of the scores, and where entries are allowed: of weights, then of biases."""
+        """Magnitudes of the scores, and where entries are allowed: weights first, then biases."""
         if self.bias_score is None:
             return [self.weight_score.detach().abs()], [self._inside()]
         scores = self.weight_score.detach().abs(), self.bias_score.detach().abs()
@@ -107,8 +107,10 @@ class Popup(EffectiveLayer):
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias that the layer computes with, shapes as ``weight`` and ``bias``."""
         weight_mask, bias_mask = self.masks()
-        weight = Kept.apply(self.weight, self.weight_score, weight_mask)
-        bias = None if bias_mask is None else Kept.apply(self.bias, self.bias_score, bias_mask)
+        weight = StraightThrough.apply(self.weight, self.weight_score, weight_mask)
+        bias = None
+        if bias_mask is not None:
+            bias = StraightThrough.apply(self.bias, self.bias_score, bias_mask)
         return weight, bias
 
     def _inside(self) -> Tensor | None:
@@ -116,38 +118,37 @@ class Popup(EffectiveLayer):
 
 
 class GlobalPopup(Popup):
-    """The same with one number for the network, shared anew at each forward pass."""
+    """The same with one number for the network, divided among layers in each forward pass."""
 
     @classmethod
     @torch.no_grad()
     def agree(cls, layers: Sequence[Popup]) -> None:
-        """Share the sum of all ``keep`` among the layers by the scores as of now.
+        """Divide the sum of all ``keep`` among the layers by their present scores.
 
-        The network's best entries, cut down to one layer, are that layer's best, so a number per
-        layer says it all. Of equal scores those of earlier layers and positions are kept. No
-        synchronisation.
+        The best entries of the network that lie in a layer are the best of that layer, so a number
+        per layer is enough. Ties go to earlier layers and positions. No synchronisation.
         """
-        share_out(layers, torch.stack([layer.keep for layer in layers]).sum())
+        rank_globally(layers, torch.stack([layer.keep for layer in layers]).sum())
 
 
 RANKINGS: dict[str, type[Popup]] = {"layer": Popup, "global": GlobalPopup}
 
 
 def popup(model: nn.Module, seed: int, score_init: str = "kaiming", ranking: str = "layer") -> None:
-    """Give every convolution and linear layer its edge-popup form, in place.
+    """Turn every convolution and linear layer into its edge-popup form, in place.
 
     Weights, biases and masks stay the same tensors. BatchNorm loses its weight and bias and keeps
-    its running statistics, so that the scores are all that learns. Every layer keeps all that its
-    mask allows until `set_density` is called.
+    its running statistics, so that only scores learn. Until `set_density` is called, every layer
+    keeps all entries that its mask allows.
 
     Args:
         model: the bare network, with its masks.
         seed: the run's. Scores of the layer ``name`` are drawn from (seed, "score/" + name).
         score_init: ``kaiming``, uniform in +-1/sqrt(fan_in) as in the paper's code; or
-            ``constant``, all 0.5 but for a random excess below 1e-4: exactly equal scores would
+            ``constant``, 0.5 plus a random excess below 1e-4 for tie-breaking: equal scores would
             keep the first outputs of each layer and leave the others dead.
-        ranking: ``layer`` keeps a number of entries per layer, ``global`` only one for the whole
-            network, ranked anew in every forward pass of ``model`` (not of a part of it).
+        ranking: ``layer`` keeps a number of entries in each layer; ``global`` keeps a number in the
+            network, and every forward pass of ``model`` (not of a part of it) ranks anew.
     """
     for name, layer in replace_layers(model, RANKINGS[ranking]).items():
         _draw_scores(layer, score_init, generator(seed, f"score/{name}"))
@@ -179,7 +180,7 @@ def popup_layers(model: nn.Module) -> dict[str, Popup]:
 
 
 def count(density: float, size: int, allowed: int) -> int:
-    """How many of ``size`` entries a density keeps: the nearest whole number, ``allowed`` at most.
+    """How many of ``size`` entries a density keeps: the nearest integer, at most ``allowed``.
 
     ``size`` counts all weights and biases, also those outside the random mask.
     """
@@ -188,9 +189,9 @@ def count(density: float, size: int, allowed: int) -> int:
 
 @torch.no_grad()
 def set_density(model: nn.Module, density: float) -> None:
-    """Keep a share ``density`` of the entries: of each layer, or in global ranking of the network.
+    """Keep a share ``density`` of the entries of each layer, or in global ranking of the network.
 
-    To be called at every change of density or masks; waits for the device.
+    Call it at every change of density or masks. Waits for the device.
     """
     layers = list(popup_layers(model).values())
     for layer in layers:
@@ -198,11 +199,11 @@ def set_density(model: nn.Module, density: float) -> None:
         layer.keep.fill_(count(density, layer.size(), layer.allowed()))
     if isinstance(layers[0], GlobalPopup):
         total = count(density, sum(x.size() for x in layers), sum(x.allowed() for x in layers))
-        share_out(layers, torch.tensor(total, device=layers[0].keep.device))
+        rank_globally(layers, torch.tensor(total, device=layers[0].keep.device))
 
 
-def share_out(layers: Sequence[Popup], total: Tensor) -> None:
-    """Global ranking: let ``layers`` keep ``total`` entries together."""
+def rank_globally(layers: Sequence[Popup], total: Tensor) -> None:
+    """Rank all entries together, and let ``layers`` keep ``total`` of them in all."""
     magnitudes, allowed, owners = [], [], []
     for layer in layers:
         scores, inside = layer.ranked()

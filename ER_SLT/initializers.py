@@ -1,10 +1,10 @@
-"""How the frozen weights and biases begin: the choices of ``--initBias``.
+"""Initial values of the frozen weights and biases: the choices of ``--initBias``.
 
-Fischer et al. 2021 (arXiv:2110.11150) give strong tickets biases that are not zero. Multiplying the
-weights of each layer by some factor, and its biases by the product of the factors up to there, does
-nothing to a ReLU network but multiply its output. So the standard deviation of biases is the
-product of those of the weights of all layers so far, this one included, times ``--bfac``; that of
-``signed-const-with-bias`` is the one of the layer's own weights.
+Fischer et al. 2021 (arXiv:2110.11150) give strong tickets biases that are not zero. If the weights
+of each layer are multiplied by some factor, and its biases by the product of the factors so far, a
+ReLU network only multiplies its output. So biases have the standard deviation s: the product of the
+deviations of the weights of all layers so far, this one included, times ``--bfac``. With
+``signed-const-with-bias``, s is the deviation of the layer's own weights.
 """
 
 import math
@@ -72,39 +72,38 @@ def init_weights(
     density: float | None = None,
     scale: float = 1.0,
 ) -> None:
-    """Draw every weight and bias of ``model`` anew, in place.
+    """Draw every weight and bias of ``model``, in place.
 
     Weights: ``kn`` normal with the standard deviation of He, sqrt(2 / fan_in); ``signed-const``
     plus or minus that with equal probability; ``ortho`` looks-linear (Balduzzi et al. 2017).
 
-    Biases: with ``zero-bias`` no layer has any, as a frozen zero is nothing to select. Otherwise
-    every layer has one, of the standard deviation s that this module's text names, where the
-    weights of ``ortho`` count with that of He, too.
+    Biases: with ``zero-bias`` no layer has one, because a frozen zero is nothing to select.
+    Otherwise every layer has one, with the standard deviation s of this module's docstring; the
+    weights of ``ortho`` count with the deviation of He, too.
 
     - ``kn-nonzero-bias``: normal.
     - ``signed-const-with-bias``: +-s with equal probability, where s is that of the layer's own
-      weights, so that they and the biases have one magnitude.
+      weights, so that weights and biases have one magnitude.
     - ``ortho-nonzero-bias``: mirrored, (b, -b) with normal b, so that the two halves of a layer
       still carry z and -z; in the last layer, which has no halves, normal.
-    - ``ortho-bias-special``: mirrored in one layer and such that it undoes this one in the next:
-      where V is the upper left block of the next layer's weight, summed over its kernel, the bias
-      there is (-V b, V b). Away from the borders of images the network then begins as linear as it
-      does without biases, and every bias that is masked bends it. A layer whose number of inputs is
-      not the number of outputs of the mirrored one before it is mirrored itself.
+    - ``ortho-bias-special``: mirrored in one layer; the bias of the next layer undoes it. That bias
+      is (-V b, V b), where V is the upper left block of the next layer's weight, summed over its
+      kernel. Away from the borders of images the network then begins as linear as it does without
+      biases, and every bias that is masked bends it. A layer is mirrored itself if its number of
+      inputs is not the number of outputs of the mirrored layer before it.
 
-    In networks with some tens of layers the product ends below what float32 can hold, and biases
-    that have it at zero.
+    In networks of some tens of layers the product of deviations falls below what float32 can hold,
+    and biases become zero.
 
     Args:
-        model: not yet the edge-popup form. Weights outside masks that are in place end as zero.
+        model: not yet in edge-popup form. Weights outside its masks, if it has any, become zero.
         seed: weights of the layer ``name`` come from (seed, "weights/" + name), its biases from
             (seed, "bias/" + name), on the CPU.
-        bfac: factor of the bias deviations, but for ``signed-const-with-bias``; > 0.
-        density: of the ticket to be found, in (0, 1]. The weights of each layer are divided by the
-            square root of the density that it then computes with, as by ``scale_fan`` in the code
-            published with Ramanujan et al. 2020: this one, or its mask's where that is lower.
-            None: they are not.
-        scale: factor of all weights, and by the rules above of biases; > 0.
+        bfac: factor of the bias deviations, except for ``signed-const-with-bias``; > 0.
+        density: of the ticket, in (0, 1]. Divides the weights of each layer by the square root of
+            the layer's density in the ticket: this one, or that of its mask if it is lower. The
+            code published with Ramanujan et al. 2020 calls it ``scale_fan``. None: no division.
+        scale: factor of all weights, and of biases by the rules above; > 0.
 
     Raises:
         OptionError: an unknown rule, or ``ortho`` where a layer has an odd number of units.
@@ -113,12 +112,12 @@ def init_weights(
         raise OptionError(f"--initBias: no rule is called {how!r}; choose from {', '.join(INITS)}")
     weights, biases = INITS[how]
     layers = sparse_layers(model)
-    product, mirrored = bfac, None
+    product, mirrored = bfac, None  # mirrored: the half of a bias that the next layer can undo
     for index, (name, layer) in enumerate(layers.items()):
         shape, first, last = layer.weight.shape, index == 0, index == len(layers) - 1
         gain = scale if density is None else scale * min(density, _inside(layer)) ** -0.5
-        own = gain * he_deviation(shape)
-        product *= own
+        deviation = gain * he_deviation(shape)
+        product *= deviation
         try:
             weight = weights(shape, gain, generator(seed, f"weights/{name}"), first, last)
         except ValueError as error:
@@ -130,13 +129,10 @@ def init_weights(
         draw = generator(seed, f"bias/{name}")
         if biases == "cancelling" and mirrored is not None and 2 * len(mirrored) == shape[1]:
             bias, mirrored = _cancelling(weight, mirrored, last), None
-        elif biases in ("mirrored", "cancelling") and not last:
-            mirrored = _gaussian(torch.Size([shape[0] // 2]), product, draw)
-            bias = torch.cat([mirrored, -mirrored])
         elif biases == "signed":
-            bias = own * _signs(shape[:1], draw)
+            bias = deviation * _signs(shape[:1], draw)
         else:
-            bias = _gaussian(shape[:1], product, draw)
+            bias, mirrored = _drawn_bias(biases != "normal" and not last, shape[0], product, draw)
         layer.bias = nn.Parameter(bias.to(layer.weight))
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -144,13 +140,23 @@ def init_weights(
     keep_inside(model)
 
 
+def _drawn_bias(
+    mirror: bool, outputs: int, deviation: float, draw: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """A normal bias [outputs]; if it is to be mirrored, (b, -b), also b."""
+    if not mirror:
+        return _gaussian(torch.Size([outputs]), deviation, draw), None
+    half = _gaussian(torch.Size([outputs // 2]), deviation, draw)
+    return torch.cat([half, -half]), half
+
+
 def has_batchnorm(model: nn.Module) -> bool:
-    """Whether a factor of the weights is taken back."""
+    """Whether the model has BatchNorm, which undoes a factor of the weights."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def _inside(layer: nn.Module) -> float:
-    """Density of the layer's mask; 1 where it has none, or an empty one: nothing to be scaled."""
+    """Density of the layer's mask; 1 without a mask, or with an empty one: nothing to scale."""
     mask = getattr(layer, "weight_mask", None)
     return 1.0 if mask is None else mask.double().mean().item() or 1.0
 

@@ -1,7 +1,7 @@
-"""Levels: each trains the scores at one density, lower than before, and leaves a ticket.
+"""Levels: each trains the scores at one density, lower than before, and saves a ticket.
 
-Scores go on from level to level as the last epoch left them; optimizer and schedule begin anew. The
-ticket of a level is what its best validation epoch used, or with --select last its last.
+A level begins with the scores of the last epoch before it; optimizer and schedule restart. The
+ticket of a level is that of its best validation epoch, or with --select last of its last epoch.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ from startsparse.trainer import Trainer
 
 log = logging.getLogger("startsparse")
 
-TICKET = "ticket.safetensors"  # of a finished run, in its folder
+TICKET = "ticket.safetensors"  # in the folder of a finished run
 
 _SHUFFLES = 5  # of each kind
-_SMALL_LOGITS = 0.1  # standard deviation below which edge-popup was seen to learn little
+_SMALL_LOGITS = 0.1  # standard deviation below which edge-popup learned little when tried
 
 
 def densities(options: SLTOptions) -> list[float]:
-    """The density asked for in each level.
+    """The requested density of each level.
 
     Annealed, level j of J has d_j = d_start * (d / d_start)^(j / J), where d is --sparsity and
     d_start --sparsity-start; never above the density of the random mask or below d.
@@ -47,7 +47,7 @@ def densities(options: SLTOptions) -> list[float]:
 
 def phases(options: SLTOptions) -> list[Phase]:
     """One phase per level."""
-    policy, asked = (options.lr_policy, options.lr_min), densities(options)
+    policy, requested = (options.lr_policy, options.lr_min), densities(options)
     before = [
         Phase(
             f"level {level}",
@@ -55,13 +55,13 @@ def phases(options: SLTOptions) -> list[Phase]:
             *policy,
             then=partial(next_level, level=level, density=density),
         )
-        for level, density in enumerate(asked[1:], 1)
+        for level, density in enumerate(requested[1:], 1)
     ]
     return [*before, Phase(f"level {options.levels}", options.epochs, *policy)]
 
 
 def warn_of_small_masks(model: nn.Module, options: SLTOptions) -> None:
-    """Say which densities the random mask is too sparse for, where, and what is reached."""
+    """Warn of densities for which the random mask is too sparse; say where and what is reached."""
     layers = popup_layers(model)
     sizes = {name: layer.size() for name, layer in layers.items()}
     allowed = {name: layer.allowed() for name, layer in layers.items()}
@@ -71,9 +71,9 @@ def warn_of_small_masks(model: nn.Module, options: SLTOptions) -> None:
             reached = count(density, total, inside)
             short = ["all layers together"] if reached < round(density * total) else []
         else:
-            asked = {name: round(density * size) for name, size in sizes.items()}
-            reached = sum(min(asked[name], allowed[name]) for name in layers)
-            short = [f"{n} {allowed[n]} of {asked[n]}" for n in layers if allowed[n] < asked[n]]
+            needs = {name: round(density * size) for name, size in sizes.items()}
+            reached = sum(min(needs[name], allowed[name]) for name in layers)
+            short = [f"{n} {allowed[n]} of {needs[n]}" for n in layers if allowed[n] < needs[n]]
         if short:
             log.warning(
                 "warning: --sparsity: at density %.4g the random mask has fewer weights than that "
@@ -86,10 +86,10 @@ def warn_of_small_masks(model: nn.Module, options: SLTOptions) -> None:
 
 @torch.no_grad()
 def warn_of_small_logits(model: nn.Module, train: data.AnyBatches, options: SLTOptions) -> None:
-    """Say so where logits are so small that the loss stays near that of chance, log(classes).
+    """Warn if logits are so small that the loss stays near that of chance, log(classes).
 
-    Weights that never change do not grow, and the scores of small ones have small gradients.
-    BatchNorm makes up for both; a network that has it is not looked at.
+    Frozen weights do not grow, and the scores of small weights have small gradients. BatchNorm
+    makes up for both, so networks with BatchNorm are not checked.
     """
     if has_batchnorm(model):
         return
@@ -107,7 +107,7 @@ def warn_of_small_logits(model: nn.Module, train: data.AnyBatches, options: SLTO
 
 
 def next_level(trainer: Trainer[SLTOptions], *, level: int, density: float) -> None:
-    """Record the level that was just trained; the next one has ``density``."""
+    """Record the level just trained; the next one has ``density``."""
     last = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     record_level(trainer, level=level)
     trainer.model.load_state_dict(last)
@@ -115,14 +115,14 @@ def next_level(trainer: Trainer[SLTOptions], *, level: int, density: float) -> N
 
 
 def record_level(trainer: Trainer[SLTOptions], *, level: int) -> dict[str, float]:
-    """Test what a level found and keep its ticket; a row of levels.csv.
+    """Test what a level found, save its ticket, and write a row of levels.csv.
 
     Columns: level; requested and density, share of all weights; kept, weights used, and
     kept_biases; epoch, accuracies and loss as of `Trainer.test`; dead_units, without an incoming or
-    an outgoing edge; overlap, the share of the entries used that the level before used, too (of the
-    smaller of both); mean, std, min and max of the absolute scores inside the random mask.
+    an outgoing edge; overlap with the level before, as `overlap` counts it; mean, std, min and max
+    of the absolute scores inside the random mask.
 
-    Leaves the selected scores in place and returns what `Trainer.test` does.
+    The model keeps the selected scores. Returns the result of `Trainer.test`.
     """
     model, options, folder = trainer.model, trainer.options, trainer.run.folder
     count_gradients(trainer)
@@ -141,7 +141,7 @@ def record_level(trainer: Trainer[SLTOptions], *, level: int) -> dict[str, float
     }
     saved = folder / f"levels/level-{level}.safetensors"
     for path in (saved, folder / TICKET) if level == options.levels else (saved,):
-        save_ticket_by_rank_0(path, model, {"options": lasting(options), **row})
+        save_ticket_by_rank_0(path, model, {"options": result_options(options), **row})
     if options.save_model:
         checkpoint.save_by_rank_0(saved.with_suffix(".pt"), {"model": model.state_dict()})
     trainer.run.write_table(f"levels/level-{level}.csv", table)
@@ -161,17 +161,17 @@ def record_level(trainer: Trainer[SLTOptions], *, level: int) -> dict[str, float
     return result
 
 
-def lasting(options: SLTOptions) -> dict:
-    """The options that say what is computed, by their names on the command line."""
+def result_options(options: SLTOptions) -> dict:
+    """The options that determine the result, by their names on the command line."""
     free = {name: getattr(SLTOptions, name) for name in FREE}
     return plain_values(dataclasses.replace(options, **free))
 
 
 def count_gradients(trainer: Trainer[SLTOptions]) -> None:
-    """Add the gradients of scores that are not kept to the FLOPs of the level that was trained.
+    """Add the gradients of scores that are not kept to the FLOPs of the level just trained.
 
-    `Trainer` counts those of the weights in use; scores learn in all of the random mask. At the
-    densities that the level ends with.
+    `Trainer` counts the gradients of the weights in use, but scores learn in all of the random
+    mask. Densities are those at the end of the level.
     """
     inside = {name: mask.double().mean().item() for name, _, mask in masked_weights(trainer.model)}
     per_step = sum(
@@ -183,14 +183,17 @@ def count_gradients(trainer: Trainer[SLTOptions]) -> None:
 
 
 def overlap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Share of the smaller of two `found_masks` that lies in the other: 1 where one is a part."""
+    """Share of the smaller of two `found_masks` that lies in the other; 1: one contains the other.
+
+    NaN if one is empty.
+    """
     sizes = [sum(int(mask.sum()) for mask in found.values()) for found in (one, other)]
     common = sum(int((mask.cpu() & other[name].cpu()).sum()) for name, mask in one.items())
     return common / min(sizes) if min(sizes) else math.nan
 
 
 def score_statistics(model: nn.Module) -> dict[str, float]:
-    """Of the absolute scores inside the random mask, biases included."""
+    """Moments and range of the absolute scores inside the random mask, biases included."""
     parts = [
         score.flatten() if inside is None else score[inside]
         for layer in popup_layers(model).values()
@@ -202,12 +205,12 @@ def score_statistics(model: nn.Module) -> dict[str, float]:
 
 
 def try_shuffles(trainer: Trainer[SLTOptions]) -> dict[str, float]:
-    """--shuffle: test the network after each of several shuffles; rows of shuffles.csv.
+    """--shuffle: test the network after each of several shuffles, and write shuffles.csv.
 
     BatchNorm keeps the statistics of the ticket.
 
     Returns:
-        mean accuracy with the mask shuffled, and with mask and weights shuffled together.
+        Mean accuracy with the mask shuffled, and with mask and weights shuffled together.
     """
     rows = []
     for what in SHUFFLES:

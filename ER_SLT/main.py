@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None, kind: type[SLTOptions] = SLTOptions)
 
 
 def train(options: SLTOptions) -> None:
-    """The run that ``options`` describe."""
+    """Do the run that ``options`` describe."""
     folder = runs.find_run_by_rank_0(options)
     if recipe.already_done(options, folder):
         return
@@ -77,12 +77,12 @@ def train(options: SLTOptions) -> None:
         result = record_level(trainer, level=options.levels)
         if options.shuffle:
             result |= try_shuffles(trainer)
-        asked = dict.fromkeys(requested, options.sparsity)
-        recipe.finish(trainer, options.sparsity, asked, result)
+        of_ticket = dict.fromkeys(requested, options.sparsity)
+        recipe.finish(trainer, options.sparsity, of_ticket, result)
 
 
 def plan(options: SLTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, float]]:
-    """The network, not yet initialised, and the density of each layer of its random mask."""
+    """The network, not yet initialised, and each layer's density in the random mask."""
     model = recipe.build(options, shape)
     requested = er.requested_densities(model, options)
     sizes = {name: layer.weight.numel() for name, layer in masks.sparse_layers(model).items()}
@@ -96,27 +96,27 @@ def plan(options: SLTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, f
 
 
 def pop_up(model: nn.Module, options: SLTOptions) -> None:
-    """Draw the weights of a network that has its masks, and freeze them; scores learn instead."""
+    """Draw the weights of a network with masks, and freeze them; scores learn instead."""
     scaled = options.sparsity if options.scale_fan else None
     init_weights(model, options.init, options.seed, options.bfac, scaled, options.weight_scale)
     popup(model, options.seed, options.score_init, options.ranking)
 
 
 def evaluate(path: Path, argv: list[str]) -> None:
-    """--evaluate: test the ticket of a file or run folder; it says what network and data.
+    """--evaluate: test the ticket of a file or run folder, on the network and data of its options.
 
     Args:
-        argv: the command line; what it says may be no other than what the ticket says, but for
-            options that do not change what is computed.
+        argv: the command line; of the options that determine the result, it may only repeat what
+            the ticket says.
     """
     path = path / TICKET if path.is_dir() else path
     try:
         ticket = load_ticket(path)
-        stored, told = ticket.description["options"], ticket.description["test_accuracy"]
+        stored, expected = ticket.description["options"], ticket.description["test_accuracy"]
     except UserError as error:
         raise OptionError(f"--evaluate: {error}") from None
     except KeyError as missing:
-        raise OptionError(f"--evaluate: {path}: the ticket does not tell its {missing}") from None
+        raise OptionError(f"--evaluate: {path}: the ticket has no {missing}") from None
     saved = from_values(SLTOptions, stored, path)
     options = parse(SLTOptions, CONFIGS, argv, saved)
     with own_names(SLTOptions):
@@ -130,9 +130,9 @@ def evaluate(path: Path, argv: list[str]) -> None:
     put_in_place(model, ticket)
     model.to(device).to(memory_format=torch.channels_last)
     autocast = parallel.autocast(device, options.amp)
-    found = training.evaluate(model, model, dataset.test, autocast, device)["accuracy"]
-    agrees = "as" if found == told else f"but {told!r} is what"
-    log.info("test accuracy %.2f %% (%r, %s the ticket says)", 100 * found, found, agrees)
+    accuracy = training.evaluate(model, model, dataset.test, autocast, device)["accuracy"]
+    agrees = "as" if accuracy == expected else f"but {expected!r} is what"
+    log.info("test accuracy %.2f %% (%r, %s the ticket says)", 100 * accuracy, accuracy, agrees)
 
 
 if __name__ == "__main__":

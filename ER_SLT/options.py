@@ -27,7 +27,7 @@ NO_NORM = Condition(lambda _: False, "in ER_SLT: BatchNorm has no parameters her
 
 @dataclasses.dataclass
 class SLTOptions(Options):
-    """Strong lottery tickets: which weights are used is learned, the weights are not."""
+    """Strong lottery tickets: training selects the weights to use, and changes none of them."""
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "run": (*Options.groups["run"], "save_model", "shuffle"),
@@ -47,8 +47,8 @@ class SLTOptions(Options):
     )
     """Name of the run"""
     evaluate: Annotated[str, default_is("train")] = ""  # type: ignore[assignment]  # no switch here
-    """Do not train: print the test accuracy of this ticket file, or that of this run folder; the
-    ticket says with which options"""
+    """Do not train: print the test accuracy of this ticket file, or of the ticket in this run
+    folder, with the options that the ticket holds"""
 
     set: Annotated[str, choice(SETS), called("dataset")] = "digits"
     """Data set"""
@@ -68,11 +68,11 @@ class SLTOptions(Options):
 
     weight_scale: Annotated[float, counts(NORMLESS)] = 1.0
     """Factor of all frozen weights, for networks without BatchNorm (gcn, algorithmic): it sets the
-    size of the logits. With inputs as small as the features of a graph the loss stays at chance
-    if it is 1"""
+    size of the logits. With 1, and inputs as small as the features of a graph, the loss stays at
+    chance"""
 
     no_bn_decay: Annotated[bool, counts(NO_NORM)] = False
-    """Of no effect: BatchNorm has no parameters"""
+    """No effect: BatchNorm has no parameters"""
     er_sparse_method: Annotated[str, choice(ratios.METHODS, ratios.ALIASES), counts(on.MASK)] = (
         "uniform"
     )
@@ -86,8 +86,8 @@ class SLTOptions(Options):
     """No random mask in the last layer, whose weights count towards the density; the ticket has
     --sparsity there too"""
     sparsity: float = 0.2
-    """Density of the ticket, in (0, 1]: weights and biases used, of all; of a layer whose random
-    mask has fewer, all of those"""
+    """Density of the ticket, in (0, 1]: weights and biases used, of all; a layer whose random mask
+    has fewer uses all of them"""
     anneal: Annotated[Truth, counts(LEVELS)] = True
     """Go from --sparsity-start to --sparsity by the same factor each level; False: every level
     has --sparsity"""
@@ -98,8 +98,8 @@ class SLTOptions(Options):
     epochs: int = 100
     """Epochs of each level"""
     score_init: Annotated[str, choice(SCORE_INITS)] = "kaiming"
-    """Initial scores: all 0.5, with an excess below 0.0001 to break ties, or uniform in
-    +-1/sqrt(fan_in)"""
+    """Initial scores. constant: 0.5 plus an excess below 0.0001 for tie-breaking; kaiming: uniform
+    in +-1/sqrt(fan_in)"""
     per_layer: Annotated[bool, default_is("yes, without --global"), counts(GLOBAL)] = False
     """Rank the scores of each layer by themselves: every layer has the same density"""
     global_ranking: Annotated[bool, called("global")] = False
@@ -116,7 +116,7 @@ class SLTOptions(Options):
     shuffle: bool = False
     """Afterwards test the ticket with shuffled masks, and with masks and weights shuffled"""
     save_model: bool = False
-    """Also keep weights and scores of each level, in levels/; tickets are kept in any case"""
+    """Also save weights and scores of each level, in levels/; tickets are always saved"""
 
     @property
     def draws_mask(self) -> bool:
@@ -125,7 +125,7 @@ class SLTOptions(Options):
 
     @property
     def no_mask(self) -> str:
-        """What makes the network dense."""
+        """Why the network is dense, in messages."""
         return "with --er-sparse-init 1, a dense network"
 
     @property
@@ -141,11 +141,11 @@ class SLTOptions(Options):
     def derive(self) -> None:
         """Scores are ranked --per-layer unless they are ranked in --global."""
         if self.per_layer and self.global_ranking:
-            raise OptionError("--global: not with --per-layer, which --no-per-layer takes back")
+            raise OptionError("--global: not with --per-layer; --no-per-layer takes that back")
         self.per_layer = not self.global_ranking
 
     def check(self) -> None:
-        """Raise `OptionError` for values that cannot be meant; names the option."""
+        """Raise `OptionError`, which names the option, for values that make no sense."""
         super().check()
         require_range(self, "sparsity", low=0, high=1, open_low=True)
         require_range(self, "levels", low=1)
@@ -172,7 +172,7 @@ class SLTOptions(Options):
 
 @dataclasses.dataclass
 class CIFAROptions(SLTOptions):
-    """Strong lottery tickets on CIFAR10, where nothing else is said."""
+    """Strong lottery tickets, by default on CIFAR10."""
 
     set: Annotated[str, choice(SETS), called("dataset")] = "cifar10"
     """Data set"""

@@ -1,10 +1,10 @@
 """The k largest of many scores: exactly k, ties by position, and no sort.
 
-Two ways to the k-th largest, which decides the rest. On the CPU a strided sample of the scores says
-in which narrow band it lies, and only the few scores in that band are looked at closely (Floyd and
-Rivest 1975, algorithm SELECT). On a GPU, where a look at a number means waiting for the device, its
-bit pattern is found in a fixed number of counts; nothing there leaves the device, and torch.compile
-can trace it.
+The k-th largest decides the rest, and there are two ways to find it. On the CPU a strided sample of
+the scores gives a narrow band around it, and only the few scores in that band are partitioned
+(Floyd and Rivest 1975, algorithm SELECT). On a GPU, where to read a number is to wait for the
+device, a fixed number of counts finds its bit pattern. Nothing there leaves the device, and
+torch.compile can trace it.
 """
 
 import math
@@ -16,25 +16,25 @@ import torch
 from torch import Tensor
 
 _STRIDE = 61  # a prime, so that it does not fall into step with rows, channels or kernels
-_BITS = 4  # found at a time on a GPU: 15 counts in one pass over the scores
+_BITS = 4  # that a pass over the scores finds on a GPU, by 15 counts
 
 
 @torch.no_grad()
 def top_masks(
     magnitudes: Sequence[Tensor], allowed: Sequence[Tensor | None], keep: Tensor
 ) -> list[Tensor]:
-    """Where the ``keep`` largest entries of all ``magnitudes`` together are.
+    """Masks of the ``keep`` largest entries of all ``magnitudes`` together.
 
-    Of equal entries those of earlier tensors and positions are kept.
+    Ties go to earlier tensors and positions.
 
     Args:
         magnitudes: floating point tensors >= 0 of one dtype, of any shape and memory format; 0
             outside ``allowed``.
         allowed: for each of them a bool tensor of its shape, or None where every entry is allowed.
-        keep: int64 [], on the same device. Where fewer entries are allowed, all of those are kept.
+        keep: int64 [], on the same device. If fewer entries are allowed, all of them are kept.
 
     Returns:
-        For each of them a tensor like it, 1.0 where kept and 0.0 elsewhere: on the CPU a product
+        For each of them a tensor like it, 1.0 where kept and 0.0 elsewhere. On the CPU a product
         with such a mask is several times faster than with a bool one.
     """
     if magnitudes[0].device.type == "cpu" and not torch.compiler.is_compiling():
@@ -78,7 +78,7 @@ def _masks(
     threshold: Tensor | float,
     keep: Tensor | int,
 ) -> list[Tensor]:
-    """What lies above the ``keep``-th largest entry, and as many of its equals as are missing."""
+    """The entries above the ``keep``-th largest, and as many of its ties as are missing."""
     above = [m > threshold for m in magnitudes]
     missing = keep - sum(a.sum() for a in above)
     masks = []
@@ -118,7 +118,7 @@ def _kth_by_sampling(parts: Sequence[np.ndarray], k: int) -> tuple[float, int]:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """All entries in one dimension, in the order in which they lie in memory: mostly no copy."""
+    """All entries in one dimension, in their order in memory, which seldom takes a copy."""
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         tensor = tensor.permute(0, 2, 3, 1)
     return tensor.flatten()

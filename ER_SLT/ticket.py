@@ -1,11 +1,11 @@
 """Tickets: files that stand alone.
 
-A ticket holds the options of the run, from which the frozen weights are drawn again, both masks of
-every layer as bits, and the running statistics of BatchNorm. It is a safetensors file; reading one
-executes nothing. A digest in its header covers every byte of the file.
+A ticket holds the options of the run, both masks of every layer as bits, and the running statistics
+of BatchNorm. The frozen weights are drawn again from the options. It is a safetensors file; reading
+one executes nothing. A digest in its header covers every byte of the file.
 
-A network is rebuilt like this: build it, `attach_masks` the ticket's random masks, draw the weights
-by `init_weights`, swap the layers by `popup`, and `put_in_place`.
+To rebuild a network: build it, `attach_masks` the ticket's random masks, draw the weights by
+`init_weights`, swap the layers by `popup`, and `put_in_place`.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class Ticket:
         er_masks: layer name -> bool mask; dense layers have none.
         found: parameter name -> bool mask, as `edge_popup.found_masks` gives it.
         statistics: buffer name -> running mean (float32), variance or count of a BatchNorm.
-        weights: digest of the frozen weights and biases, to know them by.
+        weights: digest of the frozen weights and biases, to recognise them.
     """
 
     description: dict
@@ -63,8 +63,8 @@ def save_ticket_by_rank_0(path: Path, model: nn.Module, description: Mapping[str
     """Write what ``model``, in edge-popup form, uses now; whole or not at all.
 
     Args:
-        description: all that is needed to build the network and draw its weights again, and
-            whatever else should be known of it; plain values, as in JSON.
+        description: all that is needed to build the network and draw its weights again, and any
+            other facts about it; plain values, as in JSON.
 
     Raises:
         TypeError: JSON cannot express the description.
@@ -91,7 +91,7 @@ def load_ticket(path: Path) -> Ticket:
     """Read what `save_ticket_by_rank_0` wrote, on the CPU.
 
     Raises:
-        UserError: the file is missing, is no ticket, or has lost or changed as much as one bit.
+        UserError: the file is missing, is no ticket, or is damaged in as much as one bit.
     """
     try:
         file = path.read_bytes()
@@ -114,9 +114,9 @@ def load_ticket(path: Path) -> Ticket:
 def put_in_place(model: nn.Module, ticket: Ticket) -> None:
     """Make ``model`` compute with exactly the masks and statistics of ``ticket``, in place.
 
-    Scores become 1 where the mask is and 0 elsewhere. If the frozen weights are not those that the
-    ticket was found in, to the bit, one warning is logged: other versions of the libraries or
-    another processor can change the last digits of orthogonal ones.
+    Scores become 1 inside the mask and 0 elsewhere. A warning is logged if the frozen weights are
+    not, to the bit, those in which the ticket was found: other versions of the libraries or another
+    processor can change the last digits of orthogonal weights.
 
     Args:
         model: edge-popup form of the network that ``ticket.description`` describes.
@@ -124,11 +124,11 @@ def put_in_place(model: nn.Module, ticket: Ticket) -> None:
     Raises:
         UserError: layers, shapes or random masks are not those of the ticket; names the first.
     """
-    own = {name: mask for name, _, mask in masked_weights(model)}
-    _compare("random mask", own, ticket.er_masks)
-    for name, mask in own.items():
+    er_masks = {name: mask for name, _, mask in masked_weights(model)}
+    _compare("random mask", er_masks, ticket.er_masks)
+    for name, mask in er_masks.items():
         if not torch.equal(mask.cpu(), ticket.er_masks[name]):
-            raise UserError(f"the ticket does not fit: its random mask of '{name}' is another")
+            raise UserError(f"the ticket does not fit: its random mask of '{name}' differs")
     _compare("mask", found_masks(model), ticket.found)
     _compare("running statistic", _statistics(model), ticket.statistics)
     _select(model, ticket.found)
@@ -140,16 +140,16 @@ def put_in_place(model: nn.Module, ticket: Ticket) -> None:
 
 @contextmanager
 def shuffled(model: nn.Module, seed: int, what: str, number: int = 0) -> Iterator[None]:
-    """The ablation: inside the block the found masks of ``model`` are shuffled, then all is as was.
+    """Ablation: shuffle the found masks of ``model`` inside the block, and restore them after it.
 
-    In each layer the entries of the random mask trade places, and so do the biases. Thus the
-    number of weights and of biases that a layer keeps, and the random mask, stay what they are.
+    In each layer the entries of the random mask trade places, and so do the biases. So each layer
+    keeps as many weights and as many biases as before, and the random mask stays the same.
 
     Args:
         seed: the run's; the permutation depends on (seed, "shuffle/" + parameter name, number).
-        what: ``mask`` shuffles the mask only, ``mask+weights`` also the frozen values, in the same
-            way, so that each kept value is still kept, in another place.
-        number: of the shuffle, to have several.
+        what: ``mask`` shuffles the mask only; ``mask+weights`` also shuffles the frozen values in
+            the same way, so that the same values are kept in other places.
+        number: of the shuffle; each number is another permutation.
     """
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = found_masks(model)
@@ -158,12 +158,12 @@ def shuffled(model: nn.Module, seed: int, what: str, number: int = 0) -> Iterato
             for name, mask in found.items():
                 frozen = model.get_parameter(name)
                 inside = before.get(f"{name}_mask", torch.ones_like(mask))
-                places = inside.flatten().nonzero().squeeze(1)
+                positions = inside.flatten().nonzero().squeeze(1)
                 draw = generator(seed, f"shuffle/{name}", number)
-                order = places[torch.randperm(len(places), generator=draw).to(places.device)]
+                shuffle = torch.randperm(len(positions), generator=draw).to(positions.device)
                 for tensor in (mask, frozen) if what == "mask+weights" else (mask,):
                     flat = tensor.flatten()
-                    flat = flat.index_copy(0, places, flat[order])
+                    flat = flat.index_copy(0, positions, flat[positions[shuffle]])
                     tensor.copy_(flat.view(tensor.shape))
             _select(model, found)
         yield
@@ -173,7 +173,7 @@ def shuffled(model: nn.Module, seed: int, what: str, number: int = 0) -> Iterato
 
 @torch.no_grad()
 def _select(model: nn.Module, found: Mapping[str, Tensor]) -> None:
-    """Set scores and counts such that exactly ``found`` is used."""
+    """Set scores and counts so that exactly ``found`` is used."""
     for name, layer in popup_layers(model).items():
         layer.keep.zero_()
         for kind, score in (("weight", layer.weight_score), ("bias", layer.bias_score)):
@@ -201,13 +201,13 @@ def _weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _compare(what: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    for name in sorted(own.keys() ^ given.keys()):
-        where = "the ticket" if name in own else "the network"
-        raise UserError(f"the ticket does not fit: {where} has no {what} of '{name}'")
-    for name, tensor in own.items():
-        if tensor.shape != given[name].shape:
-            shapes = f"{tuple(given[name].shape)} instead of {tuple(tensor.shape)}"
+def _compare(what: str, network: Mapping[str, Tensor], ticket: Mapping[str, Tensor]) -> None:
+    for name in sorted(network.keys() ^ ticket.keys()):
+        lacks = "the ticket" if name in network else "the network"
+        raise UserError(f"the ticket does not fit: {lacks} has no {what} of '{name}'")
+    for name, tensor in network.items():
+        if tensor.shape != ticket[name].shape:
+            shapes = f"{tuple(ticket[name].shape)} instead of {tuple(tensor.shape)}"
             raise UserError(f"the ticket does not fit: the {what} of '{name}' is {shapes}")
 
 
@@ -217,7 +217,7 @@ def _bits(mask: Tensor) -> Tensor:
 
 
 def _unpack(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> Ticket:
-    """From a file whose digest is right."""
+    """The ticket in a file whose digest is right."""
     ticket = Ticket(json.loads(facts["description"]), {}, {}, {}, facts["weights"])
     parts = {"er": ticket.er_masks, "found": ticket.found, "statistics": ticket.statistics}
     shapes = json.loads(facts["shapes"])

@@ -1,1 +1,1 @@
-"""STR: random ER networks, trained as they are, pruned on, or with soft thresholds."""
+"""STR: random ER networks, trained as they are, pruned iteratively, or with soft thresholds."""

@@ -1,4 +1,4 @@
-"""The layers of --conv-type: a new kind is its formula and a line here."""
+"""The kinds of layers of --conv-type. A new kind takes a formula and a line here."""
 
 from typing import NamedTuple
 
@@ -7,12 +7,12 @@ from STR.thresholds import SoftThresholded
 
 
 class ConvType(NamedTuple):
-    """What the layers of a network are.
+    """A kind of layer.
 
     Attributes:
-        masked: whether they have a random mask.
-        formula: of the weight that they compute with; None: it is their own.
-        settings: the options, in order, that the formula is set up with.
+        masked: whether layers have a random mask.
+        formula: computes the effective weight; None: layers compute with their own weight.
+        settings: names of the options that the formula's ``set_up`` takes, in order.
     """
 
     masked: bool

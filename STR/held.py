@@ -1,4 +1,4 @@
-"""main.py in a process of a sweep, which holds the lock file of its run for as long as it lives.
+"""main.py as a process of a sweep: it holds the lock file of its run until it ends.
 
 python held.py LOCK [flags of main.py]
 """

@@ -23,13 +23,13 @@ log = logging.getLogger("startsparse")
 def phases(options: STROptions) -> list[Phase]:
     """Warm-up, one phase before each pruning, and the final training.
 
-    Learning-rate rewinding (--rewind none; Renda et al. 2020) starts the schedule again and nothing
-    else, so momentum goes on; where weights go back, momentum that moved others says nothing.
+    Learning-rate rewinding (--rewind none; Renda et al. 2020) restarts the schedule only, so
+    momentum buffers stay. Any other rewind changes the weights, so their buffers restart too.
     """
     keeps_momentum = options.rewind == "none"
     rise = options.warmup_epochs
     warm_up = Phase(
-        "warm-up", rise, "constant", warmup=rise, drifts=options.effective, then=keep_rewind_point
+        "warm-up", rise, "constant", warmup=rise, drifts=options.effective, then=save_rewind_point
     )
     levels = [
         Phase(
@@ -54,30 +54,30 @@ def phases(options: STROptions) -> list[Phase]:
 
 
 def begin(trainer: Trainer[STROptions]) -> None:
-    """Keep the state in which a run with levels begins: initial.pt, and rewind.pt for now.
+    """Save the state in which a run with levels begins: initial.pt, and rewind.pt for now.
 
-    With --start-from the initial.pt is that run's, if it has one: signs flip since initialisation.
+    With --start-from, initial.pt is that run's if it has one: flips count from initialisation.
     """
     if trainer.options.threshold_list and not trainer.history and not trainer.position.step:
         state = {"model": trainer.model.state_dict()}
-        before = trainer.run.source("start_from") / "initial.pt"
-        if trainer.options.start_from and before.exists():
-            state = checkpoint.load(before)
+        earlier = trainer.run.source("start_from") / "initial.pt"
+        if trainer.options.start_from and earlier.exists():
+            state = checkpoint.load(earlier)
         checkpoint.save_by_rank_0(trainer.run.folder / "initial.pt", state)
-        keep_rewind_point(trainer)
+        save_rewind_point(trainer)
 
 
-def keep_rewind_point(trainer: Trainer[STROptions]) -> None:
-    """Keep the state that --rewind goes back to: rewind.pt."""
+def save_rewind_point(trainer: Trainer[STROptions]) -> None:
+    """Save the state that --rewind goes back to: rewind.pt."""
     checkpoint.save_by_rank_0(
         trainer.run.folder / "rewind.pt", {"model": trainer.model.state_dict()}
     )
 
 
 def check_levels(model: nn.Module, options: STROptions) -> None:
-    """Raise `OptionError` where a level asks for weights that the first mask does not have.
+    """Raise `OptionError` where a level asks for more weights than the first mask has.
 
-    With --er-budget clip, where the mask has less than was asked for, it keeps them all instead.
+    With --er-budget clip, such a level keeps all weights of the mask instead.
     """
     drawn = mask_size(model)
     for level, density in enumerate(options.threshold_list, 1):
@@ -85,7 +85,7 @@ def check_levels(model: nn.Module, options: STROptions) -> None:
         if options.er_budget == "clip":
             count = min(count, drawn)
         if count > drawn:
-            # No level is above the density asked for, which exact sampling meets.
+            # No level is above the requested density, and exact sampling meets that density.
             bad_luck = options.er_sampling == "bernoulli" and not options.start_from
             remedy = ", or add --er-sampling exact" if bad_luck else ""
             raise OptionError(
@@ -108,15 +108,15 @@ def mask_size(model: nn.Module) -> int:
 def check_reference(model: nn.Module, options: STROptions, level: int, count: int) -> None:
     """Raise `OptionError` where the masks of --target-expt-name do not fit this run."""
     source = runs.source(options, "target_expt_name")
-    masks, given = reference_masks(source, level), list(masked_weights(model))
-    for name, _, mask in given:
+    masks, entries = reference_masks(source, level), list(masked_weights(model))
+    for name, _, mask in entries:
         other = masks.get(f"{name}.weight_mask")
         if other is None or other.shape != mask.shape or bool((other & ~mask.cpu()).any()):
             raise OptionError(
                 f"--target-expt-name: the mask of '{name}' in {options.target_expt_name} does not "
                 "lie inside this run's; both need the same network, --seed and --er-sparse-*"
             )
-    nnz = sum(int(masks[f"{name}.weight_mask"].sum()) for name, _, _ in given)
+    nnz = sum(int(masks[f"{name}.weight_mask"].sum()) for name, _, _ in entries)
     if nnz != count:
         raise OptionError(
             f"--target-expt-name: level {level} of {options.target_expt_name} keeps {nnz} "
@@ -128,7 +128,7 @@ def reference_masks(source: Path, level: int) -> State:
     """The masks of the run --target-expt-name after its pruning number ``level``.
 
     Args:
-        source: its folder, or the copy of that in the run that takes them.
+        source: its folder, or this run's copy of it.
     """
     try:
         return checkpoint.load(source / f"levels/level-{level}.pt")["model"]
@@ -137,10 +137,10 @@ def reference_masks(source: Path, level: int) -> State:
 
 
 def start_from(model: nn.Module, options: STROptions) -> dict[str, float]:
-    """Begin with the tested weights, and the masks, of the run --start-from.
+    """Load the tested weights and the masks of the run --start-from.
 
     Returns:
-        Layer -> density there.
+        Layer -> its density in that run.
     """
     try:
         path = runs.tested_weights(runs.source(options, "start_from"))
@@ -154,7 +154,7 @@ def prune_to(trainer: Trainer[STROptions], *, level: int, density: float) -> Non
     """Shrink the masks to ``density`` by --pruner; pruning number ``level``, counted from 1."""
     model, options = trainer.model, trainer.options
     count = weights_left(model, density)
-    if count > mask_size(model):  # which `check_levels` lets pass with --er-budget clip
+    if count > mask_size(model):  # only with --er-budget clip; see `check_levels`
         log.warning(
             "warning: --threshold-list: level %d asks for density %g, the clipped mask has %.6f; "
             "nothing is pruned",
@@ -178,25 +178,25 @@ def prune_to(trainer: Trainer[STROptions], *, level: int, density: float) -> Non
             shape=trainer.data.shape.input,
             temperature=options.grasp_temperature,
         )
-    except ValueError as error:  # scores that are not numbers, say
+    except ValueError as error:  # for example, scores that are NaN
         raise UserError(f"--pruner: {options.pruner} at density {density:g}: {error}") from None
 
 
 def take_masks(model: nn.Module, state: State) -> None:
-    """Put the masks of another network's state in place; weights outside become zero."""
+    """Copy the masks from the state of another network; weights outside them become zero."""
     for name, _, mask in masked_weights(model):
         mask.copy_(state[f"{name}.weight_mask"])
     keep_inside(model)
 
 
 def next_level(trainer: Trainer[STROptions], *, level: int, density: float) -> None:
-    """Record the level that was just trained, prune to the next density, and rewind."""
+    """Record the level just trained, prune to the next density, and rewind."""
     last = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     record_level(trainer, level=level)
     trainer.model.load_state_dict(last)
     prune_to(trainer, level=level + 1, density=density)
     pruned = trainer.evaluate(trainer.data.valid)["accuracy"]
-    # Both of the last epoch's weights, which are pruned; valid_accuracy is of the selected ones.
+    # These two are of the last epoch, whose weights are pruned; valid_accuracy is of the selected.
     trainer.tables["levels"][-1] |= {
         "valid_accuracy_unpruned": trainer.history[-1]["valid_accuracy"],
         "valid_accuracy_pruned": pruned,
@@ -214,9 +214,9 @@ def next_level(trainer: Trainer[STROptions], *, level: int, density: float) -> N
 
 
 def record_level(trainer: Trainer[STROptions], *, level: int) -> dict[str, float]:
-    """Test the selected weights of a level; a row of levels.csv, and levels/ has the details.
+    """Test the selected weights of a level; write a row of levels.csv, and details to levels/.
 
-    Leaves the selected weights in place and returns what `Trainer.test` does.
+    The model keeps the selected weights. Returns the result of `Trainer.test`.
     """
     model, folder = trainer.model, trainer.run.folder
     result = trainer.test()

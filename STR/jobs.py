@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -21,24 +23,24 @@ HELD = Path(__file__).with_name("held.py")
 
 @dataclasses.dataclass
 class Job:
-    """One run of main.py, parsed: bad flags are found before anything runs."""
+    """One run of main.py. Flags are parsed here, so that bad ones show before anything runs."""
 
     argv: list[str]
     options: STROptions
-    found: Path | None = None
+    _folder: Path | None = None
 
     @property
     def epochs(self) -> int:
-        """Epochs in all."""
+        """Total number of epochs."""
         options = self.options
         pruning = len(options.threshold_list) * options.final_prune_epoch
         return options.warmup_epochs + pruning + options.epochs
 
     @property
     def folder(self) -> Path | None:
-        """Run folder, if it has begun."""
-        self.found = self.found or runs.find_run_by_rank_0(self.options)
-        return self.found
+        """Run folder; None until the run begins."""
+        self._folder = self._folder or runs.find_run_by_rank_0(self.options)
+        return self._folder
 
     @property
     def finished(self) -> bool:
@@ -47,18 +49,18 @@ class Job:
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """Its name in messages."""
         return f"{self.options.name}, seed {self.options.seed}"
 
     @property
     def log(self) -> Path:
-        """The file of what it says."""
+        """The file of its output."""
         return Path(self.options.log_dir) / f"{self.options.name}-seed-{self.options.seed}.log"
 
 
 @dataclasses.dataclass
 class Running:
-    """A job that has its turn; ``process`` is None while another process has the run."""
+    """A job in a slot; ``process`` is None while another sweep runs the job."""
 
     job: Job
     bar: tqdm
@@ -66,14 +68,14 @@ class Running:
 
 
 def run_all(jobs: list[Job], at_once: int, devices: list[str]) -> list[Job]:
-    """Run what is not finished; returns what failed. Children are stopped with this process.
+    """Run the jobs that are not finished; return those that fail. Runs share the cores.
 
-    Where it is killed and cannot stop them they go on; the next sweep waits for them to end. Runs
-    at the same time share the cores.
+    Children stop with this process. If it is killed and cannot stop them, they go on, and the next
+    sweep waits for them to end.
 
     Args:
         at_once: runs at the same time.
-        devices: values of --multigpu, "" for none, that they have in turns.
+        devices: values of --multigpu, "" for none; the slots take them in turn.
 
     Raises:
         UserError: SIGINT, SIGTERM or SIGHUP came; the children have stopped and can be resumed.
@@ -81,48 +83,25 @@ def run_all(jobs: list[Job], at_once: int, devices: list[str]) -> list[Job]:
     waiting, failed = [job for job in jobs if not job.finished], []
     slots, environment = (devices * at_once)[:at_once], shared_cores(at_once)
     running: dict[int, Running] = {}
-    stopped: list[int] = []
-    signals = [signal.SIGINT, signal.SIGTERM]
-    hangup = getattr(signal, "SIGHUP", None)  # the terminal is gone; Windows has none
-    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
-        signals.append(hangup)
-    handlers = {
-        signum: signal.signal(signum, lambda number, _frame: stopped.append(number))
-        for signum in signals
-    }
-    sweep = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="sweep", disable=None)
-    try:
-        while (waiting or running) and not stopped:
-            for slot in range(at_once):
-                if slot not in running and waiting:
-                    job = waiting.pop(0)
-                    running[slot] = _start(job, slots[slot], environment, position=slot + 1)
-            time.sleep(0.5)
-            for slot, run in list(running.items()):
-                _show(run.job, run.bar)
-                if run.process is None:
-                    run.process = _launch(run.job, slots[slot], environment)
-                elif (code := run.process.poll()) == BUSY:  # another sweep was a moment faster
-                    run.process = None
-                elif code is not None:
-                    del running[slot]
-                    run.bar.close()
-                    sweep.update()
-                    how = "failed" if run.process.returncode else "finished"
-                    tqdm.write(f"{run.job.title}: {how}")
-                    if run.process.returncode:
-                        failed.append(run.job)
-    finally:
-        children = [run.process for run in running.values() if run.process]
-        for process in children:
-            process.terminate()  # saves its checkpoint
-        for process in children:
-            process.wait()
-        for run in running.values():
-            run.bar.close()
-        sweep.close()
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+    with _stop_signals() as stopped:
+        sweep = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="sweep", disable=None)
+        try:
+            while (waiting or running) and not stopped:
+                for slot in range(at_once):
+                    if slot not in running and waiting:
+                        job = waiting.pop(0)
+                        running[slot] = _start(job, slots[slot], environment, position=slot + 1)
+                time.sleep(0.5)
+                for slot, run in list(running.items()):
+                    code = _exit_code(run, slots[slot], environment)
+                    if code is not None:
+                        del running[slot]
+                        sweep.update()
+                        if code:
+                            failed.append(run.job)
+        finally:
+            _stop(running.values())
+            sweep.close()
     if stopped:
         error = UserError("stopped; the same command continues where the runs were")
         error.exit_code = 128 + stopped[0]
@@ -130,10 +109,56 @@ def run_all(jobs: list[Job], at_once: int, devices: list[str]) -> list[Job]:
     return failed
 
 
-def shared_cores(at_once: int) -> dict[str, str]:
-    """The environment in which each of ``at_once`` runs has its share of the cores, at least one.
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Within it, signals that ask to stop do nothing but append their number to the list."""
+    received: list[int] = []
+    signals = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # the terminal is gone; Windows has none
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
+        signals.append(hangup)
+    handlers = {
+        signum: signal.signal(signum, lambda number, _frame: received.append(number))
+        for signum in signals
+    }
+    try:
+        yield received
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
-    Where the user has said how many threads there are, or a run is alone, it is this process's.
+
+def _exit_code(run: Running, device: str, environment: dict[str, str]) -> int | None:
+    """Show the epochs of a run; its exit code once it ends. Launch it if another sweep ran it."""
+    _show(run.job, run.bar)
+    if run.process is None:
+        run.process = _launch(run.job, device, environment)
+        return None
+    code = run.process.poll()
+    if code == BUSY:  # another sweep was a moment faster
+        run.process = None
+        return None
+    if code is not None:
+        run.bar.close()
+        tqdm.write(f"{run.job.title}: {'failed' if code else 'finished'}")
+    return code
+
+
+def _stop(running: Collection[Running]) -> None:
+    """Stop the processes of all jobs and wait for their ends."""
+    children = [run.process for run in running if run.process]
+    for process in children:
+        process.terminate()  # saves its checkpoint
+    for process in children:
+        process.wait()
+    for run in running:
+        run.bar.close()
+
+
+def shared_cores(at_once: int) -> dict[str, str]:
+    """The environment that gives each of ``at_once`` runs an equal number of cores, at least one.
+
+    It is that of this process if the user has set the number of threads, or a run is alone.
     """
     if at_once == 1 or threads.number_is_given():
         return dict(os.environ)
@@ -151,12 +176,12 @@ def _start(job: Job, device: str, environment: dict[str, str], position: int) ->
     )
     process = _launch(job, device, environment)
     if process is None:
-        tqdm.write(f"{job.title}: goes on in a process of another sweep; waiting for its end")
+        tqdm.write(f"{job.title}: runs in another sweep already; waiting for it to end")
     return Running(job, bar, process)
 
 
 def _launch(job: Job, device: str, environment: dict[str, str]) -> subprocess.Popen | None:
-    """The process of a job; None while another process has it."""
+    """The process of a job; None while another sweep runs the job."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     lock = str(job.log.with_name(f".{job.log.name}.lock"))
     command = [sys.executable, str(HELD), lock, *job.argv]
@@ -172,7 +197,7 @@ def _launch(job: Job, device: str, environment: dict[str, str]) -> subprocess.Po
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C comes here, and is passed on as SIGTERM
+            start_new_session=True,  # Ctrl-C reaches only this process, which sends SIGTERM on
         )
 
 

@@ -62,13 +62,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def plan(options: STROptions, shape: data.Shape) -> tuple[torch.nn.Module, dict[str, float]]:
-    """The network, not yet initialised, and the density asked of each layer ({}: no mask)."""
+    """The network, not yet initialised, and each layer's requested density ({}: no mask)."""
     model = recipe.build(options, shape, options.resnet_type)
     return model, er.requested_densities(model, options) if options.masked else {}
 
 
 def network(options: STROptions, shape: data.Shape) -> tuple[torch.nn.Module, dict[str, float]]:
-    """The initialised network, sparse as asked for, and the density asked of each layer."""
+    """The initialised sparse network, and each layer's requested density."""
     model, requested = plan(options, shape)
     models.init_weights(model, options.init, options.seed)
     kind = CONV_TYPES[options.conv_type]

@@ -32,7 +32,7 @@ TARGET = Condition(lambda o: o.pruner == "mask-ref", "without --pruner mask-ref"
 
 @dataclasses.dataclass
 class STROptions(Options):
-    """Random ER networks: trained as they are, pruned on, or with soft thresholds."""
+    """Random ER networks: trained as they are, pruned iteratively, or with soft thresholds."""
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "run": (*Options.groups["run"], "expt_setup"),
@@ -65,41 +65,40 @@ class STROptions(Options):
     """A named ResNet instead of --arch: large is ResNet18, small-dense is --width wide in every
     stage, small-dense-inc doubles from --width, res50 is ResNet50"""
     expt_setup: Annotated[str, default_is("none")] = ""
-    """A label for results.csv; it has no other effect"""
+    """Label in results.csv; no other effect"""
 
     sparse_function: Annotated[str, choice(FUNCTIONS), counts(SOFT)] = "sigmoid"
     """g in the threshold g(s) of a layer"""
     sInit_value: Annotated[float, counts(SOFT)] = -200.0  # noqa: N815 - the name that people know
-    """Initial s of every layer; very negative is dense"""
+    """Initial s of every layer; a very negative s leaves the layer dense"""
     st_decay: Annotated[float | None, default_is("--weight-decay"), counts(SOFT)] = None
     """Weight decay of s, which drives the sparsity"""
 
     threshold_list: Annotated[tuple[float, ...], default_is("no pruning")] = ()
     """Densities to prune to, one after the other"""
     pruner: Annotated[str, choice(PRUNER_NAMES), counts(PRUNES)] = "mag"
-    """What decides which weights go; mask-ref takes the masks of the run --target-expt-name"""
+    """How to choose the weights to prune; mask-ref takes the masks of the run --target-expt-name"""
     grasp_temperature: Annotated[float, counts(PRUNES, GRASP)] = scores.TEMPERATURE
-    """Logits are divided by this for --pruner grasp; 1 is the loss of the training"""
+    """--pruner grasp divides the logits by this; 1 gives the loss of the training"""
     target_expt_name: Annotated[str, default_is("none"), counts(PRUNES, TARGET)] = ""
     """Run folder whose masks, level by level, --pruner mask-ref takes"""
     start_from: Annotated[str, default_is("none")] = ""
-    """Finished run whose tested weights and masks this run begins with: its folder. The density
-    asked for there takes the place of --er-sparse-init"""
+    """Folder of a finished run; this run begins with its tested weights and masks, and takes its
+    requested density instead of --er-sparse-init"""
     final_prune_epoch: Annotated[int, counts(PRUNES)] = 150
     """Epochs before each pruning of --threshold-list; the final --epochs come after the last"""
     rewind: Annotated[str, choice(REWINDS), counts(PRUNES)] = "none"
-    """What is taken back after each pruning to where it was after --warmup-epochs: none
-    (learning-rate rewinding), weights (all of them: IMP), bn, amplitudes (signs stay), signs
-    (magnitudes stay)"""
+    """What goes back, after each pruning, to its state after --warmup-epochs: none (learning-rate
+    rewinding), weights (all of them: IMP), bn, amplitudes (signs stay), signs (magnitudes stay)"""
     reset_weights: Annotated[bool, counts(PRUNES)] = False
     """The same as --rewind weights"""
     prune_scheduler: Annotated[
         str, choice(schedules.LEARNING_RATES, schedules.ALIASES), counts(PRUNES)
     ] = "cosine"
-    """Schedule of the learning rate before each pruning, begun anew each time; step is every60"""
+    """Schedule of the learning rate before each pruning; it restarts each time; step is every60"""
     warmup_epochs: int = 0
-    """Epochs before anything else in which the learning rate rises linearly to --lr; --rewind goes
-    back to their end"""
+    """First epochs, in which the learning rate rises linearly to --lr; --rewind goes back to their
+    end"""
 
     @property
     def masked(self) -> bool:
@@ -108,7 +107,7 @@ class STROptions(Options):
 
     @property
     def effective(self) -> bool:
-        """Whether layers compute with another weight, whose density may change by training."""
+        """Whether layers compute with an effective weight, whose density training may change."""
         return CONV_TYPES[self.conv_type].formula is not None
 
     @property
@@ -117,18 +116,23 @@ class STROptions(Options):
         return CONV_TYPES[self.conv_type].formula is SoftThresholded
 
     @property
+    def network_option(self) -> str:
+        """The option that names the network, for messages."""
+        return "--resnet-type" if self.resnet_type else super().network_option
+
+    @property
     def network_name(self) -> str:
-        """What the network is called."""
+        """Name of the network in messages."""
         return f"--resnet-type {self.resnet_type}" if self.resnet_type else self.arch
 
     @property
     def draws_mask(self) -> bool:
-        """Whether the --er-* options draw a mask; with --start-from it is that of another run."""
+        """Whether the --er-* options draw a mask; with --start-from another run gives it."""
         return self.masked and not self.start_from
 
     @property
     def no_mask(self) -> str:
-        """What leaves no mask to draw."""
+        """Why there is no mask to draw, in messages."""
         return f"with --conv-type {self.conv_type}" if not self.masked else "with --start-from"
 
     @property
@@ -138,7 +142,7 @@ class STROptions(Options):
 
     @property
     def may_clip(self) -> bool:
-        """Whether --er-budget can make a difference: to levels above the first mask as well."""
+        """Whether --er-budget can matter: also for levels above the density of the first mask."""
         return super().may_clip or bool(self.threshold_list)
 
     @property
@@ -154,11 +158,11 @@ class STROptions(Options):
 
     @property
     def requested(self) -> float:
-        """The density asked for; soft thresholds go below it as far as they like."""
+        """The requested density; soft thresholds may go below it."""
         return (1.0, *[self.er_sparse_init] * self.masked, *self.threshold_list)[-1]
 
     def default_name(self) -> str:
-        """Network, kind of layer, and ratio and density or the name of the run it begins with."""
+        """Network, kind of layer, then ratio and density, or the name of the run --start-from."""
         parts = [self.resnet_type or self.arch, self.conv_type]
         if self.start_from:
             parts += ["from", Path(self.start_from).resolve().parent.name]
@@ -167,17 +171,17 @@ class STROptions(Options):
         return "-".join(parts)
 
     def sources(self) -> dict[str, dict[str, Path]]:
-        """Of --start-from what its beginning needs, of --target-expt-name the masks it takes."""
-        found = super().sources()
+        """The files of the run --start-from that this run begins with; masks of the reference."""
+        files = super().sources()
         if self.start_from:
             run = Path(self.start_from)
             names = ("summary.json", "options.yaml", runs.tested_weights(run).name, "initial.pt")
-            found["start_from"] = {name: run / name for name in names if (run / name).exists()}
+            files["start_from"] = {name: run / name for name in names if (run / name).exists()}
         if self.target_expt_name:
             levels = range(1, len(self.threshold_list) + 1)
             masks = [f"levels/level-{level}.pt" for level in levels]
-            found["target_expt_name"] = {n: Path(self.target_expt_name) / n for n in masks}
-        return found
+            files["target_expt_name"] = {n: Path(self.target_expt_name) / n for n in masks}
+        return files
 
     def decay(self, module: nn.Module, parameter: str) -> float:
         """Weight decay of a parameter; thresholds have --st-decay."""
@@ -202,7 +206,7 @@ class STROptions(Options):
             self.rewind = "weights"
 
     def check(self) -> None:
-        """Raise `OptionError` for values that cannot be meant; names the option."""
+        """Raise `OptionError`, which names the option, for values that make no sense."""
         super().check()
         require_range(self, "warmup_epochs", low=0)
         require_range(self, "final_prune_epoch", low=1)

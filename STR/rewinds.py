@@ -1,6 +1,6 @@
-"""What happens to the weights between pruning levels; the schedule always starts again.
+"""What happens to the weights between pruning levels; the schedule always restarts.
 
-Momentum goes on where the weights do (``none``), and starts again with them elsewhere.
+Momentum buffers stay where the weights do (``none``); all other rewinds restart them.
 """
 
 from collections.abc import Callable
@@ -14,20 +14,20 @@ State = dict[str, Tensor]  # a state_dict: name -> tensor
 
 
 def flipped(model: nn.Module, initial: State) -> dict[str, float]:
-    """Share of the kept weights of each masked layer, and in ``total``, that changed their sign."""
+    """Share of the active weights whose sign changed: per masked layer, and ``total``."""
     counts = {
         name: (int((weight.sign() * initial[f"{name}.weight"].sign() < 0).sum()), int(mask.sum()))
         for name, weight, mask in masked_weights(model)
     }
     if counts:
-        changed, kept = map(sum, zip(*counts.values()))
-        counts["total"] = changed, kept
-    return {name: changed / max(1, kept) for name, (changed, kept) in counts.items()}
+        changed, nnz = map(sum, zip(*counts.values()))
+        counts["total"] = changed, nnz
+    return {name: changed / max(1, nnz) for name, (changed, nnz) in counts.items()}
 
 
 @torch.no_grad()
 def rewind_weights(model: nn.Module, first: State) -> None:
-    """Everything but the masks back to ``first`` (IMP, Frankle & Carbin 2019)."""
+    """Set everything but the masks back to ``first`` (IMP, Frankle & Carbin 2019)."""
     for name, tensor in model.state_dict().items():
         if not name.endswith(".weight_mask"):
             tensor.copy_(first[name])
@@ -36,7 +36,7 @@ def rewind_weights(model: nn.Module, first: State) -> None:
 
 @torch.no_grad()
 def rewind_bn(model: nn.Module, first: State) -> None:
-    """BatchNorm's parameters and statistics back to ``first``."""
+    """Set BatchNorm's parameters and statistics back to ``first``."""
     for prefix, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             for name, tensor in module.state_dict().items():
@@ -45,14 +45,14 @@ def rewind_bn(model: nn.Module, first: State) -> None:
 
 @torch.no_grad()
 def rewind_amplitudes(model: nn.Module, first: State) -> None:
-    """Magnitudes of the masked weights back to ``first``; the learned signs stay."""
+    """Set magnitudes of the masked weights back to ``first``; the learned signs stay."""
     for name, weight, mask in masked_weights(model):
         weight.copy_(weight.sign() * first[f"{name}.weight"].abs() * mask)
 
 
 @torch.no_grad()
 def rewind_signs(model: nn.Module, first: State) -> None:
-    """Signs of the masked weights back to ``first``; the learned magnitudes stay."""
+    """Set signs of the masked weights back to ``first``; the learned magnitudes stay."""
     for name, weight, mask in masked_weights(model):
         weight.copy_(weight.abs() * first[f"{name}.weight"].sign() * mask)
 

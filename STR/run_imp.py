@@ -28,7 +28,7 @@ from STR.main import CONFIGS
 from STR.options import STROptions
 
 POWERS = Condition(lambda o: not o.densities, "with --densities")
-KEYS = ["er_sparse_method", "er_sparse_init", "pruner", "rewind"]  # what makes a setting
+KEYS = ["er_sparse_method", "er_sparse_init", "pruner", "rewind"]  # they make a setting
 
 
 @dataclasses.dataclass
@@ -46,31 +46,32 @@ class SweepOptions:
     er_sparse_inits: tuple[float, ...] = (0.3,)
     """Densities of the random masks; 1 is the dense start"""
     pruners: tuple[str, ...] = ("mag",)
-    """What decides which weights go; --pruner of main.py"""
+    """How to choose the weights to prune; --pruner of main.py"""
     target_expt_name: Annotated[str, default_is("none")] = ""
-    """Run folder whose masks the pruner mask-ref takes. In it, and in the flags after --, each run
-    puts its own values for {seed}, {method}, {init} (density of the random mask) and {rewind}, as
+    """Run folder whose masks the pruner mask-ref takes. Here and in the flags after --, {seed},
+    {method}, {init} (density of the random mask) and {rewind} stand for the values of each run, as
     in runs/imp/digits/{method}-{init}-mag-weights/seed-{seed}"""
     rewind: tuple[str, ...] = ("weights",)
     """What goes back after each pruning; --rewind of main.py"""
     keep: Annotated[float, counts(POWERS)] = 0.8
-    """Share of the weights that a level keeps; the last level goes on to --target"""
+    """Share of the weights that a level keeps; the last level goes to --target"""
     target: Annotated[float, counts(POWERS)] = 0.01
-    """Density of the last level, of round(log(target / density of the random mask) / log(keep))"""
+    """Density of the last level; the number of levels is round(log(target / density of the random
+    mask) / log(keep))"""
     densities: Annotated[tuple[float, ...], default_is("from --keep and --target")] = ()
     """Densities of the levels, instead of --keep and --target; those not below the density of
     the random mask are left out"""
     log_dir: str = "runs/imp"
-    """Folder of the run folders, and of what each run said"""
+    """Folder of the run folders, and of the output of each run"""
     result_dir: str = "results/imp"
-    """Folder of results.csv, levels.csv, table.csv, table.md and plot.png; those of several sweeps
-    are of all runs together"""
+    """Folder of results.csv, levels.csv, table.csv, table.md and plot.png; sweeps that share it are
+    reported together"""
     jobs: Annotated[int | None, default_is("one for each of --devices")] = None
     """Runs at the same time; they share the cores, unless OMP_NUM_THREADS is set"""
     devices: Annotated[str, default_is("the first GPU, if there is one")] = ""
-    """GPUs, as in 0,1; the runs of one time have them in turns, one each"""
+    """GPUs, as in 0,1; runs at the same time take them in turn, one each"""
     dry_run: bool = False
-    """Print the commands and the number of epochs in all, and stop"""
+    """Print the commands and the total number of epochs, and stop"""
 
     @property
     def at_once(self) -> int:
@@ -78,7 +79,7 @@ class SweepOptions:
         return self.devices.count(",") + 1 if self.jobs is None else self.jobs
 
     def check(self) -> None:
-        """Raise `OptionError` for values that cannot be meant; names the option."""
+        """Raise `OptionError`, which names the option, for values that make no sense."""
         if processes.world_size() > 1:
             raise OptionError("torchrun: is for main.py; a sweep starts its own runs, see --jobs")
         require_range(self, "keep", low=0, high=1, open_low=True, open_high=True)
@@ -111,14 +112,7 @@ def plan(options: SweepOptions, extra: list[str]) -> list[Job]:
     ):
         if start == 1 and method != options.er_sparse_methods[0]:
             continue  # dense is dense, whatever the ratio
-        if options.densities:
-            densities = [density for density in options.densities if density < start]
-        else:
-            densities = geometric(start, options.keep, options.target)
-        if not densities or densities[0] >= start:
-            raise OptionError(
-                f"--er-sparse-inits: {start:g} has no level below it; see --densities and --target"
-            )
+        densities = _levels(options, start)
         argv = ["--config", options.config]
         argv += ["--set", options.set] if options.set else []
         argv += ["--seed", str(seed), "--er-sparse-method", method, "--er-sparse-init", str(start)]
@@ -126,16 +120,29 @@ def plan(options: SweepOptions, extra: list[str]) -> list[Job]:
         argv += ["--threshold-list", *map(str, densities)]
         argv += ["--name", f"{method}-{start:g}-{pruner}-{rewind}"]
         argv += ["--log-dir", options.log_dir, "--result-dir", options.result_dir]
-        own = {"seed": seed, "method": method, "init": f"{start:g}", "rewind": rewind}
+        values = {"seed": seed, "method": method, "init": f"{start:g}", "rewind": rewind}
         if options.target_expt_name and normal(pruner) == "mask-ref":
-            argv += ["--target-expt-name", _filled(options.target_expt_name, own)]
-        argv += [*(_filled(word, own) for word in extra), "--resume", "auto"]
+            argv += ["--target-expt-name", _filled(options.target_expt_name, values)]
+        argv += [*(_filled(word, values) for word in extra), "--resume", "auto"]
         jobs.append(Job(argv, parse(STROptions, CONFIGS, argv)))
     return jobs
 
 
+def _levels(options: SweepOptions, start: float) -> list[float]:
+    """The densities that runs from density ``start`` prune to."""
+    if options.densities:
+        densities = [density for density in options.densities if density < start]
+    else:
+        densities = geometric(start, options.keep, options.target)
+    if not densities or densities[0] >= start:
+        raise OptionError(
+            f"--er-sparse-inits: {start:g} has no level below it; see --densities and --target"
+        )
+    return densities
+
+
 def _filled(word: str, values: dict[str, object]) -> str:
-    """``word`` with the values of the run for {seed} and the like."""
+    """``word`` with {seed} and the like replaced by the values of the run."""
 
     def value(match: re.Match) -> str:
         if match[1] not in values:
@@ -147,9 +154,9 @@ def _filled(word: str, values: dict[str, object]) -> str:
 
 
 def collect(jobs: list[Job], path: Path) -> None:
-    """Put the levels of every finished run into the table ``path``: levels.csv and its options.
+    """Add the levels of every finished run, with its options, to levels.csv, the table ``path``.
 
-    Those of other sweeps are there already, and stay.
+    Rows of other sweeps stay.
     """
     rows = []
     for job in jobs:
@@ -160,13 +167,13 @@ def collect(jobs: list[Job], path: Path) -> None:
 
 
 def computed(options: STROptions) -> dict[str, object]:
-    """The options that say what a run computes, and its name."""
+    """The options that determine what a run computes, and its name."""
     fields = dataclasses.asdict(options)
     return {name: value for name, value in fields.items() if name not in runs.FREE}
 
 
 def require_distinct(jobs: list[Job]) -> None:
-    """Raise `OptionError` where two runs of a sweep are the same, as of a seed named twice."""
+    """Raise `OptionError` if two runs of a sweep are the same: a seed was named twice, say."""
     seen: dict[str, Job] = {}
     for job in jobs:
         first = seen.setdefault(repr({**computed(job.options), "name": ""}), job)
@@ -175,11 +182,14 @@ def require_distinct(jobs: list[Job]) -> None:
 
 
 def check_tables(jobs: list[Job], path: Path) -> None:
-    """Raise `OptionError` if levels.csv cannot take these runs, or has one from elsewhere."""
+    """Raise `OptionError` if levels.csv cannot be written, or has one of these runs already.
+
+    Runs count if they lie in another folder: their seed would repeat within a setting.
+    """
     results.check(path)
     planned = pd.DataFrame(computed(job.options) for job in jobs).map(results.cell)
-    own = {job.folder.resolve() for job in jobs if job.folder}
-    known = results.without(results.read_runs(path), path, own).drop_duplicates("run")
+    folders = {job.folder.resolve() for job in jobs if job.folder}
+    known = results.without(results.read_runs(path), path, folders).drop_duplicates("run")
     both = results.numbers(pd.concat([known, planned.assign(run="this sweep")]).fillna(""))
     try:
         report.settings(both, KEYS, options_of(both))
@@ -188,16 +198,16 @@ def check_tables(jobs: list[Job], path: Path) -> None:
 
 
 def options_of(table: pd.DataFrame) -> list[str]:
-    """The columns of levels.csv that are options of what a run computes, but the seed."""
+    """The columns of levels.csv that are options and matter to the results, but for the seed."""
     names = [field.name for field in dataclasses.fields(STROptions)]
     other = runs.FREE | report.SEEDS_AND_NAMES
     return [name for name in names if name in table and name not in other]
 
 
 def write_report(path: Path) -> str:
-    """Beside levels.csv, table.csv, table.md and plot.png; returns the table as Markdown.
+    """Write table.csv, table.md and plot.png beside levels.csv; return the table as Markdown.
 
-    Options besides `KEYS` that vary make settings of their own.
+    Other options than `KEYS` that vary make settings too.
     """
     table = results.numbers(results.read_runs(path))
     _, more = report.settings(table, [*KEYS, "requested"], options_of(table))
@@ -237,7 +247,7 @@ def write_report(path: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The sweep; 1 if a run failed."""
+    """Run the sweep; the exit code, 1 if a run failed."""
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
     options = from_flags(SweepOptions, argv[:split], SweepOptions())

@@ -1,8 +1,8 @@
 """Soft threshold reparameterization (Kusupati et al. 2020): layers that learn their sparsity.
 
-A layer computes with sign(w) relu(|w| - g(s)) (eq. 4). The threshold g(s) has one s per layer,
-which weight decay and the loss move. With an ER mask the effective weight is also multiplied by
-the mask; weights live inside it, and the threshold of a zero is zero, so this needs no operation.
+A layer computes with sign(w) relu(|w| - g(s)) (eq. 4). Each layer has one s, which weight decay
+and the loss move. With an ER mask the effective weight is also multiplied by the mask. That needs
+no operation: weights outside the mask are zero, and the soft threshold keeps zeros.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class SoftThreshold(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, threshold: Tensor) -> Tensor:
-        """Two passes over the weight: what the clamp leaves over is the soft threshold."""
+        """Two passes over the weight: subtracting the clamped weight is the soft threshold."""
         effective = weight.clamp(-threshold, threshold)
         torch.sub(weight, effective, out=effective)
         ctx.save_for_backward(effective)
@@ -41,7 +41,7 @@ class SoftThreshold(torch.autograd.Function):
 class SoftThresholded(EffectiveLayer):
     """A layer with a soft-thresholded weight; ``threshold_logit``, shape [1], is its s."""
 
-    zeros_learn = False  # where the effective weight is zero nothing has a gradient
+    zeros_learn = False  # where the effective weight is zero, w and s have no gradient
     entrywise = True
 
     def set_up(self, s_init: float, function: str) -> None:
@@ -65,10 +65,10 @@ def thresholds(model: nn.Module) -> dict[str, float]:
 
 
 def why_dense(model: nn.Module, s_init: float, decay: float) -> str:
-    """A line on thresholds that have pruned less than 1 % of the weights; "" if there is more.
+    """A warning if thresholds have pruned less than 1 % of the weights, else "".
 
     Args:
-        s_init: where s began.
+        s_init: initial s.
         decay: weight decay of s.
     """
     layers = effective_layers(model, SoftThresholded).values()
@@ -79,15 +79,15 @@ def why_dense(model: nn.Module, s_init: float, decay: float) -> str:
         return ""
     highest = max(layer.threshold_logit.item() for layer in layers)
     return (
-        f"--sInit-value: soft thresholds use {used / allowed:.4f} of the weights they may use: s "
-        f"began at {s_init:g} and is {highest:.4g} at most, where they are all but 0; the weight "
-        f"decay of s ({decay:g}; --st-decay, else --weight-decay) takes it towards 0, the faster "
-        "the larger lr, decay and number of steps; raise them, or begin nearer to 0"
+        f"--sInit-value: soft thresholds use {used / allowed:.4f} of the weights that they could: "
+        f"s began at {s_init:g} and is {highest:.4g} at most, where thresholds are almost 0; "
+        f"weight decay of s ({decay:g}; --st-decay, else --weight-decay) moves s towards 0; raise "
+        "the decay, the lr or the number of steps, or begin nearer to 0"
     )
 
 
 def layer_table(model: nn.Module) -> dict[str, dict[str, float]]:
-    """Layer -> density and, where there is one, threshold: --er-sparsity-file reads it back."""
+    """Layer -> density, and threshold if it has one; --er-sparsity-file reads this back."""
     soft = thresholds(model)
     return {
         name: {"density": active(layer).double().mean().item()}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ROOT = Path(__file__).parents[1]
-METHODS = {  # name of the runs -> what the picture calls it
+METHODS = {  # name of the runs -> what the picture calls it; growth by gradients is unstable there
     "static": "random mask, fixed",
     "DST-random": "random mask, random growth",
     "GMP": "pruned while training (GMP)",

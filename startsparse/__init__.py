@@ -10,6 +10,6 @@ wait_shortly()
 
 
 def checkout() -> Path | None:
-    """The root of the checkout that this package lies in; None where it was installed from it."""
+    """The root of the checkout that this package lies in; None if it was installed without one."""
     root = Path(__file__).parents[1]
     return root if (root / "pyproject.toml").exists() else None

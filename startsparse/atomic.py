@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are written whole or not at all."""
 
 import os
 import tempfile
@@ -9,12 +9,13 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place, on disk, if the block succeeds.
+    """Yield a temporary path beside ``path``; a block that succeeds replaces ``path`` by it.
 
-    The folder is made where missing. Raises OSError where it cannot be written.
+    The new file is synced to disk first. Creates a missing folder. Raises OSError where it cannot
+    write.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: several processes may write the same file at the same time.
+    # The name is unique: several processes may write the same file at the same time.
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(handle)
     temporary = Path(name)

@@ -9,5 +9,5 @@ V = TypeVar("V")
 
 
 def cached(function: Callable[P, V]) -> Callable[P, V]:
-    """`functools.cache`, with the types of ``function``: its own take no class as an argument."""
+    """`functools.cache` with the type of ``function``; the type of `cache` allows no class."""
     return cast(Callable[P, V], functools.cache(function))

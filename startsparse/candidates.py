@@ -1,8 +1,8 @@
-"""The best epoch of a phase, and where the density drifts those that may take its place.
+"""The best epoch of a phase, and its rivals where the density drifts.
 
-Soft thresholds make a network sparser while it trains, and a denser one is easily better. What is
-tested should have the density that training ends with, which is known at its end only. So the
-weights of those epochs are kept that would be the best for some final density that is likely yet.
+Soft thresholds make a network sparser while it trains, and a denser one is easily better. The
+tested weights should have the final density, which is known only when training ends. So a run saves
+the weights of every epoch that would be the best for some final density that is still likely.
 """
 
 import itertools
@@ -14,43 +14,43 @@ from torch import nn
 from startsparse import checkpoint
 from startsparse.processes import by_rank_0
 
-NEAR = 0.1  # a density is that of the end if it differs from it by at most this share of it
-RETURN = 1.25  # the density is not expected to come back from farther away than by this factor
+NEAR = 0.1  # largest relative distance of a selected epoch's density from the final one
+RETURN = 1.25  # the final density is expected within this factor of the last epoch's
 
 Row = dict[str, float]  # epoch, valid_accuracy, density
 
 
 def best_of(rows: list[Row]) -> Row:
-    """The most accurate; of equal ones the last epoch: what still gets sparser ends sparser."""
+    """The most accurate epoch; of a tie the last one, which is the sparsest if density falls."""
     return max(rows, key=lambda row: (row["valid_accuracy"], row["epoch"]), default={})
 
 
 def near(rows: list[Row], density: float) -> list[Row]:
-    """The epochs whose density is within `NEAR` of this one."""
+    """The epochs whose density is within `NEAR` of ``density``."""
     return [row for row in rows if abs(row["density"] - density) <= NEAR * density]
 
 
 def hopeful(rows: list[Row]) -> list[Row]:
-    """The epochs that are the best near some density that is not far from the last epoch's."""
+    """The epochs that are the best near some density within `RETURN` of the last epoch's."""
     now = rows[-1]["density"]
     low, high = now / RETURN, now * RETURN
-    # Which epochs are near changes at these densities only.
-    ends = [row["density"] / (1 + end) for row in rows for end in (-NEAR, NEAR)]
-    places = sorted({low, now, high, *(end for end in ends if low < end < high)})
-    between = [(a + b) / 2 for a, b in itertools.pairwise(places)]
-    winners = [best_of(near(rows, density)) for density in (*places, *between)]
+    # The set of near epochs changes at these densities only.
+    bounds = [row["density"] / (1 + side) for row in rows for side in (-NEAR, NEAR)]
+    points = sorted({low, now, high, *(bound for bound in bounds if low < bound < high)})
+    between = [(a + b) / 2 for a, b in itertools.pairwise(points)]
+    winners = [best_of(near(rows, density)) for density in (*points, *between)]
     return [row for row in rows if row in winners]
 
 
 class Candidates:
-    """The best epoch so far, and its rivals; their weights are in the run folder.
+    """The best epoch so far, and its rivals; the run folder holds their weights.
 
-    best.pt holds those of the best; best-EPOCH.pt those of each rival, until the phase ends. `add`
-    and `tidy` are collectives.
+    best.pt holds the weights of the best epoch, best-EPOCH.pt those of each rival until the phase
+    ends. `add` and `tidy` are collectives.
 
     Attributes:
         best: epoch, valid_accuracy and density of the best so far; {} if there is none.
-        rivals: the same of `hopeful` epochs, the best among them; [] where no density drifts.
+        rivals: the same of the `hopeful` epochs, with the best; [] where the density is constant.
     """
 
     def __init__(self, folder: Path):
@@ -59,10 +59,10 @@ class Candidates:
         self.rivals: list[Row] = []
 
     def add(self, model: nn.Module, row: Row, *, drifts: bool) -> None:
-        """Take an epoch, whose weights ``model`` has, into account.
+        """Consider the epoch whose weights ``model`` has.
 
-        Files that are not needed any more stay until `tidy`: a run that is killed before its
-        checkpoint is written needs them again.
+        Files of former rivals stay until `tidy`: a run that is killed before it writes its
+        checkpoint needs them again.
 
         Args:
             row: epoch, valid_accuracy and density; an accuracy of NaN makes no candidate.
@@ -87,7 +87,7 @@ class Candidates:
 
     @by_rank_0
     def tidy(self) -> None:
-        """Remove the weights of epochs that are no rivals."""
+        """Remove the weights of epochs that are no longer rivals."""
         for path in self.folder.glob("best-*.pt"):
             if path not in map(self._path, self.rivals):
                 path.unlink()

@@ -45,14 +45,14 @@ def load_model(model: nn.Module, state: dict, path: Path) -> None:
     """Copy the weights and masks of a `load`-ed checkpoint into ``model``, in place.
 
     Raises:
-        UserError: names or shapes do not fit; names the first.
+        UserError: names or shapes do not fit; the message names the first.
     """
-    own, given = model.state_dict(), state["model"]
-    for name in sorted(own.keys() ^ given.keys()):
-        where = "the checkpoint" if name in own else "the network"
+    expected, saved = model.state_dict(), state["model"]
+    for name in sorted(expected.keys() ^ saved.keys()):
+        where = "the checkpoint" if name in expected else "the network"
         raise UserError(f"{path}: does not fit the network: {where} has no '{name}'")
-    for name, tensor in own.items():
-        if tensor.shape != given[name].shape:
-            shapes = f"{tuple(given[name].shape)} instead of {tuple(tensor.shape)}"
+    for name, tensor in expected.items():
+        if tensor.shape != saved[name].shape:
+            shapes = f"{tuple(saved[name].shape)} instead of {tuple(tensor.shape)}"
             raise UserError(f"{path}: does not fit the network: '{name}' is {shapes}")
-    model.load_state_dict(given)
+    model.load_state_dict(saved)

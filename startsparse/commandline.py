@@ -1,9 +1,9 @@
 """From a dataclass to a command line with YAML files.
 
-A field's docstring is its help. Values come from, lowest first: the field's default, the YAML file
-of ``--config``, the command line. All of them pass the same checks, and every complaint is one line
-that names the option, or the file, and exit code 2. What is said of an option in its type, such as
-its names and when it counts, is in `fields`.
+A field's docstring is its help. Values come from the field's default, the YAML file of
+``--config`` and the command line; the later wins. All pass the same checks. Every error is one line
+that names the option or the file, with exit code 2. `fields` has what an option's type declares,
+such as its names and when it counts.
 """
 
 import contextlib
@@ -73,48 +73,59 @@ def parse(
         kind: dataclass of the script.
         configs: folder of the files ``<set>.yaml`` that are read by default, where they exist.
         argv: command line without the program (default: the process's own).
-        base: what the command line is said over, instead of a YAML file.
+        base: options that the command line overrides, instead of those of a YAML file.
 
     Raises:
         OptionError: with one line that names the option or the file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    given = glance(kind, argv)
-    resumed = base is None and given.resume not in ("", "auto")
-    if given.config and (resumed or base is not None):
-        raise OptionError("--config: has no effect, the options are those that are kept in the run")
-    if resumed:  # a run is continued with the options it was started with
-        stored = run_folder(given.resume) / "options.yaml"
-        base = dataclasses.replace(read_yaml(kind, stored), config=str(stored))
-    path = _config(given.config, configs) if given.config else configs / f"{given.set}.yaml"
-    if base is None and (given.config or path.exists()):
-        base = dataclasses.replace(read_yaml(kind, path), config=str(path))
-        with own_names(kind):
-            effects.refuse_file(base, path)
-    base = base or kind()
+    alone = glance(kind, argv)
+    base = _base(kind, configs, alone, base)
     if any(word in help_text.FLAGS for word in argv):
         help_text.show(kind, base, _plain)
-    said = [_own_name(kind, word) for word in argv]
-    words = _understood(kind, said)
-    if words != said:
-        log.info("--data: there is no such folder; read as the set, %s", given.set)
+    written = [_own_name(kind, word) for word in argv]
+    words = _understood(kind, written)
+    if words != written:
+        log.info("--data: there is no such folder; taken as the set %s", alone.set)
     options = dataclasses.replace(from_flags(kind, words, base), config=base.config)
     with own_names(kind):
-        options.check_places()
+        options.check_folders()
         effects.refuse_named(options, named(kind, words))
         effects.settle(options)
         options.check()
     return options
 
 
+def _base(kind: type[S], configs: Path, alone: S, base: S | None) -> S:
+    """The options that the command line overrides; ``alone`` are those of the command line alone.
+
+    These are ``base``, or those of the run to resume, of the YAML file, or the defaults.
+    """
+    resumed = base is None and alone.resume not in ("", "auto")
+    if alone.config and (resumed or base is not None):
+        raise OptionError("--config: has no effect, the options saved in the run apply")
+    if base is not None:
+        return base
+    if resumed:
+        path = run_folder(alone.resume) / "options.yaml"
+        return dataclasses.replace(read_yaml(kind, path), config=str(path))
+    path = _config(alone.config, configs) if alone.config else configs / f"{alone.set}.yaml"
+    if not alone.config and not path.exists():
+        return kind()
+    base = dataclasses.replace(read_yaml(kind, path), config=str(path))
+    with own_names(kind):
+        effects.refuse_file(base, path)
+    return base
+
+
 def _config(name: str, configs: Path) -> Path:
-    """The file --config names: in the working folder, else beside the script."""
+    """The file that --config names: in the working folder, else beside the script."""
     beside = configs.parent / name
     return beside if beside.exists() and not Path(name).exists() else Path(name)
 
 
 def glance(kind: type[T], argv: Sequence[str]) -> T:
-    """What the command line alone says, whatever is in files; --help is overlooked."""
+    """The options by the command line alone, without files; ignores --help."""
     words = [_own_name(kind, word) for word in argv if word not in help_text.FLAGS]
     return from_flags(kind, _understood(kind, words), kind())
 
@@ -144,9 +155,9 @@ def read_yaml(kind: type[T], path: Path) -> T:
 
 
 def from_values(kind: type[T], content: Mapping[str, Any], path: Path) -> T:
-    """Options by their names on the command line, as ``path`` holds them.
+    """Options from a mapping, name on the command line -> value, that ``path`` holds.
 
-    Values are texts or lists of them, as of `read_values`, or what they mean: `plain_values`.
+    Values are texts or lists of texts, as of `read_values`, or Python values, as of `plain_values`.
     """
     argv: list[str] = []
     seen: dict[str, str] = {}
@@ -166,8 +177,8 @@ def from_values(kind: type[T], content: Mapping[str, Any], path: Path) -> T:
 
 def plain_values(options: Any) -> dict[str, Any]:
     """All options by their names on the command line, with underscores; tuples as lists."""
-    own = shown(type(options))
-    values = {own[k].replace("-", "_"): v for k, v in dataclasses.asdict(options).items()}
+    flags = shown(type(options))
+    values = {flags[k].replace("-", "_"): v for k, v in dataclasses.asdict(options).items()}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
@@ -208,7 +219,7 @@ def named(kind: type, argv: Sequence[str]) -> set[str]:
 
 
 def from_flags(kind: type[T], argv: Sequence[str], base: T) -> T:
-    """Values of ``argv`` over those of ``base``: tyro, its boxed messages as one line each.
+    """Parse ``argv`` over the values of ``base`` by tyro, whose boxed messages become one line.
 
     Raises:
         OptionError: names the option.

@@ -1,4 +1,4 @@
-"""When the options that all scripts share count; how that is said is in `fields.Condition`."""
+"""When the options that all scripts share count: one `fields.Condition` for each reason."""
 
 from typing import ClassVar
 
@@ -42,7 +42,7 @@ SPARSE_FORM = Condition(lambda o: o.sparse_compute != "on" or not o.obstacle, "a
 
 
 class Meaning:
-    """What is asked of options to know which count, and how they are called and grouped."""
+    """Facts about options that decide which of them count; their other names and help groups."""
 
     er_sparse_method: str
     lr_policy: str
@@ -51,7 +51,7 @@ class Meaning:
     # the methods of --er-sparse-method that take their ratio from --er-sparsity-file
     file_methods: ClassVar[tuple[str, ...]] = ("network",)
 
-    # What the three scripts call an option: taken by all, where it is no other option's name.
+    # Names of an option in the three scripts; each script accepts all that name no other option.
     other_names: ClassVar[dict[str, tuple[str, ...]]] = {
         "set": ("set", "dataset"),
         "data": ("data-dir",),
@@ -65,24 +65,15 @@ class Meaning:
         "name": ("name", "save-file"),
     }
 
-    # of --help: title -> fields
+    # groups of --help: title -> fields
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "run": (
             *("config", "name", "seed", "log_dir", "result_dir", "resume", "evaluate"),
             "save_every",
         ),
         "data": (
-            *(
-                "set",
-                "data",
-                "mirror",
-                "valid_split",
-                "workers",
-                "augment",
-                "padding",
-                "modulus",
-                "train_fraction",
-            ),
+            *("set", "data", "mirror", "valid_split", "workers", "augment", "padding"),
+            *("modulus", "train_fraction"),
         ),
         "network": ("arch", "width", "init"),
         "random mask": (
@@ -99,12 +90,12 @@ class Meaning:
 
     @property
     def draws_mask(self) -> bool:
-        """Whether a random mask is drawn by the --er-* options."""
+        """Whether the --er-* options draw a random mask."""
         return True
 
     @property
     def no_mask(self) -> str:
-        """Which option says that none is: "with --option value"."""
+        """The option that says to draw none, as "with --option value"."""
         return ""
 
     @property
@@ -129,5 +120,5 @@ class Meaning:
 
     @property
     def uses_momentum(self) -> bool:
-        """Whether something is averaged with --momentum."""
+        """Whether anything uses --momentum."""
         return OPTIMIZERS[self.optimizer].momentum

@@ -1,4 +1,4 @@
-"""The project's log, and the console that it speaks to."""
+"""The project's log, and the console that prints it."""
 
 import logging
 import math
@@ -10,7 +10,7 @@ log = logging.getLogger("startsparse")
 
 
 def number(value: float, digits: int = 4) -> str:
-    """With ``digits`` after the point, or as many significant ones where a value is below 0.1."""
+    """A value with ``digits`` digits after the point, or as many significant ones below 0.1."""
     if not math.isfinite(value):
         return ""
     if abs(value) >= 10**6:
@@ -19,7 +19,7 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def decimals(value: float, digits: int = 4) -> int:
-    """How many digits after the point `number` gives a value."""
+    """How many digits `number` writes after the point."""
     exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # 0.0099999 counts as 0.01
     return max(digits, digits - 1 - exponent)
 
@@ -29,7 +29,7 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record))
-        sys.stdout.flush()  # where it is a file, that can be read while the run goes on
+        sys.stdout.flush()  # so that a file of the output can be read while the run goes on
 
 
 log.setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""--data, which is the folder of the sets in two scripts and the set itself in the third."""
+"""--data: the folder of the data sets in two scripts, the set itself in the third."""
 
 from pathlib import Path
 
@@ -8,28 +8,34 @@ from startsparse.fields import flag, normal, shown
 
 
 def understood(kind: type, argv: list[str]) -> list[str]:
-    """Flags as they are meant: --data cifar10 is the set where no folder has that name.
+    """The command line as it is meant: --data cifar10 is the set where no folder has that name.
 
     Raises:
-        OptionError: another set is named as well; or --data is the set and a folder is given.
+        OptionError: another option names a set too; or --data is the set, and names a folder.
     """
-    own = {field: flag(shown(kind)[field]) for field in ("data", "set")}
-    sets, meant, index = [normal(name) for name in SETS], [], 0
+    meant, index = [], 0
     while index < len(argv):
         word, equals, value = argv[index].partition("=")
-        words = argv[index : index + (1 if equals else 2)] if word == "--data" else argv[index:][:1]
+        words = argv[index : index + (2 if word == "--data" and not equals else 1)]
         index += len(words)
         if word == "--data":
-            value = value if equals else "".join(words[1:])
-            known, folder = normal(value) in sets, bool(value) and Path(value).is_dir()
-            if own["set"] == "--data" and folder and not known:
-                raise OptionError(f"--data: is the set; the folder of the sets is {own['data']}")
-            if own["data"] == "--data" and known and not folder:
-                if own["set"] in (other.partition("=")[0] for other in argv):
-                    raise OptionError(
-                        f"--data: is the folder of the sets, and there is no folder {value}; "
-                        f"{own['set']} names the set already"
-                    )
-                words = [own["set"], value]
+            words = _meant(kind, words, value if equals else "".join(words[1:]), argv)
         meant += words
     return meant
+
+
+def _meant(kind: type, words: list[str], value: str, argv: list[str]) -> list[str]:
+    """``words``, which are ``--data value``, or the flag of the set with this value."""
+    flags = {field: flag(shown(kind)[field]) for field in ("data", "set")}
+    known = normal(value) in map(normal, SETS)
+    folder = bool(value) and Path(value).is_dir()
+    if flags["set"] == "--data" and folder and not known:
+        raise OptionError(f"--data: is the set; the folder of the sets is {flags['data']}")
+    if flags["data"] != "--data" or not known or folder:
+        return words
+    if flags["set"] in (word.partition("=")[0] for word in argv):
+        raise OptionError(
+            f"--data: is the folder of the sets, and there is no folder {value}; "
+            f"{flags['set']} names the set already"
+        )
+    return [flags["set"], value]

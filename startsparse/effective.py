@@ -12,8 +12,8 @@ Soft thresholds and edge-popup are two; a new one is about ten lines::
 
     replace_layers(model, Powered)
 
-Masks, densities, FLOPs, sparse compute, checkpoints and export then know of it, for they ask this
-type. Masks may be there before or come later. `plain_state` is the network without its formulas.
+Masks, densities, FLOPs, sparse compute, checkpoints and export then work with it, for they ask this
+type. Masks may be attached before or after. `plain_state` is the network without its formulas.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,19 +30,19 @@ from startsparse.cached import cached
 class EffectiveLayer(nn.Module):
     """A convolution or linear layer that computes with `effective` weight and bias.
 
-    A subclass is a formula for both kinds of layers, and no layer yet: `replace_layers` makes a
-    plain layer one. ``weight``, ``bias`` (or None) and ``weight_mask``, if any, stay what they are
-    there. What else learns is a parameter, added in `set_up`.
+    A subclass is a formula for both kinds of layers; `replace_layers` applies it to plain layers.
+    These keep their ``weight``, ``bias`` (or None) and ``weight_mask``, if any. `set_up` adds
+    further parameters that learn.
 
     Attributes:
         zeros_learn: whether the gradient of an effective weight that is zero counts. Every formula
-            says so: with False the sparse form leaves that gradient zero.
-        entrywise: whether `effective` goes entry by entry, or by the order of entries alone. The
-            sparse form then gives it vectors of the entries inside the mask, in the place of the
-            weight and of all parameters of its shape, and no mask; else it picks these entries
+            sets it. With False the sparse form leaves that gradient zero.
+        entrywise: whether `effective` works entry by entry, or by the order of the entries alone.
+            The sparse form then passes it the vectors of entries inside the mask, instead of the
+            weight and all parameters of its shape, and no mask. With False it picks these entries
             from the whole effective weight, which costs a pass over it in each step.
         replaced: the class of the plain layer.
-        plain_names: what the plain layer had in its state_dict.
+        plain_names: keys of the plain layer in its state_dict.
     """
 
     zeros_learn: ClassVar[bool]
@@ -55,7 +55,7 @@ class EffectiveLayer(nn.Module):
     plain_names: frozenset[str]
 
     def __init_subclass__(cls) -> None:
-        """Refuse a formula that lacks a part.
+        """Refuse an incomplete formula.
 
         Raises:
             TypeError: names the part.
@@ -72,9 +72,9 @@ class EffectiveLayer(nn.Module):
             )
 
     def set_up(self, *_settings: Any) -> None:
-        """Add what the formula needs beside weight, bias and mask; gets `replace_layers`' settings.
+        """Add the formula's parameters and buffers; takes the settings of `replace_layers`.
 
-        The names that are added here come after those of the plain layer in its state_dict.
+        Their names come after those of the plain layer in its state_dict.
         """
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
@@ -86,9 +86,9 @@ class EffectiveLayer(nn.Module):
 
     @classmethod
     def agree(cls, layers: Sequence[Any]) -> None:
-        """Decide what the layers of a network decide together, in their order; nothing by default.
+        """Decide jointly for the layers of a network, in forward order; by default do nothing.
 
-        Called before each forward pass of the network that `replace_layers` was given.
+        `replace_layers` has the network call it before each forward pass.
         """
 
     def effective_weight(self) -> Tensor:
@@ -97,25 +97,26 @@ class EffectiveLayer(nn.Module):
 
     @torch.no_grad()
     def check(self) -> None:
-        """Compare shapes, and look whether zeros outside the mask stay zero.
+        """Check the shapes of `effective`, and that its weight is zero outside the mask.
 
         Raises:
-            TypeError: the formula does not do what `effective` promises.
+            TypeError: it is not as `effective` promises.
         """
         name, mask = self.formula.__name__, getattr(self, "weight_mask", None)
-        for kind, own, made in zip(("weight", "bias"), (self.weight, self.bias), self.effective()):
-            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (own, made)]
+        stored, effective = (self.weight, self.bias), self.effective()
+        for kind, *pair in zip(("weight", "bias"), stored, effective):
+            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in pair]
             if shapes[0] != shapes[1]:
                 raise TypeError(f"{name}.effective: a {kind} of {shapes[0]} becomes {shapes[1]}")
         if mask is not None and bool(self.effective_weight()[~mask].any()):
-            raise TypeError(f"{name}.effective: weights outside the mask are not zero")
+            raise TypeError(f"{name}.effective: weights outside the mask are not 0")
 
     def __reduce__(self) -> tuple:
-        """The class is made when it is needed, so a pickle says what of."""
+        """Pickle by formula and plain class, as the class of the layer is created when needed."""
         return _blank, (self.formula, self.replaced), self.__dict__
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """As ever; that there is a formula goes into the metadata, for `formulas`."""
+        """Save as usual, and write the formula's name into the metadata, for `formulas`."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination._metadata[prefix[:-1]]["formula"] = self.formula.__name__
 
@@ -142,10 +143,10 @@ class _Linear(nn.Linear):
 
 @cached
 def _layer_class(formula: type[EffectiveLayer], replaced: type[nn.Module]) -> type[EffectiveLayer]:
-    """A layer of class ``replaced`` with this formula.
+    """The class of a layer ``replaced`` with this formula.
 
-    A forward pass of its own stays where ``replaced`` is a subclass that calls
-    ``super().forward``: that is then ours.
+    A subclass of Conv2d or Linear keeps its own forward pass, and its ``super().forward`` computes
+    with the effective weight.
     """
     kind, forward = (
         (nn.Conv2d, _Conv2d) if issubclass(replaced, nn.Conv2d) else (nn.Linear, _Linear)
@@ -156,8 +157,8 @@ def _layer_class(formula: type[EffectiveLayer], replaced: type[nn.Module]) -> ty
 
 
 def _blank(formula: type[EffectiveLayer], replaced: type[nn.Module]) -> EffectiveLayer:
-    made = _layer_class(formula, replaced)
-    return made.__new__(made)
+    kind = _layer_class(formula, replaced)
+    return kind.__new__(kind)
 
 
 def replace_layers(
@@ -166,31 +167,33 @@ def replace_layers(
     *settings: Any,
     dense: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Give every convolution and linear layer, but those named in ``dense``, a formula, in place.
+    """Give all convolutions and linear layers but those named in ``dense`` a formula, in place.
 
-    The modules stay the same objects, with their tensors, masks and hooks: their class changes.
+    Only the class of a module changes; it stays the same object with its tensors, masks and hooks.
 
     Args:
-        settings: what `EffectiveLayer.set_up` takes.
+        settings: arguments of `EffectiveLayer.set_up`.
 
     Returns:
         The layers of ``formula``, name -> module, in forward order.
 
     Raises:
-        TypeError: `EffectiveLayer.check`.
+        TypeError: `EffectiveLayer.check`; or a layer has a formula already.
     """
     layers: dict[str, Any] = {
         name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Conv2d | nn.Linear) and name not in dense
     }
-    for layer in layers.values():
-        own = frozenset(layer.state_dict()) - {"weight_mask"}
+    for name, layer in layers.items():
+        if isinstance(layer, EffectiveLayer):
+            raise TypeError(f"'{name}' has a formula already: {layer.formula.__name__}")
+        plain_names = frozenset(layer.state_dict()) - {"weight_mask"}
         layer.__class__ = _layer_class(formula, type(layer))
-        layer.plain_names = own
+        layer.plain_names = plain_names
         layer.set_up(*settings)
         layer.check()
-    if _function(formula.agree) is not _function(EffectiveLayer.agree):  # one of its own
+    if _function(formula.agree) is not _function(EffectiveLayer.agree):  # it is overridden
         model.register_forward_pre_hook(agree)
     return effective_layers(model, formula)
 
@@ -207,7 +210,7 @@ def effective_layers(
 
 
 def agree(model: nn.Module, _inputs: object = None) -> None:
-    """Let the layers of each formula decide what they decide together, as of now."""
+    """Let the layers of each formula decide jointly (`EffectiveLayer.agree`)."""
     groups: dict[type[EffectiveLayer], list[EffectiveLayer]] = {}
     for layer in effective_layers(model).values():
         groups.setdefault(layer.formula, []).append(layer)
@@ -219,20 +222,20 @@ def agree(model: nn.Module, _inputs: object = None) -> None:
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """State of the ordinary network that computes the same.
 
-    Weights and biases are the effective ones, or those inside the mask; there are no masks, and
-    nothing that a formula or a method keeps beside them. BatchNorm that has lost its weight and
-    bias has 1 and 0.
+    Weights and biases are the effective ones, or those inside the mask. There are no masks and no
+    tensors of a formula or a method. BatchNorm without weight and bias gets 1 and 0.
     """
     agree(model)
-    found = {name: layer.effective() for name, layer in effective_layers(model).items()}
+    # Keyed by module, since a layer may have several names.
+    effective = {layer: layer.effective() for layer in effective_layers(model).values()}
     state = {}
     for name, tensor in model.state_dict().items():
         path, _, kind = name.rpartition(".")
         module = model.get_submodule(path)
         if not _is_plain(module, kind):
             continue
-        if path in found and kind in ("weight", "bias"):
-            tensor = found[path][kind == "bias"].detach()
+        if module in effective and kind in ("weight", "bias"):
+            tensor = effective[module][kind == "bias"].detach()
         elif (mask := getattr(module, f"{kind}_mask", None)) is not None:
             tensor = tensor * mask
         state[name] = tensor
@@ -252,6 +255,6 @@ def _is_plain(module: nn.Module, kind: str) -> bool:
 
 
 def formulas(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Layers of a saved state_dict whose ``weight`` is not what they compute with -> formula."""
-    facts = getattr(state, "_metadata", {})
-    return {name: of["formula"] for name, of in facts.items() if "formula" in of}
+    """Layer -> formula, for layers of a saved state_dict that compute with another weight."""
+    metadata = getattr(state, "_metadata", {})
+    return {name: entry["formula"] for name, entry in metadata.items() if "formula" in entry}

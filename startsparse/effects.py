@@ -1,8 +1,8 @@
-"""Options that have no effect in a run: found by the table of when each counts.
+"""Options that have no effect in a run, by the conditions under which each counts.
 
-One that the command line names is an error, as is one that a YAML file sets though nothing in it
-makes it count. What the command line switches off goes back to its default, so that options.yaml,
-names and tables only carry what counted.
+Naming one on the command line is an error. So is setting one in a YAML file in which it has no
+effect. An option of the file that the command line switches off returns to its default, so that
+options.yaml, names and tables carry only what counted.
 """
 
 import copy
@@ -15,16 +15,16 @@ from startsparse.fields import Condition, Counts, default, extras, flag
 
 
 def conditions(kind: type) -> dict[str, Counts]:
-    """Field -> when it counts, of the options that do not always."""
+    """Field -> when it counts; fields that always count are left out."""
     table = {
-        field: [extra for extra in found if isinstance(extra, Counts)]
-        for field, found in extras(kind).items()
+        field: [extra for extra in annotations if isinstance(extra, Counts)]
+        for field, annotations in extras(kind).items()
     }
-    return {field: found[-1] for field, found in table.items() if found}
+    return {field: annotations[-1] for field, annotations in table.items() if annotations}
 
 
 def idle(options: Any) -> dict[str, Condition]:
-    """Field -> the condition that fails, of the options that have no effect."""
+    """Field -> the condition that fails, for each option that has no effect."""
     failing = {}
     for field, table in conditions(type(options)).items():
         condition = next((c for c in table if not c.when(options)), None)
@@ -34,7 +34,7 @@ def idle(options: Any) -> dict[str, Condition]:
 
 
 def settle(options: Any) -> None:
-    """Put options that have no effect back to their defaults; those that follow stay."""
+    """Put options that have no effect back to their defaults, but those in ``derived``."""
     kind = type(options)
     while changed := [
         field
@@ -66,7 +66,7 @@ def refuse_file(options: Any, path: Path) -> None:
 
 
 def differing(options: Any) -> Mapping[str, Any]:
-    """Field -> value, of the options that are not as they are without any argument or file."""
+    """Field -> value, for each option that differs from a run without arguments and file."""
     plain = type(options)()
     plain.derive()
     return {f: v for f, v in vars(options).items() if v != getattr(plain, f)}

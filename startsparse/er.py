@@ -27,7 +27,7 @@ def requested_densities(
     """The density of each layer, in forward order, that the --er-sparse-* options ask for.
 
     Args:
-        profile: layer -> density of a network whose ratio is taken, instead of --er-sparsity-file.
+        profile: layer -> density of a network to take the ratio of, instead of --er-sparsity-file.
     """
     shapes = {name: tuple(layer.weight.shape) for name, layer in sparse_layers(model).items()}
     names = list(shapes)

@@ -20,14 +20,14 @@ class OptionError(UserError):
 
 
 def say(line: str) -> None:
-    """On standard error, at once."""
+    """Print a line on standard error, at once."""
     print(line, file=sys.stderr, flush=True)
 
 
 def run_script(main: Callable[[], int | None], say: Callable[[str], None] = say) -> None:
     """Run ``main`` and leave the process; a `UserError` becomes one line and its exit code.
 
-    On CPUs it has the threads that `threads.fit` leaves it.
+    `threads.fit` sets the number of CPU threads first.
     """
     threads.fit()
     code: str | int | None
@@ -38,7 +38,7 @@ def run_script(main: Callable[[], int | None], say: Callable[[str], None] = say)
             code = stop.code
         sys.stdout.flush()
         sys.exit(code)
-    except BrokenPipeError:  # whoever reads has read enough: head, for one
+    except BrokenPipeError:  # the reader has closed the pipe, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE, which Windows has not
     except UserError as error:

@@ -1,7 +1,7 @@
-"""What an option's type says of it besides the type: its names, its values, and when it counts.
+"""What an option's Annotated type declares: its names, its values, and when it counts.
 
-Options are fields of a dataclass. Inside, each has one name; where the users of a script know it by
-another one, its type says so (`called`), and a class may list further names in ``other_names``.
+Options are fields of a dataclass. The code calls an option by its field. Its type may give it
+another name on the command line (`called`), and a class may list further names in ``other_names``.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from startsparse.cached import cached
 
 
 def normal(name: str) -> str:
-    """The form in which names are compared: case, dashes and underscores make no difference."""
+    """A name as it is compared: case, dashes and underscores make no difference."""
     return name.lower().replace("_", "-")
 
 
@@ -56,7 +56,7 @@ def also(*flags: str) -> Any:
 
 
 def called(name: str, *others: str) -> Any:
-    """The name of an option on the command line and in YAML, if it is not the field's; aliases."""
+    """An option's name on the command line and in YAML, instead of the field's; aliases."""
     return tyro.conf.arg(name=name, aliases=others or None)
 
 
@@ -66,7 +66,7 @@ def default_is(text: str) -> Any:
 
 
 def truth(strings: list[str]) -> bool:
-    """The value of a switch; named without one it is on."""
+    """The value of a switch; without a value it is on."""
     word = strings[0].lower() if strings else "true"
     words = {"true": True, "1": True, "yes": True, "on": True}
     words |= {"false": False, "0": False, "no": False, "off": False}
@@ -83,7 +83,7 @@ TRUTH = PrimitiveConstructorSpec(
     str_from_instance=lambda value: [str(value)],
 )
 Truth = Annotated[tyro.conf.FlagConversionOff[bool], TRUTH]
-"""The type of a switch that is written out: ``--anneal False``."""
+"""The type of a switch that is written out: ``--flag False``."""
 
 
 # --- when an option counts ------------------------------------------------------------------------
@@ -96,18 +96,18 @@ class Condition(NamedTuple):
     """Of the options; never raises."""
 
     otherwise: str
-    """Ends "--option has no effect ..."; names what makes it so, with ``{o.field}`` for values."""
+    """The reason, to end "--option has no effect ..."; ``{o.field}`` stands for a value."""
 
     excused_by: str = ""
-    """A field that, named and empty, says this itself: options at their defaults pass beside it."""
+    """A field: if it is named with an empty value, options at their defaults may be named too."""
 
 
 class Counts(tuple):
-    """The `Condition`s of an option, of which the first that fails is said."""
+    """The `Condition`s of an option; a message gives the first that fails."""
 
 
 def counts(*conditions: Condition) -> Counts:
-    """When an option has an effect: where all of these hold. Part of its Annotated type."""
+    """An option has an effect where all of these hold. Part of its Annotated type."""
     return Counts(conditions)
 
 
@@ -121,7 +121,7 @@ def field_names(kind: type) -> list[str]:
 
 @cached
 def extras(kind: type) -> dict[str, tuple]:
-    """Field -> what its Annotated type says besides the type."""
+    """Field -> annotations of its Annotated type."""
     hints = get_type_hints(kind, include_extras=True)
     return {name: get_args(hints[name])[1:] for name in field_names(kind)}
 
@@ -130,35 +130,35 @@ def extras(kind: type) -> dict[str, tuple]:
 def shown(kind: type) -> dict[str, str]:
     """Field -> its name on the command line, without dashes in front."""
     return {
-        field: next((extra.name for extra in found if getattr(extra, "name", None)), field)
-        for field, found in extras(kind).items()
+        field: next((extra.name for extra in annotations if getattr(extra, "name", None)), field)
+        for field, annotations in extras(kind).items()
     }
 
 
 @cached
 def names(kind: type) -> dict[str, str]:
     """Every name of an option on the command line, normalised -> field."""
-    found = {normal(name): field for field, name in shown(kind).items()}
-    for field, own in extras(kind).items():
-        for extra in own:
+    table = {normal(name): field for field, name in shown(kind).items()}
+    for field, annotations in extras(kind).items():
+        for extra in annotations:
             for alias in getattr(extra, "aliases", None) or ():
-                found[normal(alias.lstrip("-"))] = field
+                table[normal(alias.lstrip("-"))] = field
     for field, others in getattr(kind, "other_names", {}).items():
         for other in others:
-            found.setdefault(normal(other), field)
-    return found
+            table.setdefault(normal(other), field)
+    return table
 
 
 @cached
 def opposites(kind: type) -> dict[str, str]:
-    """no-NAME of every bare flag, normalised -> field; of no-bn-decay it is bn-decay."""
-    found = {}
+    """no-NAME of every bare flag, normalised -> field; for no-bn-decay it is bn-decay."""
+    table = {}
     for name, field in names(kind).items():
         if is_flag(kind, field):
             opposite = name.removeprefix("no-") if name.startswith("no-") else f"no-{name}"
             if opposite not in names(kind):
-                found[opposite] = field
-    return found
+                table[opposite] = field
+    return table
 
 
 def is_flag(kind: type, field: str) -> bool:
@@ -167,10 +167,10 @@ def is_flag(kind: type, field: str) -> bool:
 
 
 def default(kind: type, field: str) -> Any:
-    """The value of an option that nothing names."""
+    """The default of an option."""
     return getattr(kind, field)
 
 
 def text(value: Any) -> str:
-    """A value as the command line has it."""
+    """A value as it is written on the command line."""
     return shlex.join(map(str, value if isinstance(value, tuple) else [value]))

@@ -1,8 +1,8 @@
 """What a network would cost if zeros were free: FLOPs at the densities of its layers.
 
-The dense cost of each layer is what `torch.utils.flop_counter` counts; a layer of density d costs
-the d-th part of it. Convolutions and linear layers only: everything else is a percent or so, but
-for a small graph, where the products with its adjacency matrix can be a tenth.
+`torch.utils.flop_counter` gives the dense cost of each layer; at density d a layer costs d times
+that. Only convolutions and linear layers count: the rest is about one percent. In a small graph
+network, the products with the adjacency matrix, which do not count either, can be a tenth.
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,9 @@ from startsparse.method import Method
 
 @torch.no_grad()
 def forward_flops(model: nn.Module, example: Tensor) -> dict[str, float]:
-    """FLOPs of each sparse layer, were it dense, in one forward pass of ``example`` [1, ...].
+    """FLOPs of each sparse layer, if it were dense, in one forward pass of ``example`` [1, ...].
 
-    A graph is one example, [nodes, ...]; its layers work on every node.
-
-    A multiply-add is two.
+    A graph is one example, [nodes, ...]; its layers work on every node. A multiply-add is two.
     """
     training = {module: module.training for module in model.modules()}
     model.eval()
@@ -36,7 +34,7 @@ def forward_flops(model: nn.Module, example: Tensor) -> dict[str, float]:
 
 
 def densities(model: nn.Module) -> dict[str, float]:
-    """Share of the weights of each sparse layer that take part."""
+    """The density of each sparse layer: active weights of all its weights."""
     return {
         name: torch.count_nonzero(active(layer)).item() / layer.weight.numel()
         for name, layer in sparse_layers(model).items()
@@ -49,16 +47,16 @@ def inference(forward: Mapping[str, float], density: Mapping[str, float]) -> flo
 
 
 def training(forward: Mapping[str, float], density: Mapping[str, float]) -> float:
-    """FLOPs of forward and backward pass: a product for each of output, input and weight gradient.
+    """FLOPs of forward and backward pass: per layer output, input gradient and weight gradient.
 
-    The first layer's input needs no gradient. The weight gradient is counted inside the mask.
+    The first layer needs no input gradient. The weight gradient counts inside the mask only.
     """
     first = next(iter(forward))
     return 3 * inference(forward, density) - density[first] * forward[first]
 
 
 def dense_gradients(forward: Mapping[str, float], density: Mapping[str, float]) -> float:
-    """FLOPs that the weight gradients outside the masks add, in steps that look at them."""
+    """FLOPs that the weight gradients outside the masks add, in a step that needs them."""
     return sum((1 - density[name]) * flops for name, flops in forward.items())
 
 
@@ -69,7 +67,7 @@ class Ledger:
         forward: `forward_flops` of one example, or of the whole graph.
         training: spent so far.
         dense: what dense training would have spent.
-        counted: steps of this phase that are counted.
+        counted: steps of this phase that ``training`` and ``dense`` include.
     """
 
     def __init__(self, model: nn.Module, example: Tensor):
@@ -82,7 +80,7 @@ class Ledger:
         return training(self.forward, dict.fromkeys(self.forward, 1.0))
 
     def before_step(self, step: int, method: Method) -> None:
-        """Where ``step`` moves masks, count at the densities before: of these its gradients are."""
+        """If ``step`` moves masks, first count the steps so far and its dense gradients."""
         if method.moves_masks(step):
             self.count(step, method)
             if method.dense_gradients == "at updates" and method.needs_dense_gradients(step):
@@ -93,13 +91,13 @@ class Ledger:
         uncounted, density = range(self.counted, done), densities(self.model)
         self.training += len(uncounted) * training(self.forward, density)
         if method.dense_gradients == "always":
-            looked = sum(map(method.needs_dense_gradients, uncounted))
-            self.training += looked * dense_gradients(self.forward, density)
+            needing = sum(map(method.needs_dense_gradients, uncounted))
+            self.training += needing * dense_gradients(self.forward, density)
         self.dense += len(uncounted) * self.dense_step
         self.counted = done
 
     def costs(self, batch: float) -> dict[str, float]:
-        """FLOPs of the network as it is and of the training so far, and their share of dense.
+        """FLOPs of the network as it is and of the training so far, and their ratio to dense.
 
         inference_flops is for one input, training_flops for steps of ``batch`` inputs.
         """
@@ -116,6 +114,6 @@ class Ledger:
         return {"training": self.training, "dense": self.dense, "counted": self.counted}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """Go on from the `state` of another ledger."""
+        """Continue from the `state` of another ledger."""
         self.training, self.dense = state["training"], state["dense"]
         self.counted = int(state["counted"])

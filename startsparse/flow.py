@@ -1,9 +1,9 @@
-"""Flow preservation: no unit of a masked layer is without an incoming or an outgoing edge.
+"""Flow preservation: every unit of a masked layer has an incoming and an outgoing edge.
 
-An edge is a kept weight. Units are neurons or channels; any kernel position joins two channels.
-A random mask of low density leaves units out, and so may pruning: what such a unit computes goes
-nowhere, or comes from nowhere. Here each gets one edge, at the price of edges that can be spared
-(Gadhikar et al. 2023, arXiv:2210.02412).
+An edge is an active weight. Units are neurons or channels; any kernel position joins two channels.
+A random mask of low density, or pruning, may leave dead units, which lack one of the two. Here each
+dead unit gets one edge, and edges that can be spared are removed for it (Gadhikar et al. 2023,
+arXiv:2210.02412).
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def needed(shape: Sequence[int]) -> int:
 
 
 def preserve_flow(mask: Tensor, draw: torch.Generator, priority: Tensor | None = None) -> int:
-    """Give every dead unit an edge, in place, and remove as many others.
+    """Give every dead unit an edge, in place, and remove as many other edges.
 
     An output unit is dead without an incoming edge, an input unit without an outgoing one. Dead
     outputs and dead inputs are joined in random pairs; each dead unit beyond those is joined to a
@@ -42,7 +42,7 @@ def preserve_flow(mask: Tensor, draw: torch.Generator, priority: Tensor | None =
             None: a random order.
 
     Returns:
-        How many edges were added without another to remove; 0: the density is what it was.
+        How many more edges the mask has than before; 0: the density is unchanged.
     """
     joined = mask.reshape(*mask.shape[:2], -1).any(2)
     dead_outputs, dead_inputs = ((~joined.any(side)).nonzero().flatten().cpu() for side in (1, 0))
@@ -53,9 +53,10 @@ def preserve_flow(mask: Tensor, draw: torch.Generator, priority: Tensor | None =
     outputs = _ends(dead_outputs, count, mask.shape[0], draw)
     inputs = _ends(dead_inputs, count, mask.shape[1], draw)
     kernel = [torch.randint(size, (count,), generator=draw) for size in mask.shape[2:]]
-    mask[(outputs, inputs, *kernel)] = True
+    new_edges = (outputs, inputs, *kernel)
+    mask[new_edges] = True
 
-    # The new edges are no candidates: on the side with more dead units, each is its unit's only.
+    # No new edge can be spared: on the side with more dead units, each is its unit's only edge.
     out_degree = torch.cat([edges[:, 0], outputs]).bincount(minlength=mask.shape[0])
     in_degree = torch.cat([edges[:, 1], inputs]).bincount(minlength=mask.shape[1])
     spare = edges[(out_degree[edges[:, 0]] > 1) & (in_degree[edges[:, 1]] > 1)]
@@ -63,8 +64,8 @@ def preserve_flow(mask: Tensor, draw: torch.Generator, priority: Tensor | None =
         order = torch.randperm(len(spare), generator=draw)
     else:
         order = priority[spare.unbind(1)].cpu().argsort(stable=True)
-    # Three times as many are enough: a removal leaves at most two units with their last edge, so it
-    # makes at most two others impossible.
+    # The first 3 * count are enough: a removal leaves at most two units with one edge, so it rules
+    # out at most two other removals.
     removed = _removable(spare[order[: 3 * count]], out_degree, in_degree, count)
     mask[removed.unbind(1)] = False
     more = count - len(removed)
@@ -74,7 +75,7 @@ def preserve_flow(mask: Tensor, draw: torch.Generator, priority: Tensor | None =
 
 
 def _ends(dead: Tensor, count: int, units: int, draw: torch.Generator) -> Tensor:
-    """[count] units: the dead ones in random order, and then any."""
+    """[count] units: the dead ones in random order, then random ones."""
     shuffled = dead[torch.randperm(len(dead), generator=draw)]
     return torch.cat([shuffled, torch.randint(units, (count - len(dead),), generator=draw)])
 
@@ -101,10 +102,10 @@ def _rejoin(mask: Tensor, most: int, draw: torch.Generator) -> int:
 
     Such a cover is made of stars: one unit of each edge has no other edge. An input that shares
     its output is joined with an output that shares its input, and both lose the edge they had. If
-    nothing shares an output, or an input, there are as many edges as inputs, or outputs: `needed`.
+    no output, or no input, is shared, there are as many edges as inputs, or outputs: `needed`.
 
     Returns:
-        How often.
+        How many pairs it replaced.
     """
     edges = mask.nonzero().cpu()
     edges = edges[torch.randperm(len(edges), generator=draw)]
@@ -114,7 +115,8 @@ def _rejoin(mask: Tensor, most: int, draw: torch.Generator) -> int:
     mask[shares_output.unbind(1)] = False
     mask[shares_input.unbind(1)] = False
     kernel = [torch.randint(size, (count,), generator=draw) for size in mask.shape[2:]]
-    mask[(shares_input[:, 0], shares_output[:, 1], *kernel)] = True
+    new_edges = (shares_input[:, 0], shares_output[:, 1], *kernel)
+    mask[new_edges] = True
     return count
 
 
@@ -137,7 +139,7 @@ def repair(model: nn.Module, seed: int, step: int, by_magnitude: bool) -> dict[s
         by_magnitude: remove the smallest weights, not random ones.
 
     Returns:
-        Layer name -> edges that the layer has more than before; layers with none are left out.
+        Layer name -> how many more edges the layer has than before; unchanged ones are left out.
     """
     grown = {}
     for name, weight, mask in masked_weights(model):

@@ -1,4 +1,4 @@
-"""--help in named groups, with the defaults that count with this YAML file or set."""
+"""--help in named groups, with the defaults of this YAML file or data set."""
 
 import ast
 import dataclasses
@@ -17,8 +17,8 @@ FLAGS = ("-h", "--help")
 
 
 def docstrings(kind: type) -> dict[str, str]:
-    """Field -> the string below it in the source, of the class that says it last."""
-    found = {}
+    """Field -> the string below it in the source; that of a subclass comes first."""
+    texts = {}
     for parent in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(parent):
             continue
@@ -27,14 +27,14 @@ def docstrings(kind: type) -> dict[str, str]:
         for field, below in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
                 words = ast.literal_eval(below.value).split()
-                found[ast.unparse(field.target)] = " ".join(words)
-    return found
+                texts[ast.unparse(field.target)] = " ".join(words)
+    return texts
 
 
 def show(kind: type[Meaning], options: Any, registry: ConstructorRegistry) -> NoReturn:
     """Print the options of ``kind``, with the values of ``options`` as defaults, and exit.
 
-    A class says in ``groups`` which fields belong together: title -> fields.
+    ``groups`` of the class says which fields belong together: title -> fields.
     """
     hints, texts = get_type_hints(kind, include_extras=True), docstrings(kind)
     groups = []
@@ -42,10 +42,10 @@ def show(kind: type[Meaning], options: Any, registry: ConstructorRegistry) -> No
         typed = []
         for name in fields:
             value, hint = getattr(options, name), None
-            if value != default(kind, name):  # what the type says is of the option's own default
+            if value != default(kind, name):  # a hint in the type describes the option's default
                 hint = f"(default: {text(value)})"
-            told = tyro.conf.arg(help=texts[name], help_behavior_hint=hint)
-            typed.append((name, Annotated[hints[name], told], value))
+            arg = tyro.conf.arg(help=texts[name], help_behavior_hint=hint)
+            typed.append((name, Annotated[hints[name], arg], value))
         group = dataclasses.make_dataclass(title.title().replace(" ", ""), typed)
         group.__doc__ = ""  # not its signature
         named = Annotated[group, tyro.conf.arg(name=title)]  # type: ignore[valid-type]  # made here

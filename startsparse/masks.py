@@ -4,9 +4,9 @@ A mask is state of the model: a bool buffer ``weight_mask`` beside the weight of
 linear layer. It is in the state_dict, follows ``.to()``, and is copied and replicated with the
 module. Masks are changed in place and never rebound.
 
-Weights live inside their mask. They are zero outside it when training starts, and with the
-gradients outside multiplied away (`mask_gradients`) weight decay, momentum and Adam's moments keep
-them at exactly zero, at the price of one multiply per step and of nothing in the forward pass.
+Weights live inside their mask. They are zero outside it when training starts. `mask_gradients`
+zeroes the gradients there, so weight decay, momentum and Adam's moments keep them at exactly zero.
+That costs one multiply per step, and nothing in the forward pass.
 """
 
 import math
@@ -109,7 +109,7 @@ def keep_inside(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 
 
 def gradient(weight: Tensor) -> Tensor:
-    """The gradient of a weight, which a backward pass has left."""
+    """The gradient of a weight after a backward pass."""
     assert weight.grad is not None
     return weight.grad
 
@@ -161,18 +161,18 @@ def density_table(model: nn.Module, requested: Mapping[str, float] | None = None
         )
     table = pd.DataFrame(rows)
     total = table[["weights", "kept", "dead_outputs", "dead_inputs"]].sum()
-    wanted = (table["requested"] * table["weights"]).sum() / total["weights"]
-    table.loc[len(table)] = {"layer": "total", "shape": "", "requested": wanted, **total}
+    target = (table["requested"] * table["weights"]).sum() / total["weights"]
+    table.loc[len(table)] = {"layer": "total", "shape": "", "requested": target, **total}
     table.insert(5, "density", table["kept"] / table["weights"])
     return table
 
 
 def density_text(table: pd.DataFrame, width: int = 80) -> str:
-    """A `density_table` for people, at most ``width`` columns wide.
+    """A `density_table` as text, at most ``width`` columns wide.
 
     ``asked`` is the density requested; ``dead_out/in`` counts units without an incoming, and
-    without an outgoing edge. Of layers that were tried in sparse form, ``sparse`` says how many
-    times faster that was; in brackets where they stay masked. Shapes, then long names, give way.
+    without an outgoing edge. ``sparse`` says how many times faster a layer was when tried in sparse
+    form, in brackets where it stays masked. To fit, shapes go first; then long names are cut.
     """
     shown = table[["layer", "shape", "weights"]].copy()
     shown["asked"] = table["requested"].map(number)
@@ -201,13 +201,13 @@ def _width(table: pd.DataFrame) -> int:
 
 
 def _middle_out(name: str, room: int) -> str:
-    """At most ``room`` characters, of which most are of the end, which tells layers apart."""
+    """At most ``room`` characters of a name, mostly its end, which tells layers apart."""
     cut = room // 3
     return name if len(name) <= room else f"{name[:cut]}..{name[len(name) - (room - cut - 2) :]}"
 
 
 def warnings(table: pd.DataFrame) -> list[str]:
-    """One line per thing in a `density_table` that cuts or narrows the network."""
+    """One line per empty layer, and per kind of dead units, in a `density_table`."""
     layers = table[table["layer"] != "total"]
     lines = []
     for row in layers.itertuples():
@@ -226,25 +226,25 @@ def warnings(table: pd.DataFrame) -> list[str]:
 
 
 def deviation(model: nn.Module, requested: Mapping[str, float]) -> str:
-    """How far random masks are from the density asked for, in words; "" if within 1 % of it.
+    """How far random masks are from the requested density, in words; "" if within 1 % of it.
 
-    Both are of all weights, whether a layer has a mask or not. The layer that is named is the one
-    that is farthest off, as a share of what was asked of it.
+    All weights count, with and without a mask. The message names the layer with the largest
+    relative deviation.
 
     Args:
-        requested: the density asked of each layer.
+        requested: the density requested of each layer.
     """
     sizes = {name: layer.weight.numel() for name, layer in sparse_layers(model).items()}
     drawn = {name: int(mask.sum()) for name, _, mask in masked_weights(model)}
-    asked = {name: requested[name] * size for name, size in sizes.items()}
-    off = {name: drawn[name] / asked[name] - 1 for name in drawn if asked[name]}
-    wanted = sum(asked.values())
-    missed = sum(drawn.get(name, size) for name, size in sizes.items()) / max(wanted, 1e-9) - 1
-    if not off or abs(missed) <= 0.01 + 1e-9:
+    expected = {name: requested[name] * size for name, size in sizes.items()}
+    relative = {name: drawn[name] / expected[name] - 1 for name in drawn if expected[name]}
+    target = sum(expected.values())
+    excess = sum(drawn.get(name, size) for name, size in sizes.items()) / max(target, 1e-9) - 1
+    if not relative or abs(excess) <= 0.01 + 1e-9:
         return ""
-    worst, total = max(off, key=lambda name: abs(off[name])), wanted / sum(sizes.values())
-    more = "more" if missed > 0 else "fewer"
+    worst, total = max(relative, key=lambda name: abs(relative[name])), target / sum(sizes.values())
+    more = "more" if excess > 0 else "fewer"
     return (
-        f"the mask has {100 * abs(missed):.1f} % {more} weights than density {total:.4g} asks for; "
-        f"{worst} {100 * off[worst]:+.1f} %"
+        f"the mask has {100 * abs(excess):.1f} % {more} weights than density {total:.4g} asks for; "
+        f"{worst} {100 * relative[worst]:+.1f} %"
     )

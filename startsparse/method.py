@@ -1,7 +1,7 @@
 """What a method of training does in a step besides descending, and what it needs for that.
 
-The training loop (`training.train_epoch`) asks one object in each step. A loop of one's own asks it
-the same questions in the same places.
+The training loop (`training.train_epoch`) calls one object in each step. A loop of your own makes
+the same calls at the same points.
 """
 
 from typing import Literal
@@ -39,9 +39,10 @@ class Method:
         """Called before the forward pass."""
 
     def after_backward(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Called when gradients are there, and before those outside the masks are zeroed.
+        """Called after the backward pass, before the gradients outside the masks are zeroed.
 
-        What moves masks here also zeroes weights and optimizer state outside (`masks.keep_inside`).
+        A method that moves masks also zeroes weights and optimizer state outside them
+        (`masks.keep_inside`).
         """
 
     def after_step(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -12,8 +12,8 @@ class Kind(NamedTuple):
     """An optimizer of PyTorch.
 
     Attributes:
-        make: called with groups of parameters, ``lr``, and what ``momentum`` says.
-        momentum: whether it takes ``momentum`` and ``nesterov``.
+        make: takes groups of parameters and ``lr``; see ``momentum``.
+        momentum: whether it takes ``momentum`` and ``nesterov``, too.
     """
 
     make: Callable[..., torch.optim.Optimizer]

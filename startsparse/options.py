@@ -87,14 +87,14 @@ class Options(Meaning):
     er_sparse_init: Annotated[float, counts(on.MASK)] = 0.2
     """Density of the random mask, in (0, 1]: kept weights of all weights"""
     er_sparsity_file: Annotated[str, default_is("none"), counts(on.MASK, on.FILE)] = ""
-    """Run folder, checkpoint or JSON of layer densities that --er-sparse-method network copies; of
-    a run that found a ratio by a pruner it is that one (ratios.json), not its last (layers.json)"""
+    """Run folder, checkpoint or JSON of layer densities that --er-sparse-method network copies; a
+    run folder gives the ratio that a pruner found (ratios.json), else the last one (layers.json)"""
     er_budget: Annotated[str, choice(ratios.BUDGETS), counts(on.MASK, on.CLIPS)] = "exact"
-    """exact: the density asked for; clip: the clipped, lower one of the paper's research code, in
-    which levels above it prune nothing"""
+    """exact: the requested density; clip: the lower, clipped one of the paper's research code,
+    where pruning levels above it prune nothing"""
     er_sampling: Annotated[str, choice(masks.SAMPLINGS), counts(on.MASK)] = "bernoulli"
-    """bernoulli: each weight is drawn by itself, so that the density is met on average; exact: a
-    fixed number of weights per layer"""
+    """bernoulli: each weight is drawn independently, so that the density is met on average; exact:
+    a fixed number of weights per layer"""
     first_layer_dense: Annotated[bool, counts(on.DENSE)] = False
     """Keep the first layer dense; its weights count towards the density"""
     last_layer_dense: Annotated[bool, counts(on.DENSE)] = False
@@ -103,8 +103,8 @@ class Options(Meaning):
     epochs: int = 160
     """Epochs of the final training"""
     passes: int = 1
-    """Passes over the training set that are one epoch; for sets so small that what follows every
-    epoch, validation and a checkpoint, takes longer than the epoch"""
+    """Passes over the training set per epoch; for sets so small that the validation and checkpoint
+    after every epoch take longer than a pass"""
     batch_size: Annotated[int, also("-b"), counts(on.BATCHES)] = 256
     """Images, or other examples, per step; a graph is always one batch"""
     optimizer: Annotated[str, choice(OPTIMIZERS)] = "sgd"
@@ -112,8 +112,8 @@ class Options(Meaning):
     lr: float = 0.1
     """Learning rate, before its schedule"""
     lr_min: Annotated[float, counts(on.FALLS)] = 0.0
-    """Learning rate at the end of a cosine; multistep does not go below it, and every30, every60
-    and constant do not look at it"""
+    """Learning rate at the end of a cosine; multistep does not go below it; every30, every60 and
+    constant ignore it"""
     lr_policy: Annotated[str, choice(schedules.LEARNING_RATES, schedules.ALIASES)] = "cosine"
     """Schedule of the final training; multistep divides by 10 at 1/2 and 3/4 of it, every30 every
     30 epochs and every60 (step) every 60, never in a training that is shorter"""
@@ -133,40 +133,45 @@ class Options(Meaning):
     clip_norm: float = 0.0
     """Clip the norm of the gradients inside the masks (0: do not)"""
     select: Annotated[str, choice(("best", "last"))] = "best"
-    """Weights that are tested: those of the best validation epoch (with soft thresholds, of the
-    best one within 10 % of the final density), or of the last epoch"""
+    """Weights to test: those of the best validation epoch (with soft thresholds, of the best one
+    within 10 % of the final density), or of the last epoch"""
 
     multigpu: Annotated[str, default_is("the first, if there is one")] = ""
     """GPUs, as in 0,1; several train by DataParallel. On CPUs, torchrun starts several processes"""
     amp: Annotated[str, choice(("auto", "bf16", "off"))] = "auto"
-    """bf16 autocast; auto: on GPUs that have it"""
+    """bf16 autocast; auto: on GPUs that support it"""
     compile: bool = False
     """torch.compile the network"""
     sparse_compute: Annotated[str, choice(MODES), counts(on.SPARSE_FORM)] = "auto"
-    """Compute and store only what is inside the masks, on CPUs, and of that compute only what soft
-    thresholds and edge-popup use; auto: the layers that are faster so, found by trying"""
+    """On CPUs, compute and store only what is inside the masks, and compute only what soft
+    thresholds and edge-popup use of it; auto: only in layers where a trial is faster so"""
+
+    @property
+    def network_option(self) -> str:
+        """The option that names the network, for messages."""
+        return "--arch"
 
     @property
     def network_name(self) -> str:
-        """What the network is called."""
+        """Name of the network."""
         return self.arch
 
     @classmethod
     def understood(cls, argv: list[str]) -> list[str]:
-        """Flags as they are meant, see `data_flag`."""
+        """The command line as it is meant, see `data_flag`."""
         return data_flag.understood(cls, argv)
 
     @property
     def draws_singly(self) -> bool:
-        """Whether each weight of the first masks is drawn by itself, so that chance counts them."""
+        """Whether the first masks draw each weight independently, so that their sizes vary."""
         return self.er_sampling == "bernoulli"
 
     def default_name(self) -> str:
-        """Name of a run that was given none."""
+        """Name of a run without --name."""
         return f"{self.arch}-{self.er_sparse_method}-{self.er_sparse_init:g}"
 
     def sources(self) -> dict[str, dict[str, Path]]:
-        """Files of other runs that this one takes over: option -> {name of the copy: file}."""
+        """Files of other runs that this one copies: option -> {name of the copy: file}."""
         if not self.er_sparsity_file:
             return {}
         file = ratios.file_of(Path(self.er_sparsity_file))
@@ -174,8 +179,8 @@ class Options(Meaning):
 
     def decay(self, module: nn.Module, parameter: str) -> float:  # noqa: ARG002
         """Weight decay of a parameter of ``module``."""
-        bare = self.no_bn_decay and isinstance(module, nn.modules.batchnorm._BatchNorm)
-        return 0.0 if bare else self.weight_decay
+        exempt = self.no_bn_decay and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        return 0.0 if exempt else self.weight_decay
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer for the parameters of ``model``, each with its `decay`."""
@@ -188,33 +193,45 @@ class Options(Meaning):
         )
 
     def no_sparse_compute(self, device: torch.device) -> str:
-        """Why --sparse-compute is out of the question, if it is."""
+        """Why --sparse-compute is impossible on ``device``; "" if it is possible."""
         if device.type != "cpu":
             return "it is for CPUs"
         if self.amp == "bf16":
             return "--amp bf16 computes in a format that it does not have"
-        return "--compile has a form of its own" if self.compile else ""
+        return "--compile generates kernels of its own" if self.compile else ""
 
     @property
     def obstacle(self) -> str:
-        """Why --sparse-compute is out of the question on a CPU, if it is."""
+        """The same on a CPU."""
         return self.no_sparse_compute(torch.device("cpu"))
 
-    def check_places(self) -> None:
-        """Raise `OptionError` for a folder that is not there; asked before anything else."""
+    def check_folders(self) -> None:
+        """Raise `OptionError` for a folder that is not there; called before all other checks."""
         data_root(self.data)
 
     @property
     def derived(self) -> tuple[str, ...]:
-        """Options of no effect of their own whose value `derive` sets."""
+        """Options without an effect of their own, whose value `derive` sets."""
         return ()
 
     def derive(self) -> None:
         """Set the options that follow from others."""
 
     def check(self) -> None:
-        """Raise `OptionError` for values that cannot be meant; names the option."""
+        """Raise `OptionError` for a value out of range or in conflict; names the option."""
         self.derive()
+        self._check_ranges()
+        if OPTIMIZERS[self.optimizer].momentum and self.nesterov and self.momentum == 0:
+            raise OptionError("--nesterov: needs a --momentum above 0")
+        modular.check(self.modulus, self.train_fraction)
+        if self.valid_split == 0 and self.select == "best" and self.set not in OWN_PARTS:
+            raise OptionError("--valid-split: 0 leaves nothing to choose by; add --select last")
+        self._check_devices()
+        self.check_evaluate()
+        if self.er_sparse_method == "network" and not self.er_sparsity_file:
+            raise OptionError("--er-sparse-method: network needs an --er-sparsity-file")
+
+    def _check_ranges(self) -> None:
         require_range(self, "er_sparse_init", low=0, high=1, open_low=True)
         require_range(self, "valid_split", low=0, high=1, open_high=True)
         require_range(self, "label_smoothing", low=0, high=1, open_high=True)
@@ -232,11 +249,8 @@ class Options(Meaning):
             "save_every",
         ):
             require_range(self, name, low=0)
-        if OPTIMIZERS[self.optimizer].momentum and self.nesterov and self.momentum == 0:
-            raise OptionError("--nesterov: needs a --momentum above 0")
-        modular.check(self.modulus, self.train_fraction)
-        if self.valid_split == 0 and self.select == "best" and self.set not in OWN_PARTS:
-            raise OptionError("--valid-split: 0 leaves nothing to choose by; add --select last")
+
+    def _check_devices(self) -> None:
         require_gpus(self, "multigpu")
         if self.compile and "," in self.multigpu:
             raise OptionError("--compile: works on one device; name one GPU in --multigpu")
@@ -244,9 +258,6 @@ class Options(Meaning):
             raise OptionError(f"--multigpu: {self.set} is one batch; name one GPU")
         if processes.world_size() > 1:
             self.check_processes()
-        self.check_evaluate()
-        if self.er_sparse_method == "network" and not self.er_sparsity_file:
-            raise OptionError("--er-sparse-method: network needs an --er-sparsity-file")
 
     def check_processes(self) -> None:
         """Raise `OptionError` for what several processes cannot do."""

@@ -14,7 +14,7 @@ log = logging.getLogger("startsparse")
 def choose_devices(multigpu: str) -> list[torch.device]:
     """The devices of ``--multigpu``: GPUs as in "0,1"; "" is the first GPU, if there is one.
 
-    Without CUDA it is the CPU, which is said where GPUs were named.
+    Without CUDA it is the CPU; a line says so where ``multigpu`` names GPUs.
 
     Raises:
         UserError: a GPU that this machine does not have.

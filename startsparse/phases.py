@@ -1,4 +1,4 @@
-"""The parts of a training, one after the other, and where a run stands in them."""
+"""The phases of a training, and the position of a run in them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,12 +18,12 @@ class Phase:
     epochs: int
     lr_policy: str
     lr_min: float = 0.0
-    warmup: int | None = None  # first epochs, of a linear rise; None: --warmup-length
-    then: Callable[["Trainer"], None] = lambda _trainer: None  # done once, after the last epoch
+    warmup: int | None = None  # epochs of linear rise at its start; None: --warmup-length
+    then: Callable[["Trainer"], None] = lambda _trainer: None  # called once, after the last epoch
     method: Method = PLAIN  # what its steps do besides descending
-    select_from: int = 0  # epochs before this one, of this phase, are no candidates for the best
-    drifts: bool = False  # density changes by training itself; the best epoch has that of the last
-    keeps_momentum: bool = False  # of the phase before, where weights go on from there
+    select_from: int = 0  # earlier epochs of the phase are no candidates for the best
+    drifts: bool = False  # training itself changes the density; the best epoch has the final one
+    keeps_momentum: bool = False  # starts with the momentum buffers of the phase before
 
 
 @dataclasses.dataclass

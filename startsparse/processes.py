@@ -1,15 +1,15 @@
 """Several processes that train one network on CPUs, as torchrun starts them.
 
-Each runs the whole script. All draw the same weights and masks, since randomness is derived; each
-has its part of every batch (`data.batches.parts`), and `all_average_gradients` makes of its
-gradients those of the whole batch, so that weights stay the same everywhere. Rank 0 writes the
-files for all, and finds for all what may come out differently (`by_rank_0`).
+Each runs the whole script. All draw the same weights and masks, since randomness is derived. Each
+trains on its part of every batch (`data.batches.parts`), and `all_average_gradients` turns its
+gradients into those of the whole batch, so that all have the same weights. Rank 0 writes the files,
+and decides for all where processes could differ (`by_rank_0`).
 
 Collectives are functions that every process must call, in the same order: one that calls alone
 waits for ever. Their names begin with ``all_`` or end in ``_by_rank_0``; all methods of `runs.Run`
 and `candidates.Candidates` are collectives, too.
 
-In a process that is alone all of this does nothing.
+In a single process all of this does nothing.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class World:
     Attributes:
         rank: number of this process, from 0.
         size: number of processes.
-        store: what they can read and write without a collective; None where one is alone.
+        store: keys that they read and write without a collective; None in a single process.
     """
 
     rank: int = 0
@@ -73,28 +73,28 @@ def start() -> None:
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return
     _world.store, _world.rank, _world.size = next(dist.rendezvous("env://"))
-    # A process that ends is noticed at once; the others may wait while rank 0 downloads.
-    patience = datetime.timedelta(days=1)
-    dist.init_process_group("gloo", None, patience, _world.size, _world.rank, _world.store)
+    # The others notice at once when a process ends, and wait for long while rank 0 downloads.
+    timeout = datetime.timedelta(days=1)
+    dist.init_process_group("gloo", None, timeout, _world.size, _world.rank, _world.store)
     logging.getLogger("startsparse").disabled = _world.rank > 0
 
 
 def _say_once(line: str) -> None:
-    """Say why this process stops, unless another one has said why all do."""
+    """Print why this process stops, unless another one has printed why all stop."""
     if _world.store is None:
         errors.say(line)
         return
-    with contextlib.suppress(dist.DistError):  # the process that said it is gone
+    with contextlib.suppress(dist.DistError):  # the process that printed it is gone
         if _world.store.add("stopping", 1) == 1:
             errors.say(line)
-            _world.store.set("said", "")
-        else:  # not before: torchrun kills all others when one ends
-            _world.store.wait(["said"], datetime.timedelta(seconds=10))
+            _world.store.set("printed", "")
+        else:  # wait for it, as torchrun kills all others when one ends
+            _world.store.wait(["printed"], datetime.timedelta(seconds=10))
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Within it, this process is the only one."""
+    """Inside it, this process counts as the only one."""
     before = _world.rank, _world.size
     _world.rank, _world.size = 0, 1
     try:
@@ -104,16 +104,16 @@ def alone() -> Iterator[None]:
 
 
 def all_from_rank_0(make: Callable[[], T]) -> T:
-    """What ``make`` returns in rank 0, which alone calls it, when it has returned."""
+    """What ``make`` returns in rank 0; no other process calls it."""
     if _world.size == 1:
         return make()
-    made: list = [None]
+    message: list = [None]
     if _world.rank == 0:
         with alone():
-            made = [make()]
+            message = [make()]
     with _talking():
-        dist.broadcast_object_list(made)
-    return made[0]
+        dist.broadcast_object_list(message)
+    return message[0]
 
 
 def by_rank_0(function: Callable[P, T]) -> Callable[P, T]:
@@ -128,20 +128,20 @@ def by_rank_0(function: Callable[P, T]) -> Callable[P, T]:
 
 @contextlib.contextmanager
 def all_after_rank_0() -> Iterator[None]:
-    """Rank 0 does what is within before the others, which find it done."""
+    """Rank 0 runs the block first, then the others do, which find its work done."""
     if _world.rank > 0:
         all_from_rank_0(lambda: None)
     try:
         yield
-    finally:  # errors too may come again in the others
+    finally:  # after an error, too: the others may raise it again
         if _world.rank == 0:
             all_from_rank_0(lambda: None)
 
 
 def all_take_rank_0s(model: nn.Module) -> None:
-    """Weights, masks and running statistics as rank 0 has them.
+    """Load the weights, masks and running statistics of rank 0.
 
-    Statistics of BatchNorm are of each process's own share until then, as with DataParallel.
+    Until then, statistics of BatchNorm are those of each process's part, as with DataParallel.
     """
     if _world.size > 1:
         model.load_state_dict(all_from_rank_0(model.state_dict))
@@ -161,16 +161,16 @@ def all_average_gradients(
 ) -> bool:
     """Make the gradients those of the whole batch: means weighted by the examples of each process.
 
-    One message per step: all gradients, the number of examples and ``stop``. The gradients are
-    views of it afterwards, in the memory format of their parameters.
+    One all-reduce per step carries all gradients, the number of examples and ``stop``. Afterwards
+    the gradients are views of its buffer, in the memory format of their parameters.
 
     Args:
         parameters: of the same shapes in the same order in all processes.
-        examples: of this process's part; 0: its gradients are left out, and it may have none.
+        examples: of this process's part; 0: its gradients do not count, and it may have none.
         stop: whether this process was asked to stop.
 
     Returns:
-        Whether any process was.
+        Whether any process was asked to stop.
     """
     if _world.size == 1:
         return stop

@@ -1,4 +1,4 @@
-"""Pruners by name: which weights of a masked network stay when only so many may.
+"""Pruners by name: which weights of a masked network stay.
 
 A new pruner is a function (model, count, inputs) that shrinks masks, and a line in `PRUNERS`.
 """
@@ -20,7 +20,7 @@ ROUNDS = 100  # of synflow
 
 
 class Inputs(NamedTuple):
-    """What pruners may look at besides the model; see `prune`."""
+    """What pruners may use besides the model; see `prune`."""
 
     seed: int
     level: int
@@ -42,8 +42,8 @@ def prune(
 ) -> None:
     """Shrink the masks, in place, to exactly ``count`` weights and zero the weights outside.
 
-    Nothing that was pruned comes back; of equal scores those of earlier layers and positions stay.
-    The optimizer's state outside the masks is the caller's to zero (`masks.keep_inside`).
+    No pruned weight comes back. Of tied scores those of earlier layers and positions stay. The
+    caller zeroes the optimizer's state outside the masks (`masks.keep_inside`).
 
     Args:
         model: the bare network; layers without a mask are left alone and not counted.
@@ -127,8 +127,8 @@ def layer_counts(
 ) -> np.ndarray:
     """How many of the ``left`` weights of each layer stay, ``count`` in all.
 
-    Densities are relative to the full size of the layers. A layer that has fewer weights left than
-    its ratio asks keeps them all, and the others are solved again.
+    Densities are relative to the full size of the layers. A layer with fewer weights left than its
+    ratio asks for keeps them all; the others are then solved again.
 
     Args:
         ratio: a profile of `ratios.PROFILES`.
@@ -143,9 +143,9 @@ def layer_counts(
         if rest <= 0:
             counts[free] = 0
             break
-        own = [shape for shape, is_free in zip(shapes, free) if is_free]
+        free_shapes = [shape for shape, is_free in zip(shapes, free) if is_free]
         density = min(1.0, rest / sizes[free].sum())
-        counts[free] = layer_densities(ratio, own, density) * sizes[free]
+        counts[free] = layer_densities(ratio, free_shapes, density) * sizes[free]
         short = free & (counts > has)
         counts[short] = has[short]
         free &= ~short

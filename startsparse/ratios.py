@@ -1,9 +1,9 @@
 """Layer-wise ratios: layer shapes and a target density give a density per layer.
 
 With n_l weights in layer l and N in all, the target p asks for sum(p_l n_l) = p N. Research code
-scales a profile to that sum and then clips it at 1, which silently loses edges: asked for 0.5, a
-balanced ResNet18 has 0.27. Here the layers that saturate are fixed at 1 and the others are solved
-again, so the sum is met exactly; ``budget="clip"`` gives the clipped densities of old runs.
+scales a profile to that sum and then clips it at 1, which silently loses edges: for a target of
+0.5, a balanced ResNet18 has 0.27. Here saturated layers are fixed at 1 and the others are solved
+again, so the sum is met exactly. ``budget="clip"`` gives the clipped densities of old runs.
 """
 
 import math
@@ -41,7 +41,7 @@ PROFILES: dict[str, Callable[[Sequence[Shape]], np.ndarray]] = {
     "ER": er,
     "balanced": balanced,
 }
-# `pyramidal` has a solver of its own and `network` takes its profile from a saved network.
+# `pyramidal` has its own solver, and `network` takes its profile from a saved network.
 METHODS = (*PROFILES, "pyramidal", "network")
 # Names of the same ratios in the three original scripts.
 ALIASES = {
@@ -72,7 +72,7 @@ def layer_densities(
         budget: ``exact`` solves again after a layer saturates, so that sum(p_l n_l) = p N;
             ``clip`` only cuts at 1, as the paper's research code does.
         dense: positions of layers kept at density 1; they count towards p.
-        profile: for ``network``: kept fraction of each layer of that network.
+        profile: for ``network``: density of each layer of that network.
 
     Raises:
         ValueError: a density outside (0, 1], or one that no p_l <= 1 can meet.
@@ -128,10 +128,10 @@ def _geometric(sizes: np.ndarray, nnz: float) -> np.ndarray:
 def file_of(path: Path) -> Path:
     """The file of layer densities that a path means.
 
-    Of a run folder that is ratios.json, the ratio that the run has found, or else layers.json, its
-    network; other paths are the file itself.
+    In a run folder it is ratios.json, a ratio found by a pruner, or without one layers.json, the
+    densities of its network. Any other path is the file itself.
     """
     if not path.is_dir():
         return path
-    found = path / "ratios.json"
-    return found if found.exists() else path / "layers.json"
+    ratio = path / "ratios.json"
+    return ratio if ratio.exists() else path / "layers.json"

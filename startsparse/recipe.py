@@ -1,4 +1,4 @@
-"""What the main.py of every script does alike, in the order in which it does it."""
+"""The steps that the main.py of every script shares, in their order."""
 
 import logging
 from pathlib import Path
@@ -18,10 +18,10 @@ log = logging.getLogger("startsparse")
 
 
 def already_done(options: Options, folder: Path | None) -> bool:
-    """Whether the run in ``folder`` has its result, which is then said again.
+    """Whether the run in ``folder`` is finished; if so, print its result again.
 
     Raises:
-        OptionError: it has none, and could not add it to results.csv.
+        OptionError: it is not finished, and could not add its result to results.csv.
     """
     done = None if folder is None or options.evaluate else runs.summary(folder)
     if done and folder:
@@ -34,17 +34,17 @@ def already_done(options: Options, folder: Path | None) -> bool:
 def show_run(
     options: Options, folder: Path | None, model: torch.nn.Module, devices: list[torch.device]
 ) -> None:
-    """The first lines of a run: what it is, before anything that takes long.
+    """Print the first lines of a run: what it is, before anything that takes long.
 
     Args:
-        folder: of a run that is continued; None: a new one.
-        model: the network as planned.
+        folder: of the run to resume; None: a new one.
+        model: the network to be trained.
     """
-    own = shown(type(options))
-    said = {name: value for name, value in differing(options).items() if name != "config"}
+    flags, values = shown(type(options)), differing(options)
     words = [
-        flag(own[name]) + ("" if value is True else f" {text(value)}")
-        for name, value in said.items()
+        flag(flags[name]) + ("" if value is True else f" {text(value)}")
+        for name, value in values.items()
+        if name != "config"
     ]
     count = sum(parameter.numel() for parameter in model.parameters())
     device = ", ".join(map(str, devices))
@@ -59,7 +59,7 @@ def show_run(
 
 
 def expected_shape(options: Options) -> data.Shape:
-    """What is known of --set before it is read."""
+    """The shape of --set, before it is read."""
     if options.set == "modular-addition":
         return data.Shape(options.modulus, options.modulus, 1)
     return data.SHAPES[options.set]
@@ -69,10 +69,10 @@ def build(options: Options, shape: data.Shape, resnet_type: str = "") -> torch.n
     """The network of --arch for these examples, not yet initialised.
 
     Raises:
-        OptionError: it takes something else, or what `models.build` says.
+        OptionError: it takes other examples; see also `models.build`.
     """
     fits = models.fitting(shape.kind)
-    option, name = ("--resnet-type", resnet_type) if resnet_type else ("--arch", options.arch)
+    option, name = options.network_option, resnet_type or options.arch
     if shape.kind != "images" if resnet_type else name not in fits:
         raise OptionError(
             f"{option}: {name} is not for {options.set}, a set of {shape.kind}; "
@@ -85,6 +85,7 @@ def build(options: Options, shape: data.Shape, resnet_type: str = "") -> torch.n
         size=shape.size,
         width=options.width,
         resnet_type=resnet_type,
+        option=option,
         imagenet=options.set == "imagenet",
         adjacency=shape.adjacency,
     )
@@ -92,7 +93,7 @@ def build(options: Options, shape: data.Shape, resnet_type: str = "") -> torch.n
 
 def load_data(options: Options, device: torch.device) -> data.Data:
     """The data set of --set, on ``device``."""
-    with processes.all_after_rank_0():  # it fetches and unpacks what is missing
+    with processes.all_after_rank_0():  # rank 0 fetches and unpacks missing files
         return data.load(
             options.set,
             root=data.data_root(options.data),
@@ -111,7 +112,7 @@ def load_data(options: Options, device: torch.device) -> data.Data:
 
 
 def say_accuracies(trainer: Trainer) -> None:
-    """--evaluate: the accuracies of the selected weights."""
+    """--evaluate: print the accuracies of the selected weights."""
     trainer.load_selected()
     for split in ("valid", "test"):
         accuracy = trainer.evaluate(getattr(trainer.data, split))["accuracy"]
@@ -119,24 +120,25 @@ def say_accuracies(trainer: Trainer) -> None:
 
 
 def show_start(trainer: Trainer, requested: dict[str, float]) -> None:
-    """The densities that training starts from: density.csv, and a warning for each dead end."""
+    """Write the densities at the start to density.csv, and print them with their warnings."""
     trainer.decide()
     table = trainer.compute.columns(masks.density_table(trainer.model, requested))
     show_densities(trainer.run, table, "density.csv")
-    if requested and not trainer.history and not trainer.position.step:  # later masks are not drawn
+    # Later masks are not as drawn.
+    if requested and not trainer.history and not trainer.position.step:
         say_deviation(trainer.model, requested, trainer.options)
 
 
 def say_deviation(model: torch.nn.Module, requested: dict[str, float], options: Options) -> None:
-    """A warning where the first masks do not have the density asked for."""
-    missed = masks.deviation(model, requested)
-    if missed:
+    """Warn where the first masks do not have the requested density."""
+    deviation = masks.deviation(model, requested)
+    if deviation:
         remedy = "; --er-sampling exact draws as many as asked for" * options.draws_singly
-        log.warning("warning: %s%s", missed, remedy)
+        log.warning("warning: %s%s", deviation, remedy)
 
 
 def show_densities(run: runs.Run, table: pd.DataFrame, name: str) -> None:
-    """A `masks.density_table` as file ``name`` of the run, and a warning for each dead end."""
+    """Write a `masks.density_table` as ``name`` in the run, and print it with its warnings."""
     run.write_table(name, table)
     log.info("%s", masks.density_text(table))
     for line in masks.warnings(table):
@@ -145,19 +147,19 @@ def show_densities(run: runs.Run, table: pd.DataFrame, name: str) -> None:
 
 def finish(
     trainer: Trainer,
-    asked: float,
+    density: float,
     requested: dict[str, float],
     result: dict[str, float],
     layers: dict[str, dict[str, float]] | None = None,
 ) -> None:
-    """Tables, picture and summary of a run whose tested weights are in place.
+    """Write tables, picture and summary of a run whose tested weights are in place.
 
-    Where layers compute with another weight than their own, also the weights of the ordinary
-    network that computes the same.
+    Where layers compute with another weight than the one they store, also write the weights of the
+    ordinary network that computes the same.
 
     Args:
-        asked: the density asked for.
-        requested: the density asked of each layer at the start.
+        density: the requested density.
+        requested: the density requested of each layer at the start.
         result: of `Trainer.test`.
         layers: layer -> density and more, for layers.json (default: the densities).
     """
@@ -166,9 +168,9 @@ def finish(
         checkpoint.save_by_rank_0(run.folder / runs.PLAIN_WEIGHTS, {"model": plain_state(model)})
     table = masks.density_table(model, requested)
     run.write_table("density.csv", trainer.compute.columns(table))
-    own = {name: {"density": density} for name, density in flops.densities(model).items()}
-    run.write_json("layers.json", layers or own)
+    densities = {name: {"density": share} for name, share in flops.densities(model).items()}
+    run.write_json("layers.json", layers or densities)
     plots.plot_run_by_rank_0(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
-    summary = report.summary(asked, table, result | trainer.costs(), trainer.seconds)
+    summary = report.summary(density, table, result | trainer.costs(), trainer.seconds)
     run.finish(summary)
     log.info("%s", report.text(summary, run.folder))

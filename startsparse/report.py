@@ -22,16 +22,16 @@ from startsparse.errors import OptionError, UserError, run_script, say
 from startsparse.fields import default_is
 from startsparse.runs import FREE
 
-SEEDS_AND_NAMES = {"seed", "name", "expt_setup"}  # no part of what a run computes
+SEEDS_AND_NAMES = {"seed", "name", "expt_setup"}  # they make no setting
 
 
 def summary(
     requested: float, layers: pd.DataFrame, result: dict[str, float], seconds: float
 ) -> dict[str, float]:
-    """What a finished run is remembered by: summary.json and its line in results.csv.
+    """The result of a finished run, for summary.json and its row of results.csv.
 
     Args:
-        requested: the density asked for.
+        requested: the requested density.
         layers: `startsparse.masks.density_table` of the tested weights.
         result: of `startsparse.trainer.Trainer.test`.
     """
@@ -47,7 +47,7 @@ def summary(
 
 
 def text(summary: dict[str, float], folder: Path) -> str:
-    """A `summary` for people."""
+    """A `summary` as text."""
     search = summary.get("search_flops")
     rows = {
         "requested density": number(summary["requested"]),
@@ -89,7 +89,7 @@ def summarise(results: pd.DataFrame, by: Sequence[str], of: Sequence[str]) -> pd
 
 
 def options_of(table: pd.DataFrame) -> list[str]:
-    """The columns of a results.csv that are options of what its runs compute, but the seed."""
+    """The columns of a results.csv that are options which affect the result, but the seed."""
     columns = list(table.columns)
     if "seconds" not in columns:  # a table from elsewhere
         return []
@@ -100,42 +100,49 @@ def options_of(table: pd.DataFrame) -> list[str]:
 def settings(
     table: pd.DataFrame, by: Sequence[str] | None, options: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """The columns by which rows of one setting, and no others, come together.
+    """The columns that group rows by setting.
 
-    The seed of a run in the path of an option, as in start_from, is no difference.
+    The seed of another run in the path of an option, as in start_from, makes no difference.
 
     Args:
         table: rows of results.csv.
-        by: columns that are to be among them; None: all options that vary.
-        options: the columns that say what a run computes, without the seed.
+        by: columns to group by; None: all options that vary.
+        options: the columns of options that affect the result, without the seed.
 
     Returns:
-        ``by``, and the options that differ between rows which agree in ``by``: add them.
+        ``by``, and the options that differ between rows that agree in ``by``: add them.
 
     Raises:
         UserError: a seed repeats within a setting; names the run folders.
     """
     table = without_seeds(table, options)
     varying = [name for name in options if table[name].nunique(dropna=False) > 1]
-    found = varying if by is None else list(by)
-    groups = table.groupby(found, dropna=False) if found else None
-    more = [] if by is None else [name for name in varying if name not in found]
-    if groups is not None:
+    if by is None:
+        columns, more = varying, []
+    else:
+        columns, more = list(by), [name for name in varying if name not in by]
+    if columns:
+        groups = table.groupby(columns, dropna=False)
         more = [name for name in more if (groups[name].nunique(dropna=False) > 1).any()]
     if "seed" in table:
-        twice = table[table.duplicated([*found, *more, "seed"], keep=False)]
-        if len(twice):
-            first = twice[[*found, *more, "seed"]].iloc[[0]].merge(twice)
-            runs = ", ".join(first["run"]) if "run" in first else f"{len(first)} rows"
-            raise UserError(
-                f"seed {plots.shown(first['seed'].iloc[0])} repeats in one setting: {runs}; take "
-                "all but one out of the table, or tell them apart by another --by, as name or run"
-            )
-    return found, more
+        _refuse_repeated_seed(table, [*columns, *more, "seed"])
+    return columns, more
+
+
+def _refuse_repeated_seed(table: pd.DataFrame, columns: list[str]) -> None:
+    """Raise `UserError` where rows agree in ``columns``, which are a setting and its seed."""
+    repeated = table[table.duplicated(columns, keep=False)]
+    if len(repeated):
+        first = repeated[columns].iloc[[0]].merge(repeated)
+        runs = ", ".join(first["run"]) if "run" in first else f"{len(first)} rows"
+        raise UserError(
+            f"seed {plots.shown(first['seed'].iloc[0])} repeats in one setting: {runs}; take "
+            "all but one out of the table, or tell them apart by another --by, as name or run"
+        )
 
 
 def without_seeds(table: pd.DataFrame, options: Sequence[str]) -> pd.DataFrame:
-    """The table, with {seed} for the seed of a row in the paths that ``options`` hold."""
+    """The table with {seed} instead of a row's seed in the paths that its ``options`` hold."""
     table = table.copy()
     for name in results.TEXT.intersection(options) if "seed" in table else ():
         table[name] = [
@@ -149,7 +156,7 @@ def markdown(table: pd.DataFrame, of: Sequence[str], digits: int = 4) -> str:
     """A `summarise`-d table as Markdown, ``mean ± half-width`` in one cell.
 
     Args:
-        digits: after the point; of values below 0.1 that are no accuracies, significant ones.
+        digits: after the point; significant ones for values below 0.1 that are no accuracies.
     """
     cells = table.drop(columns=[f"{name}_ci95" for name in of])
     for name in cells.columns.difference(list(of)):
@@ -202,18 +209,17 @@ class ReportOptions:
     """results.csv, as the scripts write it"""
     by: Annotated[tuple[str, ...], default_is("all options that vary, but seed and name")] = ()
     """Options that make a setting, by the script's names; others that differ within one are added,
-    which is said"""
+    with a note"""
     of: tuple[str, ...] = ("density", "valid_accuracy", "test_accuracy")
     """Columns to average"""
     digits: int = 4
-    """Digits after the point; significant ones of densities, and other values that are no
-    accuracies, below 0.1"""
+    """Digits after the point; below 0.1, significant digits of all values but accuracies"""
     plot: Path | None = None
     """Picture (.png, .pdf or .svg) of the last column --of; --by gives axis, colours, panels, line
     styles, in this order"""
     curves: Path | None = None
-    """Picture of training and validation accuracy against the epoch, means of each setting; their
-    numbers are written beside it as CSV"""
+    """Picture of training and validation accuracy against the epoch, means of each setting; a CSV
+    beside it has their numbers"""
 
 
 def main() -> None:
@@ -240,10 +246,10 @@ def main() -> None:
 def read(options: ReportOptions) -> tuple[pd.DataFrame, list[str]]:
     """The rows of the results, and the columns that make a setting.
 
-    Columns that were named have the names that they were given.
+    Columns that the command line names have its names.
 
     Raises:
-        OptionError: there is no such file, or column; or a column --of is none of numbers.
+        OptionError: there is no such file, or column; or a column --of does not hold numbers.
         UserError: the file cannot be read, or a seed repeats in a setting.
     """
     path = options.results
@@ -252,22 +258,29 @@ def read(options: ReportOptions) -> tuple[pd.DataFrame, list[str]]:
     table = results.numbers(results.read(path))
     if table.empty:
         raise UserError(f"{path}: has no rows")
-    names = {}
-    for flag, given in (("--by", options.by), ("--of", options.of)):
-        for name in given:
-            found = results.column(table, name)
-            if found is None:
-                raise OptionError(f"{flag}: {path} has no column '{name}'")
-            if flag == "--of" and not pd.api.types.is_numeric_dtype(table[found]):
-                raise OptionError(f"--of: the column '{name}' of {path} is none of numbers")
-            names[found] = name.replace("-", "_")
-    asked = list(filter(None, (results.column(table, name) for name in options.by)))
-    by, more = settings(table, asked or None, options_of(table))
+    columns = _columns(table, options.by, "--by", path)
+    values = _columns(table, options.of, "--of", path)
+    words = [name.replace("-", "_") for name in (*options.by, *options.of)]
+    names = dict(zip([*columns, *values], words))
+    by, more = settings(table, columns or None, options_of(table))
     if more:
         say(f"note: differs within a setting and is added to --by: {', '.join(more)}")
     table = table.drop(columns=[n for n in names.values() if n not in names and n in table])
     table = without_seeds(table, [*by, *more]).rename(columns=names)
     return table, [names.get(name, name) for name in (*by, *more)]
+
+
+def _columns(table: pd.DataFrame, names: Sequence[str], flag: str, path: Path) -> list[str]:
+    """The columns that ``names`` of the option ``flag`` mean; those of --of hold numbers."""
+    columns = []
+    for name in names:
+        column = results.column(table, name)
+        if column is None:
+            raise OptionError(f"{flag}: {path} has no column '{name}'")
+        if flag == "--of" and not pd.api.types.is_numeric_dtype(table[column]):
+            raise OptionError(f"--of: the column '{name}' of {path} does not hold numbers")
+        columns.append(column)
+    return columns
 
 
 if __name__ == "__main__":

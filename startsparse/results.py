@@ -1,9 +1,9 @@
 """results.csv: one row per finished run; in a sweep levels.csv too: one row per level of a run.
 
 ``run`` is the key: the run folder, relative to the folder of the file where both lie in one tree,
-so that a folder of results can be moved and committed together with its runs. Cells are kept as the
-text that was written, so that no name becomes a number. What was measured comes first, and its last
-column is ``seconds``; options follow, by the names that they have in the code of all scripts.
+so that a folder of results can be moved and committed together with its runs. Cells stay the text
+that was written, so that no name becomes a number. Measured columns come first, the last of them
+``seconds``; options follow, by their names in the code.
 """
 
 import itertools
@@ -22,10 +22,10 @@ from startsparse.errors import OptionError, UserError
 from startsparse.fields import normal
 from startsparse.options import Options
 
-# Columns that are text also where every cell looks like a number.
+# Columns of text, even where every cell looks like a number.
 TEXT = {"run", "name", "expt_setup", "er_sparsity_file", "start_from", "target_expt_name"}
 
-# Names that options have on the command line of a script -> their names in the code and in tables.
+# Names of options on the command line of a script -> their names in the code and in tables.
 OTHER_NAMES = {
     normal(name): field for field, names in Options.other_names.items() for name in names
 } | {"data": "set", "global": "global_ranking"}
@@ -54,17 +54,17 @@ def read_runs(path: Path) -> pd.DataFrame:
 
 
 def add(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add rows to a table that several processes may write; new columns are welcome.
+    """Add rows, which may have new columns, to a table that several processes may write.
 
     Args:
-        rows: ``run`` is the run folder. What the table has of it is replaced: a run has one result.
+        rows: ``run`` is the run folder. They replace older rows of it: a run has one result.
     """
     rows = [{k: cell(v) for k, v in {**row, "run": key(path, row["run"])}.items()} for row in rows]
     with locked(path):
         table = read_runs(path)
         table = without(table, path, {folder(path, row["run"]) for row in rows})
         columns = list(table.columns)
-        for row in rows:  # a new column has its place behind the one before it
+        for row in rows:  # a new column goes behind the one that precedes it in the row
             for before, name in itertools.pairwise(row):
                 if name not in columns:
                     columns.insert(columns.index(before) + 1, name)
@@ -74,7 +74,7 @@ def add(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def key(path: Path, run: Path | str) -> str:
-    """The cell ``run`` in the table ``path`` of the run in this folder."""
+    """The cell ``run`` in the table ``path`` for this run folder."""
     run, here = Path(run).resolve(), path.parent.resolve()
     apart = len(Path(os.path.commonpath([run, here])).parts) == 1
     return str(run) if apart else Path(os.path.relpath(run, here)).as_posix()
@@ -86,15 +86,15 @@ def folder(path: Path, run: str) -> Path:
 
 
 def without(table: pd.DataFrame, path: Path, folders: set[Path]) -> pd.DataFrame:
-    """The rows of the table ``path`` that are not of these run folders."""
+    """The rows of the table ``path`` that belong to none of these run folders."""
     return table[~table["run"].map(lambda run: folder(path, run)).isin(folders)]
 
 
 def check(path: Path) -> None:
     """Raise `OptionError` unless `add` will be able to add to the table. Leaves nothing behind."""
-    there = next(parent for parent in path.resolve().parents if parent.exists())
+    existing = next(parent for parent in path.resolve().parents if parent.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=existing):
             read_runs(path)
     except OSError as error:
         raise OptionError(f"--result-dir: cannot write {path}: {error.strerror}") from None
@@ -113,24 +113,24 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def numbers(table: pd.DataFrame) -> pd.DataFrame:
-    """Columns in which every cell but empty ones is a number as numbers, but those of `TEXT`."""
+    """The table with numbers in columns, not of `TEXT`, whose filled cells are all numbers."""
     table = table.copy()
     for name in table.columns.difference(list(TEXT)):
-        found = pd.to_numeric(table[name].where(table[name] != ""), errors="coerce")
-        if found.notna().any() and (found.notna() | (table[name] == "")).all():
-            table[name] = found
+        values = pd.to_numeric(table[name].where(table[name] != ""), errors="coerce")
+        if values.notna().any() and (values.notna() | (table[name] == "")).all():
+            table[name] = values
     return table
 
 
 def column(table: pd.DataFrame, name: str) -> str | None:
     """The column that a name of the command line means, with dashes or underscores, if any."""
     other = OTHER_NAMES.get(normal(name))
-    found = {normal(c): c for c in table.columns}
-    return other if other in table else found.get(normal(name))
+    columns = {normal(c): c for c in table.columns}
+    return other if other in table else columns.get(normal(name))
 
 
 def cell(value: Any) -> str:
-    """A value as it stands in a table."""
+    """A value as text of a table."""
     if isinstance(value, tuple | list):
         return " ".join(map(str, value))
     return "" if value is None or value != value else str(value)  # NaN is not itself

@@ -3,21 +3,21 @@
 <log-dir>/<config>/<name>/seed-<seed>/
     options.yaml      every option; --config options.yaml repeats the run
     environment.json  versions, git state, machine, command line
-    log.txt           what was said
-    checkpoint.pt     the run as it stands; best.pt: weights of the best validation epoch;
-                      best-EPOCH.pt: of what may take its place (`candidates`), until the end
+    log.txt           the log
+    checkpoint.pt     the state of the run; best.pt: weights of the best validation epoch;
+                      best-EPOCH.pt: those of its rivals (`candidates`), until the phase ends
     epochs.csv        one row per epoch; tensorboard/ shows the same
     topology.csv      one row per change of the masks in dynamic sparse training
-    levels.csv        one row per density of an iteratively pruned run; levels/: masks, weights
+    levels.csv        one row per level of an iteratively pruned run; levels/: masks, weights
     ticket.safetensors: the strong lottery ticket; levels/: those of all levels
-    random_mask.csv   the random mask that tickets lie in; shuffles.csv: tickets shuffled
+    random_mask.csv   the random mask that contains the tickets; shuffles.csv: shuffled tickets
     density.csv       one row per layer; layers.json: the same for --er-sparsity-file
     ratios.json       the layer-wise ratio that a pruner found in this run; search.json: its FLOPs
     curves.png        curves, and the density per layer
-    dense_weights.pt  the weights as a plain network has them, where layers compute with others
-                      than their own (`effective`)
+    dense_weights.pt  the weights of the ordinary network that computes the same, where layers
+                      compute with another weight (`effective`)
     export/           what startsparse.export writes
-    sources/          what other runs and files gave, by option
+    sources/          copies of files of other runs, by option
     summary.json      the result; a run that has it is finished
 """
 
@@ -51,7 +51,7 @@ from startsparse.fields import flag
 from startsparse.options import Options
 from startsparse.processes import by_rank_0
 
-# Options that a resumed run may be given anew: they do not change what is computed.
+# Options that may change when a run resumes: they do not affect the result.
 FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
 FREE |= {"workers", "multigpu", "compile", "sparse_compute"}
 
@@ -60,10 +60,10 @@ PLAIN_WEIGHTS = "dense_weights.pt"
 
 
 class Run:
-    """The folder of one run, held by this process, or rank 0 of several, until it is closed.
+    """The folder of one run, locked by this process, or rank 0 of several, until it is closed.
 
-    A context manager: it is closed where the ``with`` ends. Its methods are collectives: all
-    processes call them, and rank 0 does what they say.
+    A context manager: the end of the ``with`` closes it. Its methods are collectives: all processes
+    call them, and rank 0 does their work.
     """
 
     def __init__(self, folder: Path, options: Options):
@@ -86,7 +86,7 @@ class Run:
 
     @by_rank_0
     def record(self, row: dict, watched: dict[str, float]) -> None:
-        """Say what an epoch brought, and show it, and ``watched``, in TensorBoard."""
+        """Log an epoch, and show it and ``watched`` in TensorBoard."""
         log.info(
             "epoch %3d  %s  loss %.4f  train %.2f %%  valid %.2f %%  density %s  %.0f s",
             row["epoch"],
@@ -103,7 +103,7 @@ class Run:
     def show(self, board: str, values: dict[str, Any], step: int) -> None:
         """Show the numbers among ``values`` in TensorBoard; each board counts steps of its own.
 
-        What the run had shown from ``step`` on, before it was resumed, is taken back.
+        After a resumption, what the run had shown from ``step`` on disappears.
         """
         if board not in self._boards:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -131,7 +131,7 @@ class Run:
 
     @by_rank_0
     def keep_sources(self) -> None:
-        """Copy what other runs and files give this one: it then needs them no more."""
+        """Copy the files of other runs that this one uses, so that it no longer needs them."""
         for name, files in self.options.sources().items():
             for inside, path in files.items():
                 copy = self.folder / SOURCES / name / inside
@@ -143,7 +143,7 @@ class Run:
                     raise UserError(f"{flag(name)}: {reason}") from None
 
     def source(self, name: str) -> Path:
-        """Where this run reads what option ``name`` gave it."""
+        """The path from which this run reads what option ``name`` points to."""
         return _copy_or_original(self.folder, self.options, name)
 
     @by_rank_0
@@ -162,12 +162,12 @@ def summary(folder: Path) -> dict[str, float] | None:
 
 
 def selected_weights(folder: Path, select: str) -> Path:
-    """The file of the weights that a run tests, by its --select."""
+    """The file of the weights that a run with this --select tests."""
     return folder / ("best.pt" if select == "best" else "checkpoint.pt")
 
 
 def tested_weights(folder: Path) -> Path:
-    """The same by what the run's options.yaml says."""
+    """The file of the weights that the run tests, by its options.yaml."""
     select = read_values(folder / "options.yaml").get("select", "best")
     return selected_weights(folder, str(select))
 
@@ -179,19 +179,19 @@ def results_csv(options: Options) -> Path:
 
 @by_rank_0
 def check_results_by_rank_0(options: Options) -> None:
-    """Raise `OptionError` unless the row can be added: better before training than after it."""
+    """Raise `OptionError` unless the row can be added, before training rather than after it."""
     results.check(results_csv(options))
 
 
 def source(options: Options, name: str) -> Path:
-    """What option ``name`` points to; of a run that is resumed, its own copy of that."""
+    """The path that option ``name`` points to; for a resumed run, its copy in the run folder."""
     folder = _resumed(options) if options.resume else None
     return _copy_or_original(folder, options, name)
 
 
 @by_rank_0
 def find_run_by_rank_0(options: Options) -> Path | None:
-    """The folder of the run that --resume names; None if a new one is to be made.
+    """The folder of the run that --resume names; None for a new run.
 
     Raises:
         OptionError: it does not exist, or was started with other options.
@@ -203,7 +203,7 @@ def find_run_by_rank_0(options: Options) -> Path | None:
         raise OptionError(f"--evaluate: there is no run in {_base(options)} yet")
     if folder is not None:
         saved = read_yaml(type(options), folder / "options.yaml")
-        saved.resume = str(folder)  # what other runs gave it is there
+        saved.resume = str(folder)  # its copies of files of other runs are there
         effects.settle(saved)
         saved.derive()
         check_same(options, saved, f"the run in {folder} was started")
@@ -213,7 +213,7 @@ def find_run_by_rank_0(options: Options) -> Path | None:
 def check_same(options: Options, saved: Options, what: str) -> None:
     """Raise `OptionError` for the first option that is neither `FREE` nor as in ``saved``.
 
-    ``what`` says what those are of: "the run in ... was started".
+    ``what`` starts the message: "the run in ... was started".
     """
     for name, value in dataclasses.asdict(saved).items():
         if name not in FREE and getattr(options, name) != value:
@@ -272,14 +272,14 @@ def _base(options: Options) -> Path:
 def _newest(options: Options) -> Path | None:
     """The last of seed-1, seed-1-2, seed-1-3 ... that has these options' seed; None without any.
 
-    The seed is that of options.yaml: seed-1-2 and seed-12 are told apart there.
+    The seed comes from options.yaml, which tells seed-1-2 and seed-12 apart.
     """
-    base, found = _base(options), []
+    base, runs = _base(options), []
     for path in base.parent.glob("seed-*/options.yaml"):
         if str(read_values(path).get("seed")) == str(options.seed):
             number = path.parent.name.removeprefix(base.name).removeprefix("-")
-            found.append((int(number) if number.isdigit() else 1, path.parent))
-    return max(found)[1] if found else None
+            runs.append((int(number) if number.isdigit() else 1, path.parent))
+    return max(runs)[1] if runs else None
 
 
 def next_folder(options: Options) -> Path:

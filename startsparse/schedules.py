@@ -1,7 +1,7 @@
-"""Schedules: plain functions of progress, the share of the training done so far, in [0, 1].
+"""Schedules: plain functions of progress, the fraction of the training that is done, in [0, 1].
 
-Those of the learning rate also know the epoch, for steps that come at fixed epochs; a new one is a
-function and a line in `LEARNING_RATES`.
+Those of the learning rate also take the epoch, for drops at fixed epochs; a new one is a function
+and a line in `LEARNING_RATES`.
 """
 
 import math
@@ -27,7 +27,7 @@ def multistep(progress: float, epoch: float, start: float, end: float) -> float:
 
 
 def every(epochs: int) -> Rate:
-    """``start`` divided by 10 every so many epochs, however many there are; ``end`` is ignored."""
+    """``start`` divided by 10 every ``epochs`` epochs of any training; ``end`` is ignored."""
 
     def rate(progress: float, epoch: float, start: float, end: float) -> float:  # noqa: ARG001
         return start * 0.1 ** (epoch // epochs)
@@ -78,11 +78,10 @@ def learning_rate(
     end: float = 0.0,
     warmup: int = 0,
 ) -> float:
-    """The rate of step ``step`` of ``steps``, after ``warmup`` steps that rise linearly to it.
+    """The rate of step ``step`` of ``steps``, of which the first ``warmup`` rise linearly.
 
-    The first warm-up step has start / warmup, the last has ``start``. Progress then runs over the
-    steps that remain; epochs count from the first step, so that a division at epoch 30 comes there
-    with any warm-up.
+    The first warm-up step has start / warmup, the last has ``start``. Progress runs over the steps
+    after them. Epochs count from the first step, so a drop at epoch 30 does not depend on warm-up.
     """
     if step < warmup:
         return start * (step + 1) / warmup
@@ -103,7 +102,7 @@ def geometric(start: float, keep: float, target: float) -> list[float]:
 
     Args:
         start: density before the first level.
-        keep: share of the weights that a level keeps, in (0, 1).
+        keep: fraction of the weights that a level keeps, in (0, 1).
         target: density of the last level.
     """
     count = round(math.log(target / start) / math.log(keep))

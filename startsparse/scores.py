@@ -1,9 +1,9 @@
 """Pruning: one score per weight, and the best k weights stay.
 
-Scores are read on the current masks, name -> tensor like the weight; the highest should stay. They
-count on weights being zero outside the masks (`masks.keep_inside`), and are of no use there.
-Reading them leaves everything as it was: parameters, buffers, gradients, training mode, and the
-global random state. `startsparse.pruning` puts scores to use.
+Scores are computed on the current masks, name -> tensor like the weight; the highest should stay.
+They assume weights of zero outside the masks (`masks.keep_inside`), and have no meaning there.
+Computing them changes nothing: no parameter, buffer, gradient, training mode, or global random
+state. `startsparse.pruning` uses the scores.
 """
 
 import itertools
@@ -52,7 +52,7 @@ def snip(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         inputs: [B, ...] what the network takes, on its device.
         labels: [B] class numbers, int64.
     """
-    with _as_it_was(model, batch_statistics=True), torch.enable_grad():
+    with _evaluating(model, batch_statistics=True), torch.enable_grad():
         loss, weights = _loss(model, inputs, labels)
         gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
     slopes = dict(zip(weights, gradients))
@@ -68,12 +68,12 @@ def grasp(
 
     g is the gradient of the cross-entropy of one batch by the weights of all convolutions and
     linear layers, inside their masks, and H the Hessian by the same. The paper prunes the largest
-    -w * (H g), whose removal harms the gradient norm least; with the sign turned, the highest score
-    stays, as everywhere here. Logits are divided by ``temperature``, which the paper's code has and
-    its equations have not; at 1 the loss is that of training. BatchNorm and other arguments: as for
-    `snip`.
+    -w * (H g), whose removal harms the gradient norm least. Here the sign is the opposite: the
+    highest score stays, as for all scores. Logits are divided by ``temperature``, as in the paper's
+    code but not in its equations; at 1 the loss is that of training. BatchNorm and other arguments:
+    as for `snip`.
     """
-    with _as_it_was(model, batch_statistics=True), torch.enable_grad():
+    with _evaluating(model, batch_statistics=True), torch.enable_grad():
         loss, weights = _loss(model, inputs, labels, temperature)
         leaves = list(weights.values())
         gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
@@ -119,7 +119,7 @@ def synflow(model: nn.Module, shape: Sequence[int]) -> dict[str, Tensor]:
     leaves = list(weights.values())
     ones = torch.ones(*shape, dtype=torch.float64, device=leaves[0].device)
     with (
-        _as_it_was(model, batch_statistics=False),
+        _evaluating(model, batch_statistics=False),
         torch.enable_grad(),
         torch.autocast(ones.device.type, enabled=False),
     ):
@@ -137,10 +137,10 @@ _SYNFLOW_FILL = {"bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 
 
 @contextmanager
-def _as_it_was(model: nn.Module, batch_statistics: bool) -> Iterator[None]:
-    """Evaluation mode, if wished with BatchNorm on batch statistics; then each module's mode again.
+def _evaluating(model: nn.Module, batch_statistics: bool) -> Iterator[None]:
+    """Evaluation mode, but BatchNorm on batch statistics if wanted; restores each module's mode.
 
-    Dropout stays off, so nothing draws from the global random state.
+    Dropout is off, so nothing draws from the global random state.
     """
     modes = {module: module.training for module in model.modules()}
     try:
@@ -155,10 +155,10 @@ def _as_it_was(model: nn.Module, batch_statistics: bool) -> Iterator[None]:
 def _loss(
     model: nn.Module, inputs: Tensor, labels: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of a batch in the weights' precision, and what to differentiate it by.
+    """Cross-entropy of a batch in the weights' precision, and the weights to differentiate it by.
 
-    These are stand-ins for the weights of all convolutions and linear layers: they share memory but
-    not ``.grad``. Buffers are copies, as BatchNorm writes to them.
+    These stand for the weights of all convolutions and linear layers: they share memory with them
+    but not ``.grad``. Buffers are copies, as BatchNorm writes to them.
     """
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     tensors |= {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -169,18 +169,18 @@ def _loss(
 
 
 def _key(layer: str) -> str:
-    """The name of a layer's weight; a model that is one layer calls that layer ""."""
+    """The name of a layer's weight; in a model of a single layer, that layer is called ""."""
     return f"{layer}.weight" if layer else "weight"
 
 
 def keep_top(model: nn.Module, scores: Mapping[str, Tensor], count: int) -> None:
     """Shrink the masks, in place, to the ``count`` highest scores of the whole network.
 
-    Exactly ``count`` weights stay; of equal scores those of earlier layers and positions stay.
+    Exactly ``count`` weights stay; of tied scores those of earlier layers and positions stay.
 
     Args:
         scores: layer name -> floating point tensor like the weight, in any memory format. Only
-            what lies inside the mask is looked at; infinities are allowed there.
+            scores inside the mask count; they may be infinite.
 
     Raises:
         ValueError: fewer than ``count`` weights are left, or a score is NaN; names the layer.
@@ -208,13 +208,20 @@ def shrink(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], count: int
     if int((values >= last).sum()) == count:  # no ties to break: nearly always
         for name, mask in masks.items():
             mask.logical_and_(scores[name].to(values.dtype) >= last)
-        return
+    else:
+        same = {name: scores[name].to(values.dtype) for name in masks}
+        _shrink_breaking_ties(masks, same, last, count)
+
+
+def _shrink_breaking_ties(
+    masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], last: Tensor, count: int
+) -> None:
+    """Keep the scores above ``last``, and of those equal to it the first, ``count`` in all."""
     missing: Tensor | int = count
     ties = []
     for name, mask in masks.items():
-        score = scores[name].to(values.dtype)
-        ties.append((score == last) & mask)
-        missing -= mask.logical_and_(score > last).sum()
+        ties.append((scores[name] == last) & mask)
+        missing -= mask.logical_and_(scores[name] > last).sum()
     for mask, tied in zip(masks.values(), ties):
         rank = tied.flatten().cumsum(0).view(tied.shape)
         mask |= tied & (rank <= missing)
@@ -224,10 +231,10 @@ def shrink(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], count: int
 def _candidates(
     masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], count: int, left: int
 ) -> Tensor:
-    """The scores inside the masks, in any order; of very many only the ``count`` highest and more.
+    """The scores inside the masks, in any order; if few stay, only those that may be the highest.
 
-    On a CPU, gathering millions of scores for the sake of a few would be most of the work. A sample
-    says how high those few are; should it be wrong, or a score be NaN, all are gathered after all.
+    On a CPU, gathering millions of scores to keep a few would be most of the work. A sample gives a
+    lower bound of those few. If the bound is wrong, or a score is NaN, all scores are gathered.
     """
     if count * 4 < left and left > 10_000 and next(iter(masks.values())).device.type == "cpu":
         pairs = [_flat(scores[name], mask) for name, mask in masks.items()]
@@ -242,11 +249,11 @@ def _candidates(
     return torch.cat([scores[name][mask] for name, mask in masks.items()])
 
 
-_STRIDE = 61  # a prime, so that it does not fall into step with rows, channels or kernels
+_STRIDE = 61  # a prime, so that the sample covers all rows, channels and kernel positions
 
 
 def _flat(score: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one dimension, in the same order: that of their memory, if it is the same."""
+    """Both in one dimension and the same order, which is that of memory if they agree in it."""
     if score.stride() == mask.stride():
         return in_memory_order(score), in_memory_order(mask)
     return score.flatten(), mask.flatten()

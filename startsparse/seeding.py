@@ -1,8 +1,7 @@
 """Randomness is derived, not carried.
 
-Every draw of a run comes from a generator that is made on the spot from (seed, purpose, epoch,
-step). No hidden state has to be saved, so the same seed gives the same run and a resumed run is
-the same run.
+Every draw of a run comes from a new generator, seeded by (seed, purpose, epoch, step). There is no
+hidden state to save: the same seed gives the same run, and a resumed run is the same run.
 """
 
 import hashlib
@@ -17,5 +16,5 @@ def derive(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> int:
 
 
 def generator(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> torch.Generator:
-    """A CPU generator for one draw. ``purpose`` says what for: "shuffle", "mask/layer1.conv"."""
+    """A CPU generator for one draw; ``purpose`` names it, as in "shuffle", "mask/layer1.conv"."""
     return torch.Generator().manual_seed(derive(seed, purpose, epoch, step))

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM in training: the step that is under way ends, and a checkpoint is saved."""
+"""SIGINT and SIGTERM in training: the current step ends, and a checkpoint is saved."""
 
 import signal
 from types import FrameType
@@ -18,15 +18,15 @@ class Interrupted(UserError):
 
 
 class StopSignal:
-    """Within it, signals are noted instead of ending the process.
+    """Inside it, signals are noted instead of ending the process.
 
     Attributes:
-        asked: the signal that this process got; 0: none.
+        received: the signal that this process got; 0: none.
         agreed: the signal by which this process stops, after the same step as all others; 0: none.
     """
 
     def __init__(self) -> None:
-        self.asked, self.agreed = 0, 0
+        self.received, self.agreed = 0, 0
         self._before: dict = {}
 
     def __enter__(self) -> "StopSignal":
@@ -38,13 +38,13 @@ class StopSignal:
             signal.signal(signum, handler)
 
     def agree(self, any_process: bool) -> None:
-        """Take note of whether any process was asked to stop."""
+        """Note whether any process was asked to stop."""
         if any_process:
-            self.agreed = self.asked or signal.SIGTERM
+            self.agreed = self.received or signal.SIGTERM
 
     def _note(self, signum: int, _frame: FrameType | None) -> None:
-        self.asked = signum
+        self.received = signum
         if processes.world_size() == 1:
             self.agreed = signum
-            # A second one stops at once. Under torchrun it may be the same one, passed on.
+            # A second signal ends it at once. Under torchrun it may be the first one, repeated.
             signal.signal(signum, signal.SIG_DFL)

@@ -1,11 +1,11 @@
 """How the threads of PyTorch wait for one another, and how many there are.
 
-OpenMP's threads spin where they wait: libgomp's for milliseconds, libomp's and libiomp's for 200.
-Beside other work on the same cores, a thread that spins keeps the one that it waits for from its
-core, and training takes several times as long. Threads that sleep at once cost a small network time
-even alone; a thousand spins, some 20 microseconds, cost nothing there and little beside other work
-(`benchmarks.beside`). The runtimes read this when they are loaded, and PyTorch loads one of them;
-so this module comes before torch, and imports nothing that loads it.
+OpenMP's threads spin while they wait: libgomp's for milliseconds, libomp's and libiomp's for 200.
+Beside other work on the same cores, a spinning thread keeps the thread that it waits for off its
+core, and training takes several times as long. Threads that sleep at once slow a small network even
+alone. A thousand spins, some 20 microseconds, cost nothing alone and little beside other work
+(`benchmarks.beside`). OpenMP reads this setting when PyTorch loads it. So this module is imported
+before torch, and imports nothing that loads torch.
 """
 
 import math
@@ -13,26 +13,26 @@ import os
 import sys
 from pathlib import Path
 
-# Any of these is the user's own word on waiting, or on the number of threads.
+# By these the user decides on waiting, and on the number of threads.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 NUMBER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
-# libomp and libiomp know the first only, and then sleep at once.
+# libomp and libiomp know only the first, and sleep at once.
 SHORTLY = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def wait_shortly() -> None:
-    """Let waiting threads sleep soon, unless the user has said how they wait or torch is loaded."""
+    """Let waiting threads sleep soon, unless the user decides on it or torch is loaded."""
     if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
         os.environ.update(SHORTLY)
 
 
 def fit() -> None:
-    """Let PyTorch have no more threads than there are `cores`, unless the user has said how many.
+    """Limit PyTorch's threads to the `cores`, unless the user decides on their number.
 
-    By itself it counts the cores that the process may run on, but not the limit of a container.
+    PyTorch itself counts the cores that the process may run on, but ignores a container's limit.
     """
     import torch
 
@@ -41,14 +41,14 @@ def fit() -> None:
 
 
 def number_is_given() -> bool:
-    """Whether the user, or torchrun, has said how many threads there are."""
+    """Whether the user, or torchrun, decides on the number of threads."""
     return any(name in os.environ for name in NUMBER)
 
 
 def cores() -> int:
     """Cores that this process may use: by its affinity, and by the CPU limit of its container.
 
-    A limit of 1.5 cores counts as 2: threads that sleep where they wait share what there is.
+    A limit of 1.5 cores counts as 2: threads that sleep while they wait share the limit.
     """
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
@@ -58,7 +58,7 @@ def cores() -> int:
 
 
 def _limit() -> float:
-    """Cores that cgroups allow: the least of this process's and those that it is in."""
+    """Cores that cgroups allow: the least limit of this process's group and its parents."""
     try:
         lines = _OWN_CGROUPS.read_text().splitlines()
     except OSError:  # no Linux
@@ -73,7 +73,7 @@ def _limit() -> float:
         else:
             continue
         own = root / path.strip("/")
-        # In a container its own group may be mounted as the root, whatever its path is called.
+        # A container may see its own group mounted as the root, whatever the group's path is.
         for group in (own, *own.parents):
             if group.is_relative_to(root):
                 limits.append(quota_of(group))
@@ -81,7 +81,7 @@ def _limit() -> float:
 
 
 def _quota(group: Path) -> float:
-    """Of cgroup v2: "max 100000", or microseconds of CPU time and the period that they are for."""
+    """The limit of cgroup v2: "max 100000", or microseconds of CPU time and of their period."""
     try:
         quota, period = (group / "cpu.max").read_text().split()
     except OSError:  # no such group here, or no limit can be set
@@ -90,7 +90,7 @@ def _quota(group: Path) -> float:
 
 
 def _quota_of_version_1(group: Path) -> float:
-    """Of cgroup v1: -1 is no limit."""
+    """The limit of cgroup v1, where -1 is none."""
     try:
         quota, period = (
             int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")

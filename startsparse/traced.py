@@ -1,4 +1,4 @@
-"""What nodes of a graph of torch.fx hold; its own type hints leave open what that is."""
+"""What nodes of a torch.fx graph hold, with exact types; those of torch.fx are unions."""
 
 from torch import fx
 

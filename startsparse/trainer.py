@@ -295,7 +295,7 @@ class Trainer(Learner, Generic[S]):
     def average_gradients(self, parameters: Sequence[nn.Parameter], examples: int) -> None:
         """Agree on stopping with all other processes, too."""
         self.stop.agree(
-            processes.all_average_gradients(parameters, examples, bool(self.stop.asked))
+            processes.all_average_gradients(parameters, examples, bool(self.stop.received))
         )
 
     def after_step(self, method: Method, step: int) -> None:

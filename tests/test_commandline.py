@@ -172,7 +172,7 @@ def test_that_data_is_read_as_the_set_is_said_once(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     parsed("STR", "--data", "cifar10")
     assert capsys.readouterr().out == (
-        "--data: there is no such folder; read as the set, cifar10\n"
+        "--data: there is no such folder; taken as the set cifar10\n"
     )
 
 

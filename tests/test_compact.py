@@ -297,9 +297,9 @@ class Odd(nn.Module):
         ("softmax", "it is not known what softmax"),
         ("groups", "grouped: groups or padding"),
         ("pixels", "end: 4 maps, 64 inputs"),
-        ("mean", "a mean over something else"),
-        ("channels", "a slice of something else"),
-        ("number", "an addition of something else"),
+        ("mean", "a mean over something other"),
+        ("channels", "a slice of something other"),
+        ("number", "an addition of something other"),
         ("if", "the network cannot be traced"),
     ],
 )

@@ -204,7 +204,7 @@ def test_annealing_schedule(argv, expected):
         (["--dataset", "cora", "--weight-scale", "0"], "--weight-scale: 0.0 should be above 0"),
         (["--er-init-density", "1.5"], "--er-init-density: 1.5 should be above 0 and at most 1"),
         (["--wd", "-1"], "--wd: -1.0 should be at least 0"),
-        (["--per-layer", "--global"], "--global: not with --per-layer, which --no-per-layer takes"),
+        (["--per-layer", "--global"], "--global: not with --per-layer; --no-per-layer takes that"),
         (["--initBias", "zero"], "--initBias: 'zero' is none of kn-zero-bias"),
         (["--score-init", "ones"], "--score-init: 'ones' is none of constant, kaiming"),
         (["--anneal", "maybe"], "--anneal: 'maybe' should be True or False"),

@@ -285,7 +285,7 @@ def test_runs_that_cannot_be_exported(finished, tmp_path):
     assert "not a complete checkpoint" in error(UserError, tmp_path)
     for text in ("{", "[1]", "set: digits\narch: none"):
         (tmp_path / "options.yaml").write_text(text)
-        assert "tells no known network" in error(UserError, tmp_path)
+        assert "names no known network" in error(UserError, tmp_path)
     (tmp_path / "summary.json").unlink()
     assert "not finished" in error(UserError, tmp_path)
     assert not (tmp_path / "export").exists()

@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import yaml
 from filelock import FileLock
 
 import startsparse
@@ -125,3 +126,11 @@ def test_a_run_of_a_sweep_that_another_process_has_is_busy(tmp_path):
     with FileLock(lock), pytest.raises(SystemExit) as stop:
         held.main(lock, [])
     assert stop.value.code == held.BUSY
+
+
+def test_pre_commit_runs_what_make_lint_runs():
+    makefile = (ROOT / "Makefile").read_text()
+    lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)[1]
+    commands = re.findall(r"^\t\$\(BIN\)/(.*)$", lint, re.MULTILINE)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert [hook["entry"] for hook in hooks] == commands

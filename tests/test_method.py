@@ -174,7 +174,7 @@ def test_a_signal_is_noted_and_the_handlers_come_back():
     with StopSignal() as stop:
         assert not stop.agreed
         signal.raise_signal(signal.SIGTERM)
-        assert stop.asked == stop.agreed == signal.SIGTERM
+        assert stop.received == stop.agreed == signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -186,6 +186,6 @@ def test_a_process_stops_with_the_others_by_its_own_signal():
     stop.agree(True)  # another one was asked
     assert stop.agreed == signal.SIGTERM
     stop = StopSignal()
-    stop.asked = signal.SIGINT
+    stop.received = signal.SIGINT
     stop.agree(True)
     assert stop.agreed == signal.SIGINT

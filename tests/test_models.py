@@ -472,19 +472,22 @@ def test_every_weight_of_a_model_is_drawn(name):
     [
         ({"arch": "resnet19"}, ["--arch: ", "'resnet19'", "choose from", *MODELS]),
         ({"arch": "ResNet18"}, ["--arch: ", "'ResNet18'"]),
-        ({"resnet_type": "tiny"}, ["--resnet-type: ", "'tiny'", "choose from", *RESNET_TYPES]),
+        (
+            {"resnet_type": "tiny", "option": "--kind"},
+            ["--kind: ", "'tiny'", "choose from", *RESNET_TYPES],
+        ),
         ({"width": -1}, ["--width: -1"]),
         (
             {"resnet_type": "small-dense"},
-            ["--width: --resnet-type small-dense needs it (channels of every stage)"],
+            ["--width: small-dense needs it (channels of every stage)"],
         ),
-        ({"resnet_type": "small-dense-inc"}, ["--width: --resnet-type small-dense-inc needs it"]),
+        ({"resnet_type": "small-dense-inc"}, ["--width: small-dense-inc needs it"]),
         ({"arch": "vgg16", "size": 15}, ["--arch: vgg16", "16 pixels", "15"]),
         ({"arch": "resnet34", "imagenet": True}, ["--arch: ", "choose from resnet18, resnet50"]),
         ({"arch": "vgg16", "imagenet": True}, ["--arch: ", "choose from resnet18, resnet50"]),
         (
-            {"resnet_type": "small-dense", "width": 8, "imagenet": True},
-            ["--resnet-type: ", "choose from large, res50"],
+            {"resnet_type": "small-dense", "width": 8, "imagenet": True, "option": "--kind"},
+            ["--kind: ", "choose from large, res50"],
         ),
         ({"width": 32, "imagenet": True}, ["--width: "]),
         ({"channels": 1, "imagenet": True}, ["--arch: ", "colour", "1 channel"]),

@@ -116,7 +116,7 @@ def test_bad_names_are_named(told):
     rows = rows_of((1, 0.9, {}))
     with pytest.raises(OptionError, match=r"^--by: .*results\.csv has no column 'size'$"):
         told(rows, "--by", "size")
-    with pytest.raises(OptionError, match=r"^--of: the column 'name' of .* is none of numbers$"):
+    with pytest.raises(OptionError, match=r"^--of: the column 'name' of .* does not hold numbers$"):
         told(rows, "--of", "name")
     with pytest.raises(OptionError, match=r"^--plot: a\.gif should end in \.png, \.pdf, \.svg$"):
         told(rows, "--plot", "a.gif")

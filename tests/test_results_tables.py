@@ -1,6 +1,7 @@
 """The numbers in the prose: each is recomputed from the committed table that it comes from."""
 
 import re
+import runpy
 import shlex
 import statistics
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.image import imread
 from scipy.stats import t
 
 from startsparse import report
@@ -238,3 +240,12 @@ def test_table_md_is_what_its_command_prints(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report", *shlex.split(command)])
     report.main()
     assert capsys.readouterr().out == (script.parent / "table.md").read_text()
+
+
+def test_the_picture_of_the_first_page_is_drawn_from_the_tables(tmp_path):
+    runpy.run_path(str(ROOT / "results/picture.py"))["draw"](tmp_path / "picture.png")
+    drawn, committed = (imread(path) for path in (tmp_path / "picture.png", ROOT / PICTURE))
+    assert drawn.shape == committed.shape
+
+
+PICTURE = "results/picture.png"

@@ -273,14 +273,20 @@ def test_runs_at_the_same_time_share_the_cores(tmp_path, monkeypatch, options, g
     assert found == [expected] * 2
 
 
-def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys):
+def started(where, argv):
+    """A sweep as a process."""
+    return Script(ROOT / "STR/run_imp.py", argv, where / "said", forks=True)
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
     # A file where the first run's folder has to be.
     blocked = tmp_path / "runs/digits/balanced-0.5-mag-weights"
     blocked.parent.mkdir(parents=True)
     blocked.write_text("")
-    sweep = argv(tmp_path, *TWO, "--er-sparse-methods", "balanced", "uniform")
-    assert run_imp.main(sweep) == 1
-    assert "error: balanced-0.5-mag-weights, seed 1 failed; see " in capsys.readouterr().err
+    process = started(tmp_path, argv(tmp_path, *TWO, "--er-sparse-methods", "balanced", "uniform"))
+    _, errors = process.wait()
+    assert process.exit_code == 1
+    assert "error: balanced-0.5-mag-weights, seed 1 failed; see " in errors
     levels = pd.read_csv(tmp_path / "levels.csv")
     assert set(levels["er_sparse_method"]) == {"uniform"}
 
@@ -296,14 +302,9 @@ def whole(tmp_path_factory):
     return (where / "levels.csv").read_bytes()
 
 
-def started(where):
-    """The sweep as a process."""
-    return Script(ROOT / "STR/run_imp.py", [*argv(where, *TWO), *LONG], where / "said", forks=True)
-
-
 def sweep(where):
     """What the sweep says that goes on to its end."""
-    process = started(where)
+    process = started(where, [*argv(where, *TWO), *LONG])
     out, errors = process.wait()
     assert process.exit_code == 0, errors
     return out
@@ -312,7 +313,7 @@ def sweep(where):
 def trained(where):
     """The sweep as a process, once its run has trained on: a checkpoint is newer than before."""
     before = changed(where)
-    process = started(where)
+    process = started(where, [*argv(where, *TWO), *LONG])
     while changed(where) == before:
         assert process.exit_code is None, process.wait()
         time.sleep(0.01)
@@ -366,7 +367,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_levels(tmp_path, whole):
         if with_children:
             places.append(place(tmp_path))
     # The run of the last sweep lives on, and is waited for.
-    assert "goes on in a process of another sweep; waiting" in sweep(tmp_path)
+    assert "runs in another sweep already; waiting" in sweep(tmp_path)
     assert not works(children[0])
     assert (tmp_path / "levels.csv").read_bytes() == whole
     went_on, epochs = resumed(tmp_path)

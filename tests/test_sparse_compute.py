@@ -186,7 +186,7 @@ def said(caplog):
     ("argv", "reason"),
     [
         (["--amp", "bf16"], "--amp bf16 computes in a format"),
-        (["--compile"], "--compile has a form of its own"),
+        (["--compile"], "--compile generates kernels of its own"),
     ],
 )
 def test_where_it_does_not_apply_it_is_said(run, caplog, monkeypatch, argv, reason):

@@ -174,8 +174,11 @@ BAD = {
     "--reset-weights: means weights, --rewind says bn": [
         *("--reset-weights", "--rewind", "bn", "--threshold-list", "0.1")
     ],
-    "--width: --resnet-type small-dense needs it": ["--resnet-type", "small-dense"],
+    "--width: small-dense needs it": ["--resnet-type", "small-dense"],
     "--width: the ImageNet ResNets": ["--set", "imagenet", "--width", "8"],
+    "--resnet-type: .*choose from large, res50": [
+        *("--set", "imagenet", "--resnet-type", "small-dense", "--width", "8")
+    ],
     "--arch: .*ImageNet": ["--set", "imagenet", "--arch", "vgg16"],
     "--er-sparse-init: density 0.0005 is below": [
         "--first-layer-dense",

@@ -260,11 +260,11 @@ def test_the_program(tmp_path, capsys):
 
 def test_results_of_other_options_are_not_overwritten(tmp_path, monkeypatch):
     assert "results" not in TabularOptions().result_dir  # where the committed ones are
-    monkeypatch.setattr(tabular, "run", lambda *_: rows([0.9, 0.8]))
+    monkeypatch.setattr(experiment, "run", lambda *_: rows([0.9, 0.8]))
     where = ["--result-dir", str(tmp_path / "out")]
     experiment.main(where)
     first = (tmp_path / "out/results.csv").read_bytes()
-    monkeypatch.setattr(tabular, "run", lambda *_: rows([0.7, 0.6]))
+    monkeypatch.setattr(experiment, "run", lambda *_: rows([0.7, 0.6]))
     with pytest.raises(OptionError, match=r"^--result-dir: .*results\.csv is of a run with --lr "):
         experiment.main([*where, "--lr", "0.1"])
     assert (tmp_path / "out/results.csv").read_bytes() == first
@@ -276,7 +276,7 @@ def test_results_of_other_options_are_not_overwritten(tmp_path, monkeypatch):
         experiment.main(where)
     blocked = tmp_path / "file"
     blocked.write_text("")
-    monkeypatch.setattr(tabular.tables, "load", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr(tables, "load", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(OptionError, match=r"^--result-dir: cannot write .*file"):
         experiment.main(["--result-dir", str(blocked)])
 

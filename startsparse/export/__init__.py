@@ -1,9 +1,8 @@
 """A finished run -> its tested network as a file that others can read.
 
 ``python -m startsparse.export RUN --format safetensors|csr|onnx [--compact]`` (`command`) writes
-what `formats` describes, for the network that `trained` reads from a run folder. `load` makes a
-network of the first two formats again. `compact` leaves dead units out; `footprint` is what a
-network costs.
+the network that `trained` reads from a run folder in one of the `formats`. `load` reads files of
+the first two formats. `compact` removes dead units; `footprint` is what a network costs.
 """
 
 from startsparse.export.formats import load, load_csr

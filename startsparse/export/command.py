@@ -23,7 +23,7 @@ from startsparse.fields import choice, default_is
 from startsparse.options import require_range
 
 ENDINGS = {"safetensors": ".safetensors", "csr": ".csr.safetensors", "onnx": ".onnx"}
-"""What the name of a file ends in, by --format."""
+"""Ending of a file's name, by --format."""
 
 
 @dataclasses.dataclass
@@ -35,14 +35,14 @@ class ExportOptions:
     format: Annotated[str, choice(ENDINGS)] = "safetensors"
     """safetensors: dense, with zeros; csr: layers as compressed sparse rows; onnx"""
     compact: bool = False
-    """Leave out the units that are dead on either side, and all that only they feed"""
+    """Remove the units that are dead on either side, and all that only they feed"""
     output: Annotated[str, default_is("in RUN/export")] = ""
-    """File to write; not one that exists"""
+    """File to write; it must not exist"""
     repeats: int = 20
-    """Forward passes that a latency is the median of (0: do not measure)"""
+    """Forward passes per latency, which is their median (0: do not measure)"""
 
     def check(self) -> None:
-        """Raise `OptionError` or `UserError` for what cannot be done; names the option."""
+        """Raise `OptionError` or `UserError`, which name the option, for what cannot be done."""
         if not self.run:
             raise OptionError("RUN: name the folder of a finished run")
         require_range(self, "repeats", low=0)
@@ -56,11 +56,11 @@ class ExportOptions:
 
 
 def export(options: ExportOptions) -> Path:
-    """Write the file that checked ``options`` ask for, and say what it saves; its path."""
+    """Write the file that checked ``options`` ask for, print what it saves, and return its path."""
     folder = Path(options.run)
     trained = read_run(folder)
     if options.format == "onnx" and json.loads(trained.facts["network"])["arch"] == "gcn":
-        raise OptionError("--format: a gcn has a sparse matrix, which onnx has not; take csr")
+        raise OptionError("--format: a gcn has a sparse matrix, which onnx lacks; take csr")
     model, facts = trained.model, trained.facts
     if options.compact:
         model, facts = compact(model), {**facts, "compact": "true"}
@@ -78,7 +78,7 @@ def export(options: ExportOptions) -> Path:
 
 
 def comparison(trained: Trained, model: nn.Module, path: Path, repeats: int) -> str:
-    """The network of a run beside ``model``, which is in the file ``path``: a table for people."""
+    """A table that compares the network of a run with ``model``, which is in the file ``path``."""
     both, files = (trained.model, model), (trained.source, path)
     counts = [footprint.parameters(network) for network in both]
     example = torch.zeros(trained.input)
@@ -91,18 +91,9 @@ def comparison(trained: Trained, model: nn.Module, path: Path, repeats: int) -> 
         ("FLOPs of one input, dense", *(f"{dense:.4g}" for dense, _ in cost)),
         ("FLOPs, were zeros free", *(f"{sparse:.4g}" for _, sparse in cost)),
     ]
-    changed = model is not trained.model
-    networks = [
-        copy.deepcopy(network).to(memory_format=torch.channels_last)
-        for network in both[: 1 + changed]
-    ]
-    graph = trained.input[0] > 1
-    for batch in ((1,) if graph else (1, 64)) if repeats else ():
-        inputs = torch.randn(batch * trained.input[0], *trained.input[1:])
-        inputs = inputs.to(memory_format=torch.channels_last)
-        taken = [f"{1e3 * t:.3g} ms" for t in footprint.latencies(networks, inputs, repeats)]
-        what = "latency, whole graph" if graph else f"latency, batch {batch}"
-        rows.append((what, *taken, *([] if changed else ["the same"])))
+    if repeats:
+        changed = model is not trained.model
+        rows += _latency_rows(both[: 1 + changed], trained.input, repeats)
     wide = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [f"{a:<{wide[0]}}  {b:>{wide[1]}}  {c:>{wide[2]}}" for a, b, c in rows]
     if repeats:
@@ -111,6 +102,20 @@ def comparison(trained: Trained, model: nn.Module, path: Path, repeats: int) -> 
             f"thread(s), median of up to {repeats} passes in turns."
         )
     return "\n".join([*lines, "", f"network  {path.resolve()}"])
+
+
+def _latency_rows(
+    networks: Sequence[nn.Module], shape: Sequence[int], repeats: int
+) -> list[tuple[str, str, str]]:
+    """A row per batch size: its name, and the latencies of two networks, or of one twice."""
+    networks = [copy.deepcopy(n).to(memory_format=torch.channels_last) for n in networks]
+    graph, rows = shape[0] > 1, []
+    for batch in (1,) if graph else (1, 64):
+        inputs = torch.randn(batch * shape[0], *shape[1:]).to(memory_format=torch.channels_last)
+        times = [f"{1e3 * t:.3g} ms" for t in footprint.latencies(networks, inputs, repeats)]
+        name = "latency, whole graph" if graph else f"latency, batch {batch}"
+        rows.append((name, times[0], times[1] if len(times) > 1 else "the same"))
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:

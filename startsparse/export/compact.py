@@ -1,13 +1,13 @@
 """The same function from fewer units.
 
-A unit is a channel of a convolution, or a number that a linear layer gives. It can go if each layer
-that reads it either has no weight for it or reads a constant there, which then goes into that
-layer's bias. A unit without an incoming edge is a constant, behind BatchNorm and ReLU too. A
-convolution that pads is another matter: at the border it reads zeros, not the constant. There only
-a constant of zero can go; other ones are merged into a single unit that stands for all of them.
+A unit is a channel of a convolution, or an output of a linear layer. It can go if each layer that
+reads it has no weight for it, or reads a constant there and can fold the constant into its bias. A
+unit without an incoming edge is constant, also after BatchNorm and ReLU. A convolution that pads
+cannot fold a constant: at the border it reads zeros instead. In its input only units that are
+constantly zero can go; the other constants are merged into one unit that stands for all of them.
 
-Maps that are added have the same units: one goes only where it can go for all readers of all of
-them. Each layer keeps one unit at least, with weights of zero if it is not needed.
+Maps that are added share their units: a unit goes only if it can go for all readers of all these
+maps. Each layer keeps at least one unit, with zero weights if nothing needs it.
 """
 
 import copy
@@ -24,7 +24,7 @@ from startsparse.errors import UserError
 from startsparse.masks import SparseLayer, sparse_layers
 from startsparse.traced import module_name, source_of
 
-_SMALLEST = 0.01  # of a unit that stands for others, beside them: rounding grows by the inverse
+_SMALLEST = 0.01  # size of a unit relative to those it stands for; rounding grows by its inverse
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def compact(model: nn.Module) -> nn.Module:
         model: of `startsparse.models`: plain layers without masks, zeros in their weights.
 
     Raises:
-        UserError: names the first thing in the network of which it is not known what it does.
+        UserError: it is not known what a part of the network does to units; names the first.
     """
     model = copy.deepcopy(model).eval()
     try:
@@ -46,14 +46,14 @@ def compact(model: nn.Module) -> nn.Module:
     except Exception as error:  # whatever a network's own code raises when it is traced
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--compact: the network cannot be traced ({reason})") from None
-    # From the last to the first: a unit that goes takes its incoming edges with it.
+    # From last to first: a unit that goes takes its incoming edges with it.
     while sum(_shrink(model, stream) for stream in reversed(_Analysis(model).run(graph))):
         pass
     return model
 
 
 def resize(layer: SparseLayer, weight: Tensor, bias: Tensor | None) -> None:
-    """Give a convolution or linear layer other parameters, and the sizes that these have."""
+    """Give a convolution or linear layer other parameters, and the sizes of these."""
     layer.weight = nn.Parameter(weight)
     layer.bias = None if bias is None else nn.Parameter(bias)
     if isinstance(layer, nn.Conv2d):
@@ -63,7 +63,7 @@ def resize(layer: SparseLayer, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def keep_units(norm: _BatchNorm, remaining: Tensor) -> None:
-    """Leave a BatchNorm the units with the numbers ``remaining``, int64 [k]."""
+    """Keep only the units ``remaining``, int64 [k], of a BatchNorm."""
     norm.num_features = len(remaining)
     for name in ("running_mean", "running_var"):
         setattr(norm, name, norm.get_buffer(name)[remaining])
@@ -74,17 +74,17 @@ def keep_units(norm: _BatchNorm, remaining: Tensor) -> None:
 
 @dataclass(eq=False)
 class _Stream:
-    """Units that can only go together from all that makes, changes and reads them.
+    """Units that must go together from all layers that write and read them.
 
     Attributes:
-        makers: names of the layers whose outputs they are, at least one unless ``fixed``.
+        writers: names of the layers whose outputs they are, at least one unless ``fixed``.
         norms: names of their BatchNorms.
-        readers: the layers whose inputs they are, and what is known there: float64 [units], the
-            value of a unit that is the same for every input and pixel, else NaN.
-        fixed: input or output of the network.
+        readers: names of the layers whose inputs they are, and the constants there: float64
+            [units], the value of a unit that is the same for every input and pixel, else NaN.
+        fixed: whether they are the input or output of the network.
     """
 
-    makers: list[str] = field(default_factory=list)
+    writers: list[str] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
     readers: list[tuple[str, Tensor]] = field(default_factory=list)
     fixed: bool = False
@@ -96,7 +96,7 @@ class _Analysis:
     def __init__(self, model: nn.Module):
         self.model, self.layers = model, sparse_layers(model)
         self.streams: list[_Stream] = []
-        self.values: dict[fx.Node, tuple[_Stream, Tensor]] = {}  # node -> units, what is known
+        self.values: dict[fx.Node, tuple[_Stream, Tensor]] = {}  # node -> units, constants
 
     def run(self, graph: fx.Graph) -> list[_Stream]:
         """The streams, in the order in which they begin."""
@@ -131,14 +131,14 @@ class _Analysis:
         name = module_name(node)
         layer = self.layers[name]
         if isinstance(layer, nn.Conv2d) and (layer.groups > 1 or layer.padding_mode != "zeros"):
-            raise UserError(f"--compact: {name}: groups or padding that is not with zeros")
-        stream, known = self.values[source_of(node)]
+            raise UserError(f"--compact: {name}: groups or padding other than with zeros")
+        stream, constants = self.values[source_of(node)]
         inputs = layer.weight.shape[1]
-        if len(known) not in (1, inputs):
-            raise UserError(f"--compact: {name}: {len(known)} maps, {inputs} inputs")
-        known = known.expand(inputs)
-        stream.readers.append((name, known))
-        self._begin(node, _Stream(makers=[name]), _outcome(layer, known))
+        if len(constants) not in (1, inputs):
+            raise UserError(f"--compact: {name}: {len(constants)} maps, {inputs} inputs")
+        constants = constants.expand(inputs)
+        stream.readers.append((name, constants))
+        self._begin(node, _Stream(writers=[name]), _output_constants(layer, constants))
 
     def _norm(self, node: fx.Node) -> None:
         name = module_name(node)
@@ -146,40 +146,39 @@ class _Analysis:
         assert isinstance(norm, _BatchNorm)
         if norm.running_mean is None or norm.running_var is None:
             raise UserError(f"--compact: {name}: BatchNorm without running statistics")
-        stream, known = self.values[source_of(node)]
+        stream, constants = self.values[source_of(node)]
         stream.norms.append(name)
         scale = (norm.running_var.double() + norm.eps).rsqrt()
         shift = torch.zeros_like(scale)
         if norm.affine:
             scale, shift = scale * norm.weight.double(), norm.bias.double()
-        known = (known - norm.running_mean.double()) * scale + shift
-        self.values[node] = stream, torch.where(scale == 0, shift, known)
+        constants = (constants - norm.running_mean.double()) * scale + shift
+        self.values[node] = stream, torch.where(scale == 0, shift, constants)
 
     def _relu(self, node: fx.Node) -> None:
-        stream, known = self.values[source_of(node)]
-        self.values[node] = stream, known.relu()
+        stream, constants = self.values[source_of(node)]
+        self.values[node] = stream, constants.relu()
 
     def _add(self, node: fx.Node) -> None:
         if len(node.args) != 2 or any(arg not in self.values for arg in node.args):
-            raise UserError(f"--compact: {node}: an addition of something else than two maps")
-        (one, known), (other, also_known) = (self.values[source_of(node, i)] for i in (0, 1))
+            raise UserError(f"--compact: {node}: an addition of something other than two maps")
+        (one, constants), (other, others) = (self.values[source_of(node, i)] for i in (0, 1))
         if one is not other:
-            for name in ("makers", "norms", "readers"):
+            for name in ("writers", "norms", "readers"):
                 getattr(one, name).extend(getattr(other, name))
             one.fixed |= other.fixed
             self.streams.remove(other)
             for key, (stream, value) in self.values.items():
                 if stream is other:
                     self.values[key] = one, value
-        self.values[node] = one, known + also_known
+        self.values[node] = one, constants + others
 
     def _matmul(self, node: fx.Node) -> None:
         if source_of(node).op != "get_attr":
             raise UserError(f"--compact: {node}: a product of two maps")
-        stream, known = self.values[
-            source_of(node, 1)
-        ]  # a sum over nodes keeps zeros and nothing else
-        self.values[node] = stream, torch.where(known == 0, known, torch.nan)
+        # A sum over nodes keeps zeros, and no other constants.
+        stream, constants = self.values[source_of(node, 1)]
+        self.values[node] = stream, torch.where(constants == 0, constants, torch.nan)
 
     def _flatten(self, node: fx.Node) -> None:
         first = node.args[1:2] or (0,)
@@ -190,30 +189,30 @@ class _Analysis:
     def _mean(self, node: fx.Node) -> None:
         where = node.kwargs.get("dim") or (node.args[1] if len(node.args) > 1 else None)
         if where not in ((2, 3), [2, 3]):
-            raise UserError(f"--compact: {node}: a mean over something else than all pixels")
+            raise UserError(f"--compact: {node}: a mean over something other than all pixels")
         self._same(node)
 
     def _slice(self, node: fx.Node) -> None:
         where, every = node.args[1], slice(None, None, None)
         if not isinstance(where, tuple) or where[:2] != (every, every):
-            raise UserError(f"--compact: {node}: a slice of something else than pixels")
+            raise UserError(f"--compact: {node}: a slice of something other than pixels")
         self._same(node)
 
     def _same(self, node: fx.Node) -> None:
         self.values[node] = self.values[source_of(node)]
 
-    def _begin(self, node: fx.Node, stream: _Stream, known: Tensor) -> None:
+    def _begin(self, node: fx.Node, stream: _Stream, constants: Tensor) -> None:
         self.streams.append(stream)
-        self.values[node] = stream, known
+        self.values[node] = stream, constants
 
 
 def _edges(layer: SparseLayer) -> Tensor:
-    """Bool [out, in]: whether a unit has a weight for another."""
+    """Bool [out, in]: whether an output has a weight for an input."""
     return layer.weight.ne(0).reshape(*layer.weight.shape[:2], -1).any(2)
 
 
 def _sums(weight: Tensor) -> Tensor:
-    """[out, in] of [out, in, *kernel]: what a constant of 1 brings where nothing is padded."""
+    """[out, in] of [out, in, *kernel]: what an input of constantly 1 adds, without padding."""
     return weight.reshape(*weight.shape[:2], -1).sum(2)
 
 
@@ -221,39 +220,36 @@ def _pads(layer: SparseLayer) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.padding not in ((0, 0), "valid")
 
 
-def _foldable(layer: SparseLayer, known: Tensor) -> Tensor:
-    """Bool [in]: which inputs of ``layer`` are constants that its bias can take in."""
-    return known == 0 if _pads(layer) else known.isfinite()
+def _foldable(layer: SparseLayer, constants: Tensor) -> Tensor:
+    """Bool [in]: which inputs of ``layer`` are constants that can be folded into its bias."""
+    return constants == 0 if _pads(layer) else constants.isfinite()
 
 
-def _outcome(layer: SparseLayer, known: Tensor) -> Tensor:
-    """What is known of the outputs of ``layer``, float64 [out]."""
-    foldable = _foldable(layer, known)
-    outcome = _sums(layer.weight.double()) @ torch.where(foldable, known, 0)
+def _output_constants(layer: SparseLayer, constants: Tensor) -> Tensor:
+    """The constants in the outputs of ``layer``, float64 [out], by those in its inputs."""
+    foldable = _foldable(layer, constants)
+    outputs = _sums(layer.weight.double()) @ torch.where(foldable, constants, 0)
     if layer.bias is not None:
-        outcome += layer.bias.double()
-    return torch.where(_edges(layer)[:, ~foldable].any(1), torch.nan, outcome)
+        outputs += layer.bias.double()
+    return torch.where(_edges(layer)[:, ~foldable].any(1), torch.nan, outputs)
 
 
 def _shrink(model: nn.Module, stream: _Stream) -> bool:
-    """Take the units out that can go; whether anything changed."""
+    """Remove the units that can go; whether anything changed."""
     if stream.fixed:
         return False
     layers = sparse_layers(model)
     gone, stands_in = _dead(layers, stream)
-    own = [*stream.makers, *(name for name, _ in stream.readers)]
-    if not gone.any() or (len(gone) == 1 and not any(_edges(layers[name]).any() for name in own)):
+    names = [*stream.writers, *(name for name, _ in stream.readers)]
+    if not gone.any() or (len(gone) == 1 and not any(_edges(layers[n]).any() for n in names)):
         return False
     remaining = (~gone).nonzero().squeeze(1)
     if not len(remaining):
         remaining = torch.zeros(1, dtype=torch.long)  # one has to stay; it has no edges from now on
-    for name, known in stream.readers:
-        _unread(layers[name], known, gone, remaining, stands_in)
-    for name in stream.makers:
-        layer = layers[name]
-        live = ~gone[remaining]
-        weight = layer.weight[remaining] * live.view(-1, *[1] * (layer.weight.dim() - 1))
-        resize(layer, weight, None if layer.bias is None else layer.bias[remaining] * live)
+    for name, constants in stream.readers:
+        _shrink_reader(layers[name], constants, gone, remaining, stands_in)
+    for name in stream.writers:
+        _shrink_writer(layers[name], gone, remaining)
     for name in stream.norms:
         norm = model.get_submodule(name)
         assert isinstance(norm, _BatchNorm)
@@ -263,43 +259,50 @@ def _shrink(model: nn.Module, stream: _Stream) -> bool:
 
 def _dead(layers: dict[str, SparseLayer], stream: _Stream) -> tuple[Tensor, int | None]:
     """Which units can go, bool [units]; the constant unit, if any, that stands for others."""
-    count = len(layers[stream.makers[0]].weight)
+    count = len(layers[stream.writers[0]].weight)
     free, constant = torch.ones(2, count, dtype=torch.bool)
-    size = torch.ones(count, dtype=torch.float64)  # beside the largest constant, where that counts
-    for name, known in stream.readers:
+    size = torch.ones(count, dtype=torch.float64)  # relative to the largest constant merged
+    for name, constants in stream.readers:
         layer = layers[name]
-        read, foldable = _edges(layer).any(0), _foldable(layer, known)
+        read, foldable = _edges(layer).any(0), _foldable(layer, constants)
         free &= ~read | foldable
-        constant &= ~read | known.isfinite()
-    left = constant & ~free
-    for name, known in stream.readers:
+        constant &= ~read | constants.isfinite()
+    merged = constant & ~free
+    for name, constants in stream.readers:
         layer = layers[name]
-        if (left & _edges(layer).any(0) & ~_foldable(layer, known)).any():
-            constants = torch.where(left & known.isfinite(), known.abs(), 0)
-            size = size.minimum(constants / constants.max())
-    size = torch.where(left, size, 0)
-    if left.sum() < 2 or size.max() < _SMALLEST:
+        if (merged & _edges(layer).any(0) & ~_foldable(layer, constants)).any():
+            sizes = torch.where(merged & constants.isfinite(), constants.abs(), 0)
+            size = size.minimum(sizes / sizes.max())
+    size = torch.where(merged, size, 0)
+    if merged.sum() < 2 or size.max() < _SMALLEST:
         return free, None
     stands_in = int(size.argmax())
-    left[stands_in] = False
-    return free | left, stands_in
+    merged[stands_in] = False
+    return free | merged, stands_in
 
 
-def _unread(
-    layer: SparseLayer, known: Tensor, gone: Tensor, remaining: Tensor, stands_in: int | None
+def _shrink_reader(
+    layer: SparseLayer, constants: Tensor, gone: Tensor, remaining: Tensor, stands_in: int | None
 ) -> None:
-    """Make ``layer`` read the units ``remaining`` only, and put what the others bring elsewhere."""
+    """Keep the inputs ``remaining`` of ``layer``; the bias or a unit stands in for the others."""
     weight = layer.weight.double()
-    given = torch.where(gone & _edges(layer).any(0), known, 0)
+    lost = torch.where(gone & _edges(layer).any(0), constants, 0)
     bias = layer.bias
-    if given.any() and _pads(layer):
-        ratio = given / known[stands_in]
+    if lost.any() and _pads(layer):
+        ratio = lost / constants[stands_in]
         weight[:, stands_in] += (weight * ratio[:, None, None]).sum(1)
-    elif given.any():
-        bias = (0 if bias is None else bias.double()) + _sums(weight) @ given
+    elif lost.any():
+        bias = (0 if bias is None else bias.double()) + _sums(weight) @ lost
     weight[:, gone] = 0
-    kind = layer.weight.dtype
-    resize(layer, weight[:, remaining].to(kind), None if bias is None else bias.to(kind))
+    dtype = layer.weight.dtype
+    resize(layer, weight[:, remaining].to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _shrink_writer(layer: SparseLayer, gone: Tensor, remaining: Tensor) -> None:
+    """Keep the outputs ``remaining`` of ``layer``; one that is gone but has to stay becomes 0."""
+    live = ~gone[remaining]
+    weight = layer.weight[remaining] * live.view(-1, *[1] * (layer.weight.dim() - 1))
+    resize(layer, weight, None if layer.bias is None else layer.bias[remaining] * live)
 
 
 _MODULES: dict[str, tuple[type[nn.Module], ...]] = {

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from startsparse import flops
 from startsparse.masks import sparse_layers
 
-_PATIENCE = 20.0  # seconds for the latencies of one batch size, once each has been measured thrice
-_THRICE = 3
+_TIME_LIMIT = 20.0  # seconds for the latencies of a batch size, after the first _LEAST passes
+_LEAST = 3
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:
@@ -35,9 +35,9 @@ def density(model: nn.Module) -> float:
 
 
 def forward_flops(model: nn.Module, example: Tensor) -> tuple[float, float]:
-    """FLOPs of one example [1, ...]: as a dense network, and if zeros were free.
+    """FLOPs of one example [1, ...]: of the dense network, and if zeros were free.
 
-    A multiply-add is two; convolutions and linear layers only.
+    A multiply-add counts as two. Only convolutions and linear layers count.
     """
     dense = flops.forward_flops(model, example)
     return sum(dense.values()), flops.inference(dense, densities(model))
@@ -45,19 +45,19 @@ def forward_flops(model: nn.Module, example: Tensor) -> tuple[float, float]:
 
 @torch.inference_mode()
 def latencies(networks: Sequence[nn.Module], inputs: Tensor, repeats: int) -> list[float]:
-    """Median seconds of a forward pass of each network, in turns, after one that does not count.
+    """Median seconds of a forward pass of each network. The networks take turns, after a warm-up.
 
-    ``repeats`` passes, or fewer, three at least, where they take longer than 20 seconds.
+    There are ``repeats`` passes, or fewer, but at least three, if they take over 20 seconds.
     """
     seconds: list[list[float]] = [[] for _ in networks]
     for network in networks:
         network(inputs)
     begun = time.perf_counter()
     for done in range(repeats):
-        if done >= _THRICE and time.perf_counter() - begun > _PATIENCE:
+        if done >= _LEAST and time.perf_counter() - begun > _TIME_LIMIT:
             break
-        for network, taken in zip(networks, seconds):
+        for network, times in zip(networks, seconds):
             start = time.perf_counter()
             network(inputs)
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in seconds]
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds]

@@ -3,7 +3,7 @@
 safetensors  the plain network, zeros and all: no masks, no scores, no thresholds
 csr          the same with the weights of layers as compressed sparse rows of weight.flatten(1):
              ``NAME.values`` float32, ``NAME.columns`` and ``NAME.rows`` int32
-onnx         for other programs, with a batch of any size; tried with onnxruntime before it counts
+onnx         for other programs, with a batch of any size; onnxruntime has to agree with PyTorch
 
 Their metadata says what the network is: ``network`` (JSON, what `startsparse.models.build` takes),
 ``set``, ``density`` (of the run) and ``test_accuracy``.
@@ -29,7 +29,7 @@ KIND = "startsparse network 1"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 """What --format onnx needs."""
 
-_TOLERANCE = 1e-4  # of onnxruntime against PyTorch, beside the largest logit
+_TOLERANCE = 1e-4  # of onnxruntime against PyTorch, relative to the largest logit
 
 Facts = Mapping[str, str]
 
@@ -40,11 +40,11 @@ def rebuild(
     path: Path,
     adjacency: Tensor | None = None,
 ) -> nn.Module:
-    """A network with the weights of ``state``, in evaluation mode, its layers as large as they are.
+    """A network in evaluation mode with the weights of ``state``, from which it has its sizes.
 
     Args:
         network: what `models.build` takes.
-        path: where the weights are from, for messages.
+        path: source of the weights, for messages.
 
     Raises:
         UserError: names or shapes do not fit.
@@ -75,10 +75,10 @@ def write_csr(path: Path, model: nn.Module, facts: Facts) -> None:
         name = f"{layer}.weight"
         weight = state.pop(name)
         shapes[name] = list(weight.shape)
-        places = weight.flatten(1).nonzero()  # row by row
-        per_row = torch.bincount(places[:, 0], minlength=len(weight))
+        indices = weight.flatten(1).nonzero()  # row by row
+        per_row = torch.bincount(indices[:, 0], minlength=len(weight))
         state[f"{name}.values"] = weight[weight != 0]
-        state[f"{name}.columns"] = places[:, 1].to(torch.int32).contiguous()
+        state[f"{name}.columns"] = indices[:, 1].to(torch.int32).contiguous()
         state[f"{name}.rows"] = nn.functional.pad(per_row.cumsum(0), (1, 0)).to(torch.int32)
     _write(path, state, {**facts, "format": "csr", "shapes": json.dumps(shapes)})
 
@@ -92,7 +92,7 @@ def load_csr(path: Path) -> dict[str, Tensor]:
     """The dense state_dict of a file of --format csr.
 
     Raises:
-        UserError: it is missing, damaged or something else.
+        UserError: the file is missing, damaged or of another kind.
     """
     state, facts = _read(path)
     if facts["format"] != "csr":
@@ -103,13 +103,13 @@ def load_csr(path: Path) -> dict[str, Tensor]:
 def load(path: Path, adjacency: Tensor | None = None) -> nn.Module:
     """The network of a file of --format safetensors or csr, in evaluation mode.
 
-    A compacted network is only equal to its original in that mode.
+    A compacted network equals its original in that mode only.
 
     Args:
         adjacency: of the graph, for a gcn; without it that network cannot be called.
 
     Raises:
-        UserError: the file is missing, damaged or something else.
+        UserError: the file is missing, damaged or of another kind.
     """
     state, facts = _read(path)
     state = _from_csr(state, facts) if facts["format"] == "csr" else state
@@ -145,9 +145,9 @@ def write_onnx(path: Path, model: nn.Module, facts: Facts, shape: Sequence[int])
     """--format onnx: input ``inputs`` [batch, *shape[1:]], output ``logits`` [batch, classes].
 
     Raises:
-        UserError: onnxruntime computes something else.
+        UserError: onnxruntime computes other logits.
     """
-    import onnxruntime  # not of every installation: PACKAGES
+    import onnxruntime  # not in every installation: see PACKAGES
 
     inputs = torch.randn(3, *shape[1:], generator=torch.Generator().manual_seed(1))
     program = torch.onnx.export(
@@ -167,7 +167,7 @@ def write_onnx(path: Path, model: nn.Module, facts: Facts, shape: Sequence[int])
         for batch in (inputs, inputs[:1]):
             with torch.inference_mode():
                 expected = model(batch)
-            (found,) = session.run(None, {"inputs": batch.numpy()})
-            off = (torch.from_numpy(found) - expected).abs().max()
+            (logits,) = session.run(None, {"inputs": batch.numpy()})
+            off = (torch.from_numpy(logits) - expected).abs().max()
             if not off <= _TOLERANCE * max(1.0, expected.abs().max().item()):
                 raise UserError(f"--format onnx: onnxruntime computes logits that are {off} off")

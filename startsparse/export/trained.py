@@ -23,7 +23,7 @@ class Trained:
 
     Attributes:
         model: plain layers, in evaluation mode.
-        source: the file its weights are from.
+        source: the file of its weights.
         facts: the metadata of its exports.
         input: shape of one example, or of the whole graph.
     """
@@ -38,24 +38,14 @@ def read_run(folder: Path) -> Trained:
     """The tested network of the finished run in ``folder``.
 
     Raises:
-        UserError: there is no such run, it is not finished, or its files are not what they should
-            be.
+        UserError: there is no such run, it is not finished, or a file is damaged.
     """
     if not (folder / "options.yaml").exists():
         raise OptionError(f"RUN: {folder} is no run folder (it has no options.yaml)")
     result = runs.summary(folder)
     if result is None:
         raise UserError(f"{folder}: not finished; go on with --resume {folder}, then export it")
-    try:
-        options = dict(yaml.safe_load((folder / "options.yaml").read_text()))
-    except (yaml.YAMLError, TypeError, ValueError):
-        options = {}
-    # The names of the three scripts for one thing; where --data is the set, there is a --data-dir.
-    name = options.get("set") or options.get("dataset") or options.get("data")
-    arch = options.get("arch") or options.get("model")
-    if name not in data.SHAPES or arch not in models.MODELS:
-        raise UserError(f"{folder / 'options.yaml'}: tells no known network and data set")
-
+    options, name, arch = _read_options(folder / "options.yaml")
     state, source = _tested_state(folder, options.get("select", "best"))
     weights = [tensor for tensor in state.values() if tensor.dim() > 1]
     shape = data.SHAPES[name]
@@ -68,12 +58,7 @@ def read_run(folder: Path) -> Trained:
         "resnet_type": options.get("resnet_type", ""),
         "imagenet": name == "imagenet",
     }
-    adjacency = None
-    if shape.nodes:
-        root = data.data_root(options.get("data_dir", options.get("data", "")))
-        graph = data.SETS[name](root, options.get("mirror", ""))
-        assert isinstance(graph, data.Graph)
-        adjacency = graph.adjacency
+    adjacency = _adjacency(name, options) if shape.nodes else None
     model = rebuild(network, _plain(state, source, network), source, adjacency)
     facts = {
         "kind": KIND,
@@ -87,8 +72,29 @@ def read_run(folder: Path) -> Trained:
     return Trained(model, source, facts, (nodes, network["channels"], size, size))
 
 
+def _read_options(path: Path) -> tuple[dict[str, Any], str, str]:
+    """The options of a run, and the names of its data set and network."""
+    try:
+        options = dict(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, TypeError, ValueError):
+        options = {}
+    # The three scripts name these options differently; where data is the set, data_dir is there.
+    name = options.get("set") or options.get("dataset") or options.get("data")
+    arch = options.get("arch") or options.get("model")
+    if name not in data.SHAPES or arch not in models.MODELS:
+        raise UserError(f"{path}: names no known network and data set")
+    return options, name, arch
+
+
+def _adjacency(name: str, options: Mapping[str, Any]) -> Tensor:
+    root = data.data_root(options.get("data_dir", options.get("data", "")))
+    graph = data.SETS[name](root, options.get("mirror", ""))
+    assert isinstance(graph, data.Graph)
+    return graph.adjacency
+
+
 def _tested_state(folder: Path, select: str) -> tuple[dict[str, Tensor], Path]:
-    """The state of the tested network, and the file that it is from."""
+    """The state of the tested network, and the file that holds it."""
     path = folder / runs.PLAIN_WEIGHTS
     if path.exists():
         return checkpoint.load(path)["model"], path
@@ -103,7 +109,7 @@ def _tested_state(folder: Path, select: str) -> tuple[dict[str, Tensor], Path]:
 
 
 def _plain(state: dict[str, Tensor], source: Path, network: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What the network has itself, inside its masks; scripts keep further buffers beside that."""
+    """The tensors of the network itself, inside its masks, without other buffers of the scripts."""
     names = state.keys()
     if source.name != runs.PLAIN_WEIGHTS:
         with torch.device("meta"):

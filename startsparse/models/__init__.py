@@ -84,6 +84,7 @@ def build(
     size: int = 32,
     width: int = 0,
     resnet_type: str = "",
+    option: str = "--arch",
     imagenet: bool = False,
     adjacency: Tensor | None = None,
 ) -> nn.Module:
@@ -98,6 +99,9 @@ def build(
 
     The weights are PyTorch's own, from the global random state; see `init_weights`.
 
+    Args:
+        option: what an error calls the name of the network.
+
     Raises:
         OptionError: an unknown name (they are in lower case), a width that is negative, missing or
             not possible, or images that are too small or have the wrong number of channels.
@@ -106,11 +110,11 @@ def build(
         raise OptionError(f"--width: {width} is negative; 0 is the architecture's own")
     if resnet_type:
         table = _IMAGENET_TYPES if imagenet else RESNET_TYPES
-        builder = _choose("--resnet-type", resnet_type, table, imagenet)
+        builder = _choose(option, resnet_type, table, imagenet)
     else:
         plain = {name: network.build for name, network in MODELS.items()}
         table = _IMAGENET_MODELS if imagenet else plain
-        builder = _choose("--arch", arch, table, imagenet)
+        builder = _choose(option, arch, table, imagenet)
     graph = {"adjacency": adjacency} if builder is gcn else {}
     return builder(classes=classes, channels=channels, size=size, width=width, **graph)
 

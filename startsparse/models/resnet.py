@@ -152,7 +152,7 @@ def wide(depth: int, *, classes: int, channels: int, width: int, **_: int) -> Re
 def small_dense(*, classes: int, channels: int, width: int, **_: int) -> ResNet:
     """ResNet-18 with every stage ``width`` wide; no width is an `OptionError`."""
     if not width:
-        raise OptionError("--width: --resnet-type small-dense needs it (channels of every stage)")
+        raise OptionError("--width: small-dense needs it (channels of every stage)")
     block, blocks = _WIDE[18]
     return ResNet(block, blocks, [width] * 4, classes=classes, channels=channels)
 
@@ -160,9 +160,7 @@ def small_dense(*, classes: int, channels: int, width: int, **_: int) -> ResNet:
 def small_dense_inc(*, classes: int, channels: int, width: int, **_: int) -> ResNet:
     """ResNet-18 with ``width`` channels, doubled at each stage; no width is an `OptionError`."""
     if not width:
-        raise OptionError(
-            "--width: --resnet-type small-dense-inc needs it (channels of the first stage)"
-        )
+        raise OptionError("--width: small-dense-inc needs it (channels of the first stage)")
     return wide(18, classes=classes, channels=channels, width=width)
 
 

@@ -1,0 +1,117 @@
+"""Scripts as processes, forked from one that has imported what takes seconds to import.
+
+A process of pytest cannot be forked itself: autograd has worked there, and would not in a copy. How
+a script starts from nothing is tested where its options are.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    [
+        *("STR.run_imp", "STR.main", "ER_DST.main", "ER_SLT.main"),  # which come before torch
+        *("torch._dynamo", "torch.utils.tensorboard", "matplotlib.pyplot"),
+        *("sklearn.datasets", "sklearn.model_selection"),
+    ]
+)
+
+
+class Script:
+    """A script in a process of its own.
+
+    Args:
+        folder: of the files that have what it says, stdout and stderr; is made.
+        forks: a sweep's runs are `Forked`, too.
+    """
+
+    def __init__(self, script: Path, argv: Sequence[object], folder: Path, forks: bool = False):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.said = folder / "stdout", folder / "stderr"
+        words = [str(script), *map(str, argv)]
+        self._process = _CONTEXT.Process(target=_child, args=(words, self.said, forks), daemon=True)
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of a process that has ended; minus the signal that killed it."""
+        return self._process.exitcode
+
+    def wait(self) -> tuple[str, str]:
+        """What it said, and its errors, once it has ended."""
+        self._process.join(300)
+        assert self.exit_code is not None
+        out, err = (path.read_text() for path in self.said)
+        return out, err
+
+
+class Forked:
+    """In the place of `subprocess.Popen`, for a command that starts a script with Python."""
+
+    def __init__(self, command: Sequence[str], env: dict[str, str], stdout: IO[str], **_: object):
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            os.environ.clear()
+            os.environ.update(env)
+            os._exit(_exit_code(command[1:], stdout.fileno(), stdout.fileno()))
+
+    def poll(self) -> int | None:
+        """The exit code, if there is one by now."""
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def terminate(self) -> None:
+        """Ask it to stop."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+
+def _child(words: list[str], said: tuple[Path, Path], forks: bool) -> None:
+    if forks:
+        from STR import jobs
+
+        jobs.subprocess = SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT)
+    out, err = (os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for path in said)
+    os._exit(_exit_code(words, out, err))
+
+
+def _exit_code(words: Sequence[str], out: int, err: int) -> int:
+    """Run a script to its end as a new process would."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = list(words)
+    code = 0
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
