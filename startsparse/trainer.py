@@ -140,7 +140,7 @@ class Trainer(Learner, Generic[S]):
         self._clock = time.monotonic()
         with self.stop:
             while self.position.phase < len(phases):
-                processes.all_take_rank_0s(self.model)
+                processes.all_copy_rank_0(self.model)
                 phase = phases[self.position.phase]
                 if self._warmup(phase) > phase.epochs:
                     log.warning(
@@ -255,7 +255,7 @@ class Trainer(Learner, Generic[S]):
                 first=first,
                 title=f"{phase.name} {position.epoch + 1}/{phase.epochs}",
             )
-        processes.all_take_rank_0s(self.model)
+        processes.all_copy_rank_0(self.model)
         self.ledger.count(first + steps, phase.method)
         trained, valid = means(self.sums), self.evaluate(self.data.valid)
         total = density_table(self.model).iloc[-1]
