@@ -254,10 +254,10 @@ class CpuKernels:
     ) -> Call:
         pointers = (t.data_ptr() for t in (x, y, values))
         where = positions_of(positions, entries.group)
-        return partial(self._c.gather, *pointers, entries_of(entries), where, False)
+        return self._prepared("gather", *pointers, entries_of(entries), where, False)
 
     def split(self, x: Plane, stride: tuple[int, int], y: Plane) -> Call:
-        return partial(self._c.split, plane_of(x), *stride, plane_of(y))
+        return self._prepared("split", plane_of(x), *stride, plane_of(y))
 
     def plane_affine(
         self, y: Plane, first: bool, bias: Tensor | None, norm: Norm, residual: Plane | None,
@@ -265,18 +265,25 @@ class CpuKernels:
     ) -> Call:  # fmt: skip
         how, other = norm_of(norm, self._modes), plane_of(residual)
         before = plane_of(y), first, address(bias), how, other, relu
-        return partial(self._c.plane_affine, *before, plane_of(z))
+        return self._prepared("plane_affine", *before, plane_of(z))
 
     def plane_max_pool(self, x: Plane, kernel: int, stride: int, padding: int, y: Plane) -> Call:
         sizes = kernel, stride, padding
-        return partial(self._c.plane_max_pool, plane_of(x), *sizes, plane_of(y))
+        return self._prepared("plane_max_pool", plane_of(x), *sizes, plane_of(y))
 
     def plane_mean(self, x: Plane, y: Plane) -> Call:
-        return partial(self._c.plane_mean, plane_of(x), plane_of(y))
+        return self._prepared("plane_mean", plane_of(x), plane_of(y))
 
     def dot(self, x: Plane, y: Tensor, values: Tensor, entries: Listed) -> Call:
         pointers = (t.data_ptr() for t in (x.data, values, entries.first, entries.offset))
-        return partial(self._c.dot, *pointers, entries.rows, y.data_ptr())
+        return self._prepared("dot", *pointers, entries.rows, y.data_ptr())
+
+    def _prepared(self, name: str, *arguments: object) -> Call:
+        """The function with its arguments, which are converted now and not at each call."""
+        function, kinds = self._c[name], FUNCTIONS[name][1]
+        function.restype = None
+        pairs = zip(kinds, arguments)
+        return partial(function, *(a if isinstance(a, kind) else kind(a) for kind, a in pairs))
 
     def _scratch(self, like: Tensor, size: int) -> Tensor:
         return memory.empty([size], like.dtype)
