@@ -60,6 +60,7 @@ def demo(tmp_path_factory):
             run_phases(trainer, phases)
 
         patch.setattr(Trainer, "run_phases", watch)
+        patch.setitem(script.data.SETS, "digits", few_digits(500, 360))  # all that test
         extra = ["--initBias", "kn-nonzero-bias", "--shuffle", "--save-model"]
         folder = slt(tmp_path_factory.mktemp("demo"), *DEMO, *extra)
     return folder, *begun[0]
