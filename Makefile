@@ -2,14 +2,15 @@
 # make quick   one test of each kind, about a minute on two cores: what tests/quick.txt names
 # make test    lint and all tests
 # make bench   speed and memory, as ratios measured in one run on this machine
-# make lint    ruff and mypy
+# make lint    ruff, mypy and clang-format
+# make sanitize   check the kernels for wrong addresses and undefined behaviour, a few minutes
 # VENV=DIR     use (or make) another environment
 
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 
-.PHONY: demo quick test bench lint
+.PHONY: demo quick test bench lint sanitize
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.startsparse
@@ -28,6 +29,10 @@ lint: $(VENV)/.startsparse-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror startsparse/engine/*.cpp startsparse/engine/*.h
+
+sanitize: $(VENV)/.startsparse-dev
+	$(BIN)/python tests/sanitize.py
 
 $(VENV)/.startsparse: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

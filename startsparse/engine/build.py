@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,18 +40,23 @@ def built(dtype: torch.dtype) -> Path:
     Raises:
         NoCompilerError: no C++ compiler, or it fails; says in one line why.
     """
-    command = _command(dtype)
+    command = compiler(dtype)
     sources = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")])
     texts = [(path.name, path.read_bytes()) for path in sources]
     key = repr((command, torch.__version__, texts))
     digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
     path = _cache() / f"{_SCALARS[dtype]}-{digest}.so"
     if not path.exists():
-        _build(command, path)
+        if not shutil.which(command[0]):
+            reason = f"there is no C++ compiler {command[0]} (set CXX, or install g++)"
+            raise NoCompilerError(reason)
+        log.info("building the sparse kernels, about 15 s, once")
+        build(command, sorted(_FOLDER.glob("*.cpp")), path)
     return path
 
 
-def _command(dtype: torch.dtype) -> list[str]:
+def compiler(dtype: torch.dtype) -> list[str]:
+    """The command that compiles for numbers of ``dtype`` and for this CPU, without files."""
     capability = torch.backends.cpu.get_cpu_capability()
     return [
         *(os.environ.get("CXX", "g++"), "-std=c++20", "-O3", "-fPIC", "-fopenmp"),
@@ -61,15 +67,11 @@ def _command(dtype: torch.dtype) -> list[str]:
     ]
 
 
-def _build(command: list[str], path: Path) -> None:
+def build(command: list[str], sources: Sequence[Path], path: Path) -> None:
     """Compile to ``path``; two processes that do so at the same time do not disturb each other."""
-    if not shutil.which(command[0]):
-        raise NoCompilerError(f"there is no C++ compiler {command[0]} (set CXX, or install g++)")
-    log.info("building the sparse kernels, about 15 s, once")
     path.parent.mkdir(parents=True, exist_ok=True)
     link = ["-shared", f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
     with replacing(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        sources = sorted(_FOLDER.glob("*.cpp"))
         objects = [f"{folder}/{source.stem}.o" for source in sources]
         with ThreadPoolExecutor() as pool:  # most of the time goes into PyTorch's headers
             commands = [
