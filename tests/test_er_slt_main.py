@@ -264,6 +264,7 @@ COMBINATIONS = [
 ]
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(("how", "score_init", "ranking"), COMBINATIONS)
 def test_every_initialisation_and_ranking(run_slt, capsys, how, score_init, ranking):
     flag = {"layer": "--per-layer", "global": "--global"}[ranking]
