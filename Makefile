@@ -1,5 +1,6 @@
 # make demo    train a random ER network on scikit-learn's digits, about a minute
-# make test    lint and tests
+# make quick   one test of each kind, about a minute on two cores: what tests/quick.txt names
+# make test    lint and all tests
 # make bench   speed and memory, as ratios measured in one run on this machine
 # make lint    ruff, mypy and clang-format
 # make sanitize   check the kernels for wrong addresses and undefined behaviour, a few minutes
@@ -9,11 +10,14 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 
-.PHONY: demo test bench lint sanitize
+.PHONY: demo quick test bench lint sanitize
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.startsparse
 	cd STR && $(BIN)/python main.py
+
+quick: $(VENV)/.startsparse-dev
+	$(BIN)/python -m pytest @tests/quick.txt
 
 test: lint
 	$(BIN)/python -m pytest

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import pandas as pd
 
-from startsparse import effects, plots, processes, report, results, runs
+from startsparse import effects, labels, plots, processes, report, results, runs
 from startsparse.atomic import write_text
 from startsparse.commandline import from_flags, named, parse
 from startsparse.data import SETS
@@ -218,11 +218,11 @@ def write_report(path: Path) -> str:
     start = start.where(~dense, "dense" if one else "dense, " + start)
     pruning = table["pruner"] + ", rewind " + table["rewind"]
     for name in more:
-        pruning += f", {name} " + table[name].map(plots.shown)
+        pruning += f", {name} " + table[name].map(labels.shown)
     table = table.assign(
         density=table["requested"],
         start=start,
-        start_density=table["er_sparse_init"].map(plots.shown),
+        start_density=table["er_sparse_init"].map(labels.shown),
         pruning=pruning,
     )
     keys = ["density", "start", "pruning", "start_density"]
@@ -238,7 +238,7 @@ def write_report(path: Path) -> str:
     rows = ["pruning", "start", "start_density"]
     wide = cells.pivot(index=rows, columns="density", values="cell").fillna("")
     wide = wide.loc[list(dict.fromkeys(zip(*(cells[r] for r in rows)))), wide.columns[::-1]]
-    lines = [["pruning", "start", "at density", *map(plots.shown, wide.columns)]]
+    lines = [["pruning", "start", "at density", *map(labels.shown, wide.columns)]]
     lines += [["---"] * len(lines[0])]
     lines += [[*name, *row] for name, row in zip(wide.index, wide.to_numpy())]
     markdown = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,3 +1,3 @@
-"""What the project says about speed and memory, as programs that print it: python -m benchmarks."""
+"""Programs that measure what the project claims of speed and memory: python -m benchmarks."""
 
 import startsparse.threads  # noqa: F401 - before torch

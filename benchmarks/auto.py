@@ -1,10 +1,10 @@
 """What ``--sparse-compute auto`` chooses, and what that costs, against the dense network.
 
-Training steps as a run makes them, with the upkeep of the masks, of networks that computed as auto
-chose, divided by steps of the same network dense in the faster of PyTorch's two layouts, in turns
-in one run. Beside it the time of the choice, which is made at the start and when the density has
-changed by a fifth, and that of listing the entries anew after a change of masks, in dense steps.
-Goals: at most 1.02 at any density; lists at most 0.3.
+The ratio is that of training steps: as a run takes them, with the upkeep of the masks and computing
+as auto chose, over dense ones in the faster of PyTorch's two layouts. Both take turns in one run.
+Two more times follow, in dense steps: that of the choice, which a run makes at the start and when
+the density has changed by a fifth, and that of listing the entries after a change of masks. Goals:
+ratio at most 1.02 at any density; lists at most 0.3.
 """
 
 import time

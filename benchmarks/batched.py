@@ -1,9 +1,9 @@
-"""The MLPs of tabular.ipynb trained as one batched model, divided by one after the other.
+"""The MLPs of tabular.ipynb trained as one batched model, against one after the other.
 
 The notebook's networks: width 256, breast cancer, batch 64, Adam, a dense start and ER 0.5, with
-and without reset, five seeds. A round trains all 20 for one epoch in each loop, in turns; the
-median over rounds of loop / batched is printed, for one thread and for all. Narrow networks, where
-the overhead of each call weighs more, gain more. Goal: above 1 everywhere.
+and without reset, five seeds. A round trains all 20 for one epoch in each loop, in turns. The gain
+is the median over rounds of loop / batched, for one thread and for all. Narrow networks gain more,
+because the overhead of a call weighs more in them. Goal: above 1 everywhere.
 """
 
 import time
@@ -17,7 +17,7 @@ EPOCHS, ROUNDS = 1, 5
 
 
 def seconds(loop: str, members: list[tabular.Member]) -> float:
-    """One training of all networks."""
+    """Time of one training of all networks."""
     models, parts = [m.model for m in members], [m.train for m in members]
     started = time.perf_counter()
     batched.LOOPS[loop](models, parts, batched.Recipe(), EPOCHS)

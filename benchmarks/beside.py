@@ -1,12 +1,11 @@
 """Training beside other work: the quick start next to a busy loop on each core, and runs in pairs.
 
-First the time of the quick start's first two epochs beside busy loops over the time alone, masked
-and inside the masks: with threads that spin a thousand times where they wait and then sleep, as
-startsparse sets it, with threads that sleep at once, and with threads that spin as long as the
-OpenMP runtime lets them where nothing is set. The last column is the time alone over that of the
-last. Then the time of a sweep of eight small runs, two at the same time over one after the other.
-Goals: beside at most 3 times alone; nothing is lost alone; two at a time at most 0.6. Other work on
-the machine spoils all of them.
+First, the time of the quick start's first two epochs beside busy loops, over the time alone, with
+masked and with sparse compute. Waiting threads either spin a thousand times and then sleep, which
+startsparse sets, or sleep at once, or spin as long as the OpenMP runtime does by default. The last
+column is the time alone over that of the third way. Then, the time of a sweep of eight small runs,
+two at the same time over one after the other. Goals: beside at most 3 times alone; nothing is lost
+alone; two at a time at most 0.6. Other work on the machine spoils all of these.
 """
 
 import os
@@ -28,17 +27,17 @@ SWEEP = [
     *("--er-sparse-inits", "0.2", "--densities", "0.1"),
 ]
 SMALL = ["--", "--epochs", "1", "--final_prune_epoch", "1", "--sparse-compute", "off"]
-# How threads wait -> what is set for it, and how often it is measured: spinning takes minutes.
+# How threads wait -> environment variables, and number of measurements: spinning takes minutes.
 SETTINGS = {
     "spin, sleep": ({}, 3),
     "sleep": ({"OMP_WAIT_POLICY": "passive"}, 3),
-    "spin": ({"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}, 1),  # the runtimes' own
+    "spin": ({"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}, 1),  # the runtimes' defaults
 }
 
 
 @contextmanager
 def busy_cores() -> Iterator[None]:
-    """Within it, a loop runs on each core."""
+    """Run a busy loop on each core inside the block."""
     loop = [sys.executable, "-c", "while True: pass"]
     loops = [subprocess.Popen(loop) for _ in range(threads.cores())]
     try:
@@ -50,9 +49,9 @@ def busy_cores() -> Iterator[None]:
 
 
 def seconds(argv: list[str], setting: dict[str, str], more: list[str] = ()) -> float:
-    """Of a program of STR in a process of its own, whose runs are thrown away."""
-    own = (*threads.WAITING, *threads.NUMBER)
-    environment = {name: value for name, value in os.environ.items() if name not in own}
+    """Time of a program of STR in its own process; its runs are deleted."""
+    unset = (*threads.WAITING, *threads.NUMBER)
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *argv, "--log-dir", folder, "--result-dir", folder, *more]
         started = time.perf_counter()
@@ -69,17 +68,17 @@ def seconds(argv: list[str], setting: dict[str, str], more: list[str] = ()) -> f
 
 def quick_start(form: str) -> None:
     """Print a line for each way to wait."""
-    found = {}
+    pairs = {}
     for name, (setting, rounds) in SETTINGS.items():
-        found[name] = []
+        pairs[name] = []
         for _ in range(rounds):
             pair = []
             for work in (nullcontext, busy_cores):
                 with work():
                     pair.append(seconds([*QUICK, "--sparse-compute", form], setting))
-            found[name].append(pair)
-    spinning = median(alone for alone, _ in found["spin"])
-    for name, times in found.items():
+            pairs[name].append(pair)
+    spinning = median(alone for alone, _ in pairs["spin"])
+    for name, times in pairs.items():
         alone, beside = (median(column) for column in zip(*times))
         ratio = median(beside / alone for alone, beside in times)
         print(
@@ -89,7 +88,7 @@ def quick_start(form: str) -> None:
 
 
 def main() -> None:
-    seconds([*QUICK, "--sparse-compute", "on"], {})  # the kernels are built, the files are read
+    seconds([*QUICK, "--sparse-compute", "on"], {})  # warm-up: builds the kernels, reads the files
     heads = f"{'alone s':>8} {'beside s':>8} {'ratio':>8} {'of spin':>8}"
     print(f"{'sparse':<8} {'threads':<12} {heads}", flush=True)
     for form in ("off", "on"):

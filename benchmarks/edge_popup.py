@@ -1,8 +1,8 @@
 """Training step of edge-popup, divided by that of the same network with frozen, dense weights.
 
 ResNet18 for 32x32 images, batch 128, a random mask of density 0.5 and a ticket of 0.2. The base
-computes the gradients of its weights too and has the same optimizer, with a learning rate of 0.
-Goals: at most 1.10 on the CPU, and 1.15 on a GPU, where both are compiled.
+also computes gradients of its weights, and has the same optimizer with a learning rate of 0. Goals:
+at most 1.10 on the CPU, and 1.15 on a GPU, where both are compiled.
 """
 
 from collections.abc import Callable

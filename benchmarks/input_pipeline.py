@@ -1,9 +1,9 @@
-"""How many images per second `Batches` makes: crop, flip, normalise, channels_last.
+"""Images per second from `Batches`: crop, flip, normalise, channels_last.
 
-50,000 random images of 32 x 32 x 3 (the size of CIFAR) in batches of 128, once as training batches
-and once as evaluation batches, on the CPU and, where there is one, on a CUDA device. A figure is
-the best of three passes over 200 steps. Nothing else is done with a batch, so this is the ceiling
-that the input sets to training; other work on the machine lowers it.
+50,000 random images of 32 x 32 x 3 (the size of CIFAR) in batches of 128, as training and as
+evaluation batches, on the CPU and, if there is one, on a CUDA device. A figure is the best of three
+passes over 200 steps. Nothing else is done with a batch, so this is an upper bound on the speed of
+training; other work on the machine lowers it.
 
 Two idle cores of a cloud machine, PyTorch 2.15: 330,000 in training, 1,270,000 in evaluation.
 
@@ -28,7 +28,7 @@ def images_per_second(batches: Batches) -> float:
     best = 0.0
     for epoch in range(PASSES + 1):  # epoch 0 warms up
         steps = batches.epoch(epoch)
-        next(steps)  # the random numbers of the epoch are drawn here, once for all its steps
+        next(steps)  # draws the random numbers of all steps of the epoch
         if batches.device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()

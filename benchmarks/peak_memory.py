@@ -1,8 +1,8 @@
 """Peak memory of a training step of each kind of layer, divided by the dense step's.
 
-ResNet18 for 32x32 images, batch 128. On the CPU it is the peak of what a process's steps add to
-its resident memory, each kind in a process of its own; on a GPU it is the allocator's peak. Goal:
-at most 1.1.
+ResNet18 for 32x32 images, batch 128. On the CPU each kind has its own process, and the figure is
+the peak of what steps add to resident memory; on a GPU it is the allocator's peak. Goal: at most
+1.1.
 """
 
 import multiprocessing
@@ -15,7 +15,7 @@ from benchmarks.steps import CONV_TYPES, devices, make_step
 
 
 def peak(kind: str, device: torch.device) -> float:
-    """MiB."""
+    """Peak memory in MiB."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,8 +1,8 @@
 """One pruning by each pruner, divided by a training step of the same network.
 
-ResNet18 for 32x32 images, batch 128, from density 0.5 to 0.4 of its 11 million weights; synflow in
-all of its 100 rounds, and in one; mask-ref reads its masks from a file. One measurement is a
-training step and then each pruner once; medians are printed. Goal: at most 1 for mag on the CPU.
+ResNet18 for 32x32 images, batch 128, from density 0.5 to 0.4 of its 11 million weights. synflow
+takes 100 rounds, and one; mask-ref reads its masks from a file. A round of measurements is a
+training step and then each pruner once; figures are medians. Goal: at most 1 for mag on the CPU.
 """
 
 import tempfile
@@ -40,7 +40,7 @@ def goal(model: nn.Module) -> int:
 
 
 def make_prune(program: str, device: torch.device, reference: Path) -> Callable[[], float]:
-    """A function that prunes from 0.5 to 0.4, always the same masks, and returns its seconds."""
+    """A function that prunes the same masks from 0.5 to 0.4 each time, and returns its seconds."""
     model = half_dense()
     model.to(device, memory_format=torch.channels_last)
     batches = OneBatch(random_images(128, device, torch.channels_last))

@@ -1,12 +1,12 @@
 """Training steps, inference and memory of networks that compute only inside their masks.
 
-A step is forward, backward and SGD with momentum, on one batch; everything is divided by the same
-network dense, in whichever of PyTorch's two layouts is faster here, in turns in one run. Beside it
-the masked network, and SparseProp (Nikdan et al., ICML 2023) where it is installed, which may keep
-every layer dense that is faster so. Goals, times faster than dense: ResNet18 1.5, 2.7, 4.2, 9 at
-density 0.2, 0.1, 0.05, 0.01; VGG16 3, 10 at 0.1, 0.01; MLP 1.8, 3.5, 8 at 0.1, 0.05, 0.01;
-inference at 0.05: 3; lists of entries after a change of masks at most 0.3 of a dense step; bytes of
-weights, gradients and momentum at most 3 times the density, index lists included.
+A step is forward, backward and SGD with momentum, on one batch. The base of all figures is the
+dense network in the faster of PyTorch's two layouts; both take turns in one run. The masked network
+is measured too, and SparseProp (Nikdan et al., ICML 2023) if it is installed, which may keep layers
+dense that are faster so. Goals, times faster than dense: ResNet18 1.5, 2.7, 4.2, 9 at density 0.2,
+0.1, 0.05, 0.01; VGG16 3, 10 at 0.1, 0.01; MLP 1.8, 3.5, 8 at 0.1, 0.05, 0.01; inference at 0.05: 3;
+lists of entries after a change of masks at most 0.3 of a dense step; bytes of weights, gradients
+and momentum at most 3 times the density, index lists included.
 
 ``--save`` also writes what it prints to sparse_compute.csv beside this file, and its picture.
 """
@@ -37,7 +37,7 @@ NETWORKS = {
     "resnet20": ("ERK", 128, (3, 32, 32)),
 }
 DENSITIES = {"resnet18": (0.2, 0.1, 0.05, 0.01), "vgg16": (0.1, 0.01), "mlp": (0.1, 0.05, 0.01)}
-# pairs of measurements, and steps in a row that are one
+# pairs of measurements, and steps in a row that make one measurement
 PAIRS = {"resnet18": (5, 2), "vgg16": (5, 3), "mlp": (10, 50), "resnet20": (15, 1)}
 INFERENCE = 0.05  # density of the networks that are evaluated
 
@@ -85,12 +85,12 @@ def inference(forward: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:
-    """As it trains."""
+    """The optimizer of all networks here."""
     return torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=1e-4, fused=True)
 
 
 def dense(arch: str, images: Tensor) -> list[nn.Module | Tensor]:
-    """The dense network and its batch in the faster layout."""
+    """The dense network and its batch, in the faster layout."""
     candidates = []
     for layout in (torch.contiguous_format, torch.channels_last):
         model = network(arch, 1.0).to(memory_format=layout)
@@ -110,13 +110,13 @@ def sparseprop(model: nn.Module, images: Tensor) -> nn.Module | None:
     model = copy.deepcopy(model)
     shapes, _ = generate_intermediate_shapes(model, images.shape[1:])
     for name, layer in masks.sparse_layers(model).items():
-        if name != "conv1":  # it computes the gradient of the images, and loses much by that
+        if name != "conv1":  # there it would compute the gradient of the images, which is slow
             swap_module(model, name, sparsify_if_faster(layer, (len(images), *shapes[name])))
     return model
 
 
 def sparse_form(arch: str, density: float, images: Tensor) -> tuple[nn.Module, SparseForm]:
-    """The masked network and its sparse form; layers that are slower so stay dense."""
+    """The masked network and its sparse form, in which layers stay dense that are faster so."""
     model = network(arch, density).to(memory_format=torch.channels_last)
     form = SparseForm(model, NETWORKS[arch][2])
     form.compute_sparsely(choose(form, images, 10).faster)
@@ -124,19 +124,24 @@ def sparse_form(arch: str, density: float, images: Tensor) -> tuple[nn.Module, S
 
 
 def stored(form: SparseForm, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
-    """Bytes of weights, gradients and momentum over those of dense ones; and the index lists'."""
-    sizes = {name: mask.numel() for name, _, mask in masks.masked_weights(form.model)}
-    dense_bytes = 3 * 4 * sum(sizes.values())
-    held = [p for group in optimizer.param_groups for p in group["params"] if p.dim() != 1]
-    held += [form.layers[name].values for name in form.computes]
-    own = [t for p in held for t in (p, p.grad, *optimizer.state[p].values()) if t is not None]
-    places = [t for name in form.computes for t in form.layers[name].lists()]
-    held, lists = (sum(t.numel() * t.element_size() for t in ts) for ts in (own, places))
-    return held / dense_bytes, lists / dense_bytes
+    """Bytes of weights, gradients and momentum, and of index lists, over those of a dense network.
+
+    The dense network has no lists: both are divided by its weights, gradients and momentum.
+    """
+    dense_bytes = 3 * 4 * sum(mask.numel() for _, _, mask in masks.masked_weights(form.model))
+    weights = [p for group in optimizer.param_groups for p in group["params"] if p.dim() != 1]
+    weights += [form.layers[name].values for name in form.computes]
+    state = [t for w in weights for t in (w, w.grad, *optimizer.state[w].values()) if t is not None]
+    lists = [t for name in form.computes for t in form.layers[name].lists()]
+    return _bytes(state) / dense_bytes, _bytes(lists) / dense_bytes
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class Table:
-    """What was measured, printed line by line."""
+    """The measurements, printed line by line."""
 
     def __init__(self) -> None:
         self.rows: list[dict] = []
@@ -205,11 +210,11 @@ def main(save: bool = False) -> None:
             with form.within(optimizer):
                 mine = step(form, optimizer, images)
                 dense_seconds = table.add(arch, density, "sparse", mine, base_step)
-                weights, places = stored(form, optimizer)
+                weights, indices = stored(form, optimizer)
                 print(
                     f"    {len(form.computes)} of {len(form.layers)} layers; lists after a change "
                     f"of masks {lists / dense_seconds:.2f} of a dense step; stored {weights:.3f} "
-                    f"of dense, lists {places:.3f}",
+                    f"of dense, lists {indices:.3f}",
                     flush=True,
                 )
             if other is not None:

@@ -1,7 +1,7 @@
 """Soft thresholds and edge-popup computed sparsely, times faster than masked.
 
-ResNet18 for 32x32 images in a uniform random mask of density 0.1, of which half is used: by the
-soft thresholds, or by edge-popup with a sparsity of 0.05, ranked per layer or globally. Training
+ResNet18 for 32x32 images in a uniform random mask of density 0.1. Soft thresholds use half of it,
+and so does edge-popup with a sparsity of 0.05, ranked per layer or globally. Training
 steps (forward, backward, SGD with momentum) and inference of batches of 64, all layers sparse
 (``--sparse-compute on``) against ``off``, in turns in one run.
 """

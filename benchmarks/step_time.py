@@ -1,7 +1,7 @@
 """Training step of each kind of layer, divided by the same network's dense step.
 
-ResNet18 for 32x32 images, batch 128, masks at density 0.2, optimizer included; pairs of steps run
-back to back and the median of their ratios is printed. Goals: at most 1.03 for fixed masks, 1.05
+ResNet18 for 32x32 images, batch 128, masks at density 0.2, optimizer included. Pairs of steps run
+back to back; the figure is the median of their ratios. Goals: at most 1.03 for fixed masks, 1.05
 for soft thresholds.
 """
 

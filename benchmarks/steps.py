@@ -28,7 +28,7 @@ __all__ = [
 def random_images(
     size: int, device: torch.device, memory_format: torch.memory_format, shape: tuple = (3, 32, 32)
 ) -> Tensor:
-    """A batch of noise, always the same."""
+    """A batch of noise, the same in each call."""
     images = torch.randn(size, *shape, generator=torch.Generator().manual_seed(1))
     return images.to(device, memory_format=memory_format)
 
@@ -49,9 +49,9 @@ class OneBatch:
 
 
 def devices() -> list[torch.device]:
-    """The CPU, and the first GPU where there is one."""
-    found = [torch.device("cpu")]
-    return [*found, torch.device("cuda", 0)] if torch.cuda.is_available() else found
+    """The CPU, and the first GPU if there is one."""
+    cpu = torch.device("cpu")
+    return [cpu, torch.device("cuda", 0)] if torch.cuda.is_available() else [cpu]
 
 
 def make_step(
@@ -106,7 +106,7 @@ def loop_step(
     def step() -> float:
         sums = training.new_sums(device)
         started = time.perf_counter()
-        # It reads the sums at its end, and so waits for the device.
+        # At its end train_epoch reads the sums, which waits for the device.
         training.train_epoch(learner, batches, lambda _: lr, sums, epoch=0, method=method)
         return time.perf_counter() - started
 
@@ -122,8 +122,8 @@ def interleaved(
 ) -> tuple[float, float, float]:
     """Median seconds of both, and median of ``one`` / ``other`` over pairs run back to back.
 
-    Of ``in_a_row`` runs the mean counts: in training, too, a short step finds in the caches what
-    the step before it has left there.
+    A measurement is the mean of ``in_a_row`` runs. As in training, a short step then finds in the
+    caches what the step before it has left there.
     """
 
     def pair() -> tuple[float, ...]:

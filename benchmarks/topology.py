@@ -3,8 +3,8 @@
 VGG16 for 32x32 images (14.7 million weights), batch 128. The update is GraNet's, from density
 0.0102 to 0.01: global pruning, then drop and grow of half of the weights in every layer, with and
 without flow preservation. An ordinary step moves no mask; growth by momentum sums up the gradients
-in it. A round is a dense step, an ordinary step and an update of each kind; medians over rounds.
-The peak memory is that of training steps with an update in each, over that of dense ones. Goals:
+in it. A round is a dense step, an ordinary step and an update of each kind; figures are medians
+over rounds. Peak memory is that of training steps with an update in each, over dense ones. Goals:
 update at most 0.5 on the CPU and 2 on a GPU; ordinary step at most 1.02; memory at most 1.15.
 """
 
@@ -30,7 +30,7 @@ from startsparse.method import PLAIN, Method
 
 
 def make_step(growth: str, device: torch.device) -> Callable[[], float]:
-    """A function that does one step without an update, "" dense, and returns its seconds."""
+    """A function that does one step without an update and returns its seconds; "" is dense."""
     options = DSTOptions(
         arch="vgg16",
         sparse=bool(growth),
@@ -52,7 +52,7 @@ def move_masks(
     step: int,
     preserve_flow: bool = False,
 ) -> None:
-    """One update as a run makes it, with all that it writes down."""
+    """One update as in a run, with its row of topology.csv."""
     before = {name: mask.clone() for name, _, mask in masked_weights(model)}
     update(
         model,
@@ -87,13 +87,13 @@ class Always(Method):
 def make_update(
     growth: str, device: torch.device, preserve_flow: bool = False
 ) -> Callable[[], float]:
-    """A function that makes one update, always from the same masks, and returns its seconds."""
+    """A function that updates the same masks in each call, and returns its seconds."""
     model = models.build("vgg16", classes=10)
     models.init_weights(model, "kaiming_normal", 1)
     shapes = {name: layer.weight.shape for name, layer in sparse_layers(model).items()}
     attach_masks(model, draw_masks(shapes, [0.0102] * len(shapes), 1, "exact"))
     model.to(device, memory_format=torch.channels_last)
-    if preserve_flow:  # as the update before has left it
+    if preserve_flow:  # the update before has repaired the masks
         flow.repair(model, 1, 0, by_magnitude=False)
     remember(model, GROWTH["momentum"])
     for parameter in model.parameters():
@@ -118,7 +118,7 @@ def make_update(
 
 
 def peak(growth: str, device: torch.device) -> float:
-    """MiB that three training steps need; "" is dense, a growth rule updates masks in each."""
+    """Peak memory of three training steps in MiB: dense for "", else with an update in each."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from matplotlib.figure import Figure
 
-from startsparse import plots, report
+from startsparse import labels, plots, report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def speed_against_density(axis: "Axes") -> None:
         axis.plot(rows["density"], rows["times_faster"], "o-", label=label)
     axis.axhline(1, color="black", lw=1, ls=":", label="dense")
     densities = sorted(set(table["density"]))
-    axis.set(xscale="log", ylim=(0, None), xlabel=plots.KEPT, ylabel="times faster than dense")
+    axis.set(xscale="log", ylim=(0, None), xlabel=labels.DENSITY, ylabel="times faster than dense")
     axis.set_xticks(densities, [f"{density:g}" for density in densities])
     axis.invert_xaxis()
     axis.set_title("A training step on two CPU cores")

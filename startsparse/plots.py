@@ -1,19 +1,17 @@
 """Pictures of runs, of tables over settings, and of curves over epochs."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from startsparse import labels
 from startsparse.atomic import replacing
 from startsparse.errors import OptionError, UserError
-from startsparse.fields import normal
 from startsparse.processes import by_rank_0
-from startsparse.results import OTHER_NAMES
 
 if TYPE_CHECKING:  # matplotlib is slow to import, and needed when a run has finished
     from matplotlib.axes import Axes
@@ -22,54 +20,11 @@ if TYPE_CHECKING:  # matplotlib is slow to import, and needed when a run has fin
 
 SUFFIXES = (".png", ".pdf", ".svg")
 
-KEPT = "density (kept / all weights)"
-LABELS = {  # the field's words for columns
-    "density": KEPT,
-    "requested": "density asked for (kept / all weights)",
-    "er_sparse_init": "density of the random mask (kept / all weights)",
-    "final_density": "final density (kept / all weights)",
-    "sparsity": "density of the ticket (kept / all weights)",
-    "sparsity_start": "density that annealing starts from",
-    "test_accuracy": "test accuracy (%)",
-    "valid_accuracy": "validation accuracy (%)",
-    "train_accuracy": "training accuracy (%)",
-    "test_loss": "test loss (cross-entropy)",
-    "inference_flops_share": "FLOPs of inference (share of dense)",
-    "training_flops_share": "FLOPs of training (share of dense)",
-    "er_sparse_method": "layer-wise ratio",
-    "st_decay": "weight decay of s",
-    "lr": "learning rate",
-    "arch": "network",
-    "set": "data set",
-}
-DENSITIES = {"density", "requested", "er_sparse_init", "final_density", "sparsity"}
 
-
-def label(name: str) -> str:
-    """A column in the field's words; accuracies are in percent."""
-    own = OTHER_NAMES.get(normal(name), name)
-    return LABELS.get(own, name.replace("_", " ") + " (%)" * ("accuracy" in name))
-
-
-def shown(value: object) -> str:
-    """A value of an option as people write it."""
-    if isinstance(value, float | np.floating):
-        x = float(value)
-        if math.isnan(x):
-            return ""
-        return f"{x:.0f}" if abs(x) < 10**15 and x == round(x) else f"{x:.4g}"
-    return str(value)
-
-
-def words(name: str) -> str:
-    """`label` without units."""
-    return label(name).partition(" (")[0]
-
-
-def bars(means: pd.DataFrame, of: str) -> np.ndarray:
-    """Lengths [2, rows] of error bars, down and up; no accuracy is below 0 or above 100 %."""
-    mean, half = (means[name].to_numpy(float) for name in (of, f"{of}_ci95"))
-    if "accuracy" not in of:
+def bars(means: pd.DataFrame, column: str) -> np.ndarray:
+    """Lengths [2, rows] of error bars, down and up; those of accuracies stay within 0 and 100 %."""
+    mean, half = (means[name].to_numpy(float) for name in (column, f"{column}_ci95"))
+    if "accuracy" not in column:
         return np.stack([half, half])
     return 100 * np.stack([np.minimum(half, mean), np.minimum(half, 1 - mean)]).clip(0)
 
@@ -81,7 +36,7 @@ def check_suffix(option: str, path: Path) -> None:
 
 
 def save(figure: "Figure", path: Path, dpi: int = 120) -> None:
-    """A picture in the format of the suffix, one of `SUFFIXES`; whole or not at all.
+    """Write a picture in the format of its suffix, one of `SUFFIXES`; whole or not at all.
 
     Raises:
         UserError: it cannot be written.
@@ -95,9 +50,9 @@ def save(figure: "Figure", path: Path, dpi: int = 120) -> None:
 
 @by_rank_0
 def plot_run_by_rank_0(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
-    """A picture of a run: loss, accuracy, density over the epochs, and density per layer.
+    """Draw loss, accuracy and density of a run over the epochs, and its density per layer.
 
-    Densities are logarithmic where some are below 0.1.
+    Axes of densities are logarithmic where some are below 0.1.
 
     Args:
         epochs: the rows of epochs.csv.
@@ -117,23 +72,24 @@ def plot_run_by_rank_0(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -
     loss.set(xlabel="epoch", ylabel="cross-entropy", title="Loss", yscale="log")
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
     density.plot(x, epochs["density"], ".-", color="tab:green")
-    density.set(xlabel="epoch", ylabel=KEPT, title="Density")
+    density.set(xlabel="epoch", ylabel=labels.DENSITY, title="Density")
     _density_limits(density, epochs["density"])
     for axis in (loss, accuracy, density):
         axis.xaxis.get_major_locator().set_params(integer=True)
     rows = layers[layers["layer"] != "total"]
-    places = np.arange(len(rows))
-    per_layer.bar(places, rows["density"], color="tab:blue", label="realised")
-    per_layer.plot(places, rows["requested"], "_", color="black", ms=9, label="requested at start")
-    per_layer.set_xticks(places, rows["layer"], rotation=90, fontsize=6)
-    per_layer.set(ylabel=KEPT, title="Density per layer")
-    _density_limits(per_layer, pd.concat([rows["density"], rows["requested"]]), room=1.2)
+    positions = np.arange(len(rows))
+    per_layer.bar(positions, rows["density"], color="tab:blue", label="realised")
+    requested = rows["requested"]
+    per_layer.plot(positions, requested, "_", color="black", ms=9, label="requested at start")
+    per_layer.set_xticks(positions, rows["layer"], rotation=90, fontsize=6)
+    per_layer.set(ylabel=labels.DENSITY, title="Density per layer")
+    _density_limits(per_layer, pd.concat([rows["density"], requested]), room=1.2)
     per_layer.legend(loc="upper center", ncols=2)
     save(figure, path, dpi=110)
 
 
 def _density_limits(axis: "Axes", densities: pd.Series, room: float = 1.05) -> None:
-    """From 0, or logarithmic where some are below 0.1; ``room`` above the highest."""
+    """Let the y axis begin at 0, or be logarithmic where some are below 0.1; ``room`` on top."""
     lowest, highest = densities[densities > 0].min(), max(densities.max(), 1e-9)
     if lowest < 0.1:
         above = max(highest / lowest, 10) ** (2 * (room - 1))
@@ -144,7 +100,7 @@ def _density_limits(axis: "Axes", densities: pd.Series, room: float = 1.05) -> N
 
 
 def _plain_ticks(axis: "Axis", highest: float = np.inf) -> None:
-    """0.01, not 10 to the -2; none above ``highest``."""
+    """Label ticks as 0.01, not as 10 to the -2, and none above ``highest``."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=15))
@@ -152,112 +108,155 @@ def _plain_ticks(axis: "Axis", highest: float = np.inf) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def plot(means: pd.DataFrame, by: Sequence[str], of: str, path: Path) -> None:
-    """A picture of a `startsparse.report.summarise`-d table: means with error bars of 95 %.
+def plot(means: pd.DataFrame, by: Sequence[str], column: str, path: Path) -> None:
+    """Draw a `startsparse.report.summarise`-d table: means with error bars of 95 %.
 
-    One run has no bar. That of two is 12.7 standard errors long; it does not stretch the axis.
+    A single run has no bar. The bar of two runs, 12.7 standard errors, does not stretch the axis.
 
     Args:
-        by: the columns that make, in this order, the x axis, the colours, the panels and the line
-            styles; at least the first; those after the fourth count for the line styles. An axis of
-            numbers above 0 is logarithmic, and falls to the right if they are densities; other
-            values stand side by side, in order if they are numbers. Settings of one value too.
-        of: the column to plot; an accuracy is shown in percent.
+        by: the columns for, in this order, the x axis, the colours, the panels and the line styles;
+            at least the first. Columns after the fourth join it. An x axis of numbers above 0 is
+            logarithmic, and falls to the right if they are densities. Other values stand side by
+            side, numbers in their order. Columns of one value count too.
+        column: the column to plot; an accuracy is shown in percent.
         path: its suffix is one of `SUFFIXES`.
     """
     from matplotlib.figure import Figure
 
-    means = means.assign(_="")  # stands for what is not asked for
+    means = means.assign(_="")  # stands for a missing column of ``by``
     if len(by) > 4:
-        means = means.assign(
-            **{", ".join(by[3:]): [" ".join(map(shown, v)) for v in means[by[3:]].to_numpy()]}
-        )
-        by = [*by[:3], ", ".join(by[3:])]
+        name = ", ".join(by[3:])
+        values = [" ".join(map(labels.shown, row)) for row in means[by[3:]].to_numpy()]
+        means, by = means.assign(**{name: values}), [*by[:3], name]
     x, colour, panel, style = (*by, *["_"] * 4)[:4]
-    scale = 100 if "accuracy" in of else 1
-    panels, colours, styles = (list(dict.fromkeys(means[c])) for c in (panel, colour, style))
-    settings = sorted(
-        set(zip(means[colour], means[style])),
-        key=lambda pair: (colours.index(pair[0]), styles.index(pair[1])),
-    )
+    panels = list(dict.fromkeys(means[panel]))
     figure = Figure(figsize=(2.5 + 5.5 * len(panels), 6), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    numbers = pd.api.types.is_numeric_dtype(means[x]) and means[x].dtype != bool
-    ticks = sorted(set(means[x]), reverse=True) if numbers else list(dict.fromkeys(means[x]))
-    logarithmic = numbers and bool((means[x] > 0).all())
-    falls = OTHER_NAMES.get(normal(x), x) in DENSITIES
-    places = {value: i for i, value in enumerate(ticks if falls or not numbers else ticks[::-1])}
-    gap = min((a / b for a, b in itertools.pairwise(ticks)), default=2.0) if logarithmic else 1
+    x_axis, looks = _x_axis(means[x]), _looks(means[colour], means[style])
     lines = {}
     for axis, title in zip(axes, panels):
-        for i, (c, s) in enumerate(settings):
+        for i, ((c, s), look) in enumerate(looks.items()):
             rows = means[(means[panel] == title) & (means[colour] == c) & (means[style] == s)]
             if rows.empty:
                 continue
-            # Side by side, as they would hide each other.
-            aside = 0.6 * ((i + 0.5) / len(settings) - 0.5)
-            if logarithmic:
-                at = rows[x] * gap ** (-aside if falls else aside)
-            else:
-                at = rows[x].map(places) + aside
-            lines[f"{shown(c)} {shown(s)}".strip()] = axis.errorbar(
-                at,
-                scale * rows[of],
-                bars(rows, of),
-                color=f"C{colours.index(c)}",
-                marker="osD^v"[styles.index(s) % 5],
+            aside = 0.6 * ((i + 0.5) / len(looks) - 0.5)  # as bars at one x hide each other
+            lines[f"{labels.shown(c)} {labels.shown(s)}".strip()] = axis.errorbar(
+                x_axis.positions(rows[x], aside),
+                _scale(column) * rows[column],
+                bars(rows, column),
+                **look if x_axis.numbers else {**look, "ls": ""},
                 ms=4,
-                ls=("-", "--", ":", "-.")[styles.index(s) % 4] if numbers else "",
                 lw=1.2,
                 capsize=2,
             )
-        what = f"{words(panel)}: " if panel != "_" else ""
-        axis.set(title=f"{what}{shown(title)}", xlabel=label(x))
+        what = f"{labels.words(panel)}: " if panel != "_" else ""
+        axis.set(title=f"{what}{labels.shown(title)}", xlabel=labels.label(x))
         axis.grid(alpha=0.3)
-        _x_ticks(axis, ticks, places, logarithmic, falls)
-    axes[0].set_ylabel(label(of))
-    _y_limits(axes[0], means, of, scale)
-    title = ",\n".join(words(name) for name in (colour, style) if name != "_")
+        x_axis.draw(axis)
+    axes[0].set_ylabel(labels.label(column))
+    _y_limits(axes[0], means, column)
+    title = ",\n".join(labels.words(name) for name in (colour, style) if name != "_")
     if title:
         figure.legend(lines.values(), lines, loc="outside right upper", title=title, fontsize=8)
     save(figure, path)
 
 
-def _x_ticks(axis: "Axes", ticks: list, places: dict, logarithmic: bool, falls: bool) -> None:
-    crowded: dict[str, Any] = {"rotation": 60, "fontsize": 7} if len(ticks) > 8 else {}
-    if not logarithmic:
-        axis.set_xticks(list(places.values()), [shown(place) for place in places], **crowded)
-        axis.set_xlim(-0.5, len(places) - 0.5)
-        return
-    axis.set_xscale("log")
-    if falls:
-        axis.invert_xaxis()
-    axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], **crowded)
-    axis.minorticks_off()
+def _scale(column: str) -> int:
+    return 100 if "accuracy" in column else 1
 
 
-def _y_limits(axis: "Axes", means: pd.DataFrame, of: str, scale: int) -> None:
-    """Around means and intervals, but not those of two runs; an accuracy ends at 100 %."""
-    half = means[f"{of}_ci95"].fillna(0)
+def _looks(colours: pd.Series, styles: pd.Series) -> dict[tuple[Any, Any], dict[str, str]]:
+    """(value of the colour, value of the style) -> look of its line, in order of colour."""
+    all_colours, all_styles = list(dict.fromkeys(colours)), list(dict.fromkeys(styles))
+    pairs = sorted(
+        set(zip(colours, styles)),
+        key=lambda pair: (all_colours.index(pair[0]), all_styles.index(pair[1])),
+    )
+    return {
+        (colour, style): {
+            "color": f"C{all_colours.index(colour)}",
+            "marker": "osD^v"[all_styles.index(style) % 5],
+            "ls": ("-", "--", ":", "-.")[all_styles.index(style) % 4],
+        }
+        for colour, style in pairs
+    }
+
+
+class _XAxis(NamedTuple):
+    """The x axis of `plot`.
+
+    Attributes:
+        ticks: its values; numbers fall.
+        numbers: whether they are numbers.
+        logarithmic: whether it is logarithmic; otherwise its values stand side by side.
+        falls: whether it falls to the right.
+    """
+
+    ticks: list
+    numbers: bool
+    logarithmic: bool
+    falls: bool
+
+    @property
+    def in_order(self) -> list:
+        """The ticks from left to right."""
+        return self.ticks if self.falls or not self.numbers else self.ticks[::-1]
+
+    def positions(self, values: pd.Series, aside: float) -> pd.Series:
+        """Where ``values`` are, moved to the right by ``aside`` times the smallest gap."""
+        if not self.logarithmic:
+            return values.map({value: i for i, value in enumerate(self.in_order)}) + aside
+        gap = min((a / b for a, b in itertools.pairwise(self.ticks)), default=2.0)
+        return values * gap ** (-aside if self.falls else aside)
+
+    def draw(self, axis: "Axes") -> None:
+        """Set scale, limits and ticks of ``axis``."""
+        crowded: dict[str, Any] = {"rotation": 60, "fontsize": 7} if len(self.ticks) > 8 else {}
+        if not self.logarithmic:
+            count = len(self.ticks)
+            axis.set_xticks(list(range(count)), list(map(labels.shown, self.in_order)), **crowded)
+            axis.set_xlim(-0.5, count - 0.5)
+            return
+        axis.set_xscale("log")
+        if self.falls:
+            axis.invert_xaxis()
+        axis.set_xticks(self.ticks, [f"{tick:.3g}" for tick in self.ticks], **crowded)
+        axis.minorticks_off()
+
+
+def _x_axis(values: pd.Series) -> _XAxis:
+    numbers = pd.api.types.is_numeric_dtype(values) and values.dtype != bool
+    return _XAxis(
+        ticks=sorted(set(values), reverse=True) if numbers else list(dict.fromkeys(values)),
+        numbers=numbers,
+        logarithmic=numbers and bool((values > 0).all()),
+        falls=labels.is_density(str(values.name)),
+    )
+
+
+def _y_limits(axis: "Axes", means: pd.DataFrame, column: str) -> None:
+    """Set limits around means and intervals, but not those of two runs; accuracies end at 100 %."""
+    scale, half = _scale(column), means[f"{column}_ci95"].fillna(0)
     if "runs" in means:
         half = half.mask(means["runs"] < 3, 0)
-    low, high = (scale * means[of] - scale * half).min(), (scale * means[of] + scale * half).max()
+    values = means[column]
+    low, high = (scale * values - scale * half).min(), (scale * values + scale * half).max()
     if not np.isfinite([low, high]).all():
         return
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1
     if scale == 100:
         axis.set_ylim(max(0, min(low - room, low - 2)), 101)
-    elif of in DENSITIES and 0 < means[of].min() < 0.1:
-        axis.set(yscale="log", ylim=(means[of].min() / 1.5, 1.5 * high))
+    elif column in labels.DENSITIES and 0 < values.min() < 0.1:
+        axis.set(yscale="log", ylim=(values.min() / 1.5, 1.5 * high))
         _plain_ticks(axis.yaxis)
     else:
         axis.set_ylim(low - room, high + room)
 
 
 def plot_curves(means: pd.DataFrame, by: Sequence[str], path: Path) -> None:
-    """A picture of `startsparse.report.curves`: training dashed, validation solid; epochs as log.
+    """Draw `startsparse.report.curves`: training dashed, validation solid; the epoch axis is log.
 
-    A band of 95 % around each where there are three runs or more.
+    Means of three runs or more have a band of 95 %.
     """
     from matplotlib.figure import Figure
 
@@ -265,7 +264,7 @@ def plot_curves(means: pd.DataFrame, by: Sequence[str], path: Path) -> None:
     axis = figure.subplots()
     groups = means.groupby(list(by), dropna=False, sort=False) if by else [((), means)]
     for i, (setting, rows) in enumerate(groups):
-        name = "".join(f"{shown(value)}, " for value in setting)
+        name = "".join(f"{labels.shown(value)}, " for value in setting)
         for what, style in (("train", "--"), ("valid", "-")):
             mean, half = (100 * rows[f"{what}_accuracy{end}"] for end in ("", "_ci95"))
             line = f"{name}{'training' if what == 'train' else 'validation'}"
@@ -276,6 +275,6 @@ def plot_curves(means: pd.DataFrame, by: Sequence[str], path: Path) -> None:
     axis.set(xscale="log", xlabel="epoch", ylabel="accuracy (%)", ylim=(-2, 102))
     _plain_ticks(axis.xaxis)
     axis.grid(alpha=0.3)
-    title = ",\n".join(map(words, by))
+    title = ",\n".join(map(labels.words, by))
     figure.legend(loc="outside right upper", title=title, fontsize=8)
     save(figure, path)

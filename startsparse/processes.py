@@ -138,7 +138,7 @@ def all_after_rank_0() -> Iterator[None]:
             all_from_rank_0(lambda: None)
 
 
-def all_take_rank_0s(model: nn.Module) -> None:
+def all_copy_rank_0(model: nn.Module) -> None:
     """Load the weights, masks and running statistics of rank 0.
 
     Until then, statistics of BatchNorm are those of each process's part, as with DataParallel.

@@ -15,7 +15,7 @@ import pandas as pd
 import tyro
 from scipy.special import stdtrit
 
-from startsparse import plots, results
+from startsparse import labels, plots, results
 from startsparse.atomic import write_text
 from startsparse.console import decimals, number
 from startsparse.errors import OptionError, UserError, run_script, say
@@ -136,7 +136,7 @@ def _refuse_repeated_seed(table: pd.DataFrame, columns: list[str]) -> None:
         first = repeated[columns].iloc[[0]].merge(repeated)
         runs = ", ".join(first["run"]) if "run" in first else f"{len(first)} rows"
         raise UserError(
-            f"seed {plots.shown(first['seed'].iloc[0])} repeats in one setting: {runs}; take "
+            f"seed {labels.shown(first['seed'].iloc[0])} repeats in one setting: {runs}; take "
             "all but one out of the table, or tell them apart by another --by, as name or run"
         )
 
@@ -146,7 +146,7 @@ def without_seeds(table: pd.DataFrame, options: Sequence[str]) -> pd.DataFrame:
     table = table.copy()
     for name in results.TEXT.intersection(options) if "seed" in table else ():
         table[name] = [
-            re.sub(rf"seed-{plots.shown(seed)}(?!\d)", "seed-{seed}", str(value))
+            re.sub(rf"seed-{labels.shown(seed)}(?!\d)", "seed-{seed}", str(value))
             for value, seed in zip(table[name], table["seed"])
         ]
     return table
@@ -160,7 +160,7 @@ def markdown(table: pd.DataFrame, of: Sequence[str], digits: int = 4) -> str:
     """
     cells = table.drop(columns=[f"{name}_ci95" for name in of])
     for name in cells.columns.difference(list(of)):
-        cells[name] = [plots.shown(value).replace("|", "\\|") for value in cells[name]]
+        cells[name] = [labels.shown(value).replace("|", "\\|") for value in cells[name]]
     for name in of:
         cells[name] = [
             _cell(mean, half, digits, "accuracy" in name)

@@ -1,9 +1,9 @@
 """The training of a run: phases of epochs, from the first step to the tested weights.
 
-A run is a list of phases (warm-up, pruning levels, final training), each with a learning-rate
-schedule of its own. Everything that the run has become is in its checkpoint: weights, masks,
-optimizer, position, history, best epoch. All randomness derives from the position, so a run that
-was stopped anywhere and resumed is, to the bit, the run that was not.
+A run is a list of phases (warm-up, pruning levels, final training), each with its own learning-rate
+schedule. The checkpoint holds the whole state of the run: weights, masks, optimizer, position,
+history, best epoch. All randomness derives from the position, so a run that is stopped anywhere and
+resumed equals, to the bit, a run without a stop.
 """
 
 import dataclasses
@@ -42,10 +42,10 @@ class Trainer(Learner, Generic[S]):
     Attributes:
         position: where the run stands.
         history: one dict per finished epoch, the rows of epochs.csv.
-        tables: further tables that a script keeps, name -> rows of <name>.csv.
-        candidates: the best epoch of this phase, what may take its place, and their weights.
+        tables: further tables of a script, name -> rows of <name>.csv.
+        candidates: the best epoch of this phase, its rivals, and their weights.
         ledger: FLOPs of the network and of the training.
-        seconds: time trained, over all resumptions.
+        seconds: training time, with that before resumptions.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Trainer(Learner, Generic[S]):
         devices: list[torch.device],
         watch: Callable[[], dict[str, float]] = dict,
     ):
-        """``watch``: what TensorBoard shows after each epoch, besides the row of epochs.csv."""
+        """``watch`` gives the values that TensorBoard shows besides those of epochs.csv."""
         self.data, self.options, self.run, self.watch = data, options, run, watch
         self.device = devices[0]
         network = parallel.parallel(model, devices)
@@ -140,7 +140,7 @@ class Trainer(Learner, Generic[S]):
         self._clock = time.monotonic()
         with self.stop:
             while self.position.phase < len(phases):
-                processes.all_take_rank_0s(self.model)
+                processes.all_copy_rank_0(self.model)
                 phase = phases[self.position.phase]
                 if self._warmup(phase) > phase.epochs:
                     log.warning(
@@ -163,7 +163,7 @@ class Trainer(Learner, Generic[S]):
         checkpoint.load_model(self.model, checkpoint.load(path, self.device), path)
 
     def write_tables(self) -> None:
-        """Write epochs.csv and the tables that the script keeps."""
+        """Write epochs.csv and the tables of the script."""
         for name, rows in {"epochs": self.history, **self.tables}.items():
             self.run.write_table(f"{name}.csv", pd.DataFrame(rows))
 
@@ -191,7 +191,7 @@ class Trainer(Learner, Generic[S]):
             return evaluate(self.model, self.compute, batches, self.autocast, self.device)
 
     def decide(self) -> None:
-        """Choose which layers compute sparsely, unless that was done at about this density."""
+        """Choose which layers compute sparsely, unless they were chosen at about this density."""
         if self.position.step:  # a resumed epoch goes on as it began
             return
         batch = self.data.train.examples / len(self.data.train)
@@ -201,20 +201,20 @@ class Trainer(Learner, Generic[S]):
             batch * self.ledger.dense_step,
         )
         if decided:
-            self.save()  # made by timing: made again, it might be another
+            self.save()  # the choice depends on timings, so another one might differ
 
     def costs(self) -> dict[str, float]:
-        """`flops.Ledger.costs` of this run: of one example or all nodes of a graph, and of all."""
+        """`flops.Ledger.costs` of this run; an input is one example, or all nodes of a graph."""
         examples = self.data.train.examples / len(self.data.train)
         return self.ledger.costs(1 if self.data.shape.nodes else examples)
 
     def add_row(self, table: str, row: dict, step: int) -> None:
-        """Add a row to a further table, and show it in TensorBoard at ``step``."""
+        """Add a row to a table of the script, and show it in TensorBoard at ``step``."""
         self.tables.setdefault(table, []).append(row)
         self.run.show(table, row, step)
 
     def _start(self, index: int, keeps_momentum: bool) -> None:
-        """Begin phase ``index``: the schedule and the search for the best anew."""
+        """Begin phase ``index``, with a new schedule and a new search for the best epoch."""
         self.position, self.ledger.counted = Position(phase=index), 0
         if keeps_momentum:
             keep_inside(self.model, self.optimizer)  # masks may have shrunk
@@ -248,14 +248,14 @@ class Trainer(Learner, Generic[S]):
                 self.data.train,
                 rates.__getitem__,
                 self.sums,
-                # Numbered through the run, so that no phase repeats the order of another.
+                # Epochs are numbered through the run, so that no two phases have the same order.
                 epoch=len(self.history),
                 start=position.step,
                 method=phase.method,
                 first=first,
                 title=f"{phase.name} {position.epoch + 1}/{phase.epochs}",
             )
-        processes.all_take_rank_0s(self.model)
+        processes.all_copy_rank_0(self.model)
         self.ledger.count(first + steps, phase.method)
         trained, valid = means(self.sums), self.evaluate(self.data.valid)
         total = density_table(self.model).iloc[-1]
@@ -286,20 +286,20 @@ class Trainer(Learner, Generic[S]):
             self._interrupt()
 
     def before_step(self, method: Method, step: int) -> None:
-        """Make the network whole where masks may move or all gradients are needed."""
+        """Switch to the masked network if masks may move or dense gradients are needed."""
         whole = method.moves_masks(step) or method.needs_dense_gradients(step)
         self.compute.switch(not whole, self.optimizer)
         self.ledger.before_step(step, method)
         super().before_step(method, step)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter], examples: int) -> None:
-        """Agree on stopping with all other processes, too."""
+        """Average them, and agree with all processes on stopping."""
         self.stop.agree(
             processes.all_average_gradients(parameters, examples, bool(self.stop.received))
         )
 
     def after_step(self, method: Method, step: int) -> None:
-        """Save where --save-every or a signal says so; the epoch's end saves anyway."""
+        """Save if --save-every or a signal asks for it; the end of an epoch saves anyway."""
         super().after_step(method, step)
         steps, every = len(self.data.train), self.options.save_every
         done = step + 1 - self.position.epoch * steps
@@ -311,7 +311,7 @@ class Trainer(Learner, Generic[S]):
                 self._interrupt()
 
     def first_bad_layer(self, inputs: torch.Tensor) -> str:
-        """Of the whole network."""
+        """`training.first_bad_layer` of the masked network."""
         self.compute.switch(False, self.optimizer)
         return super().first_bad_layer(inputs)
 

@@ -1,7 +1,7 @@
 """One epoch and one evaluation.
 
-Nothing in the step reads a value back from the device: losses and hits are summed there and read
-when the epoch ends, or about once a second for the progress bar.
+No step reads a value back from the device: losses and hits are summed there and read when the epoch
+ends, or about once a second for the progress bar.
 """
 
 import time
@@ -20,7 +20,7 @@ from startsparse.method import PLAIN, Method
 
 
 class NonFiniteLoss(UserError):
-    """Training met a loss that is NaN or infinite."""
+    """A training loss is NaN or infinite."""
 
 
 def new_sums(device: torch.device) -> Tensor:
@@ -35,9 +35,9 @@ def means(sums: Tensor) -> dict[str, float]:
 
 
 class Learner:
-    """A network and how it descends: what `train_epoch` needs in every step.
+    """A network and its optimizer: all that `train_epoch` needs in every step.
 
-    A subclass may do more around a step; `Trainer` counts FLOPs, saves and stops there.
+    A subclass may do more around a step: `Trainer` counts FLOPs, saves and stops.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class Learner:
         forward: inputs -> logits; the network itself (the default), compiled, or on several
             devices.
         autocast: of the forward pass (default: off).
-        clip_norm: of the gradients inside the masks; 0: they are not clipped.
-        seed: of the run. PyTorch's global generators, from which dropout draws, are seeded before
+        clip_norm: largest norm of the gradients inside the masks; 0: no clipping.
+        seed: of the run. It seeds PyTorch's global generators, from which dropout draws, before
             each step by (seed, epoch, step); None: they are left alone.
         """
         self.model, self.optimizer = model, optimizer
@@ -70,15 +70,15 @@ class Learner:
         method.before_step(step, self.model, self.optimizer)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter], examples: int) -> None:
-        """Called after the backward pass: make the gradients those of the whole batch."""
+        """Make the gradients those of the whole batch; called after the backward pass."""
         processes.all_average_gradients(parameters, examples)
 
     def after_step(self, method: Method, step: int) -> None:
-        """Called when the weights have moved in ``step`` of the phase."""
+        """Called after the optimizer has moved the weights in ``step`` of the phase."""
         method.after_step(step, self.model, self.optimizer)
 
     def first_bad_layer(self, inputs: Tensor) -> str:
-        """What went first where the loss of ``inputs`` is not finite; "" if it cannot be told."""
+        """Where the loss of ``inputs`` first became non-finite; "" if it cannot be told."""
         return first_bad_layer(self.model, inputs, self.autocast)
 
 
@@ -94,24 +94,23 @@ def train_epoch(
     first: int = 0,
     title: str = "",
 ) -> None:
-    """Train for one epoch, or for what is left of it.
+    """Train for one epoch, or for the rest of it.
 
     Args:
         learning_rate: step of the epoch -> learning rate.
-        sums: `new_sums`, added to in place; of all processes when the epoch is done.
+        sums: `new_sums`, added to in place; at the end, those of all processes.
         epoch: number of the epoch, from which the order of the data derives.
-        start: first step; later than 0 when an interrupted epoch is resumed.
-        method: what is done besides descending (default: nothing).
+        start: first step; above 0 in a resumed epoch.
+        method: what the steps do besides descending (default: nothing).
         first: number in the phase of the epoch's first step, for ``method``.
         title: of the progress bar.
 
     Raises:
-        NonFiniteLoss: names the step, and the layer that went first if it can be told. On the CPU
-            at once; on a GPU, where looking means waiting, within about a second.
+        NonFiniteLoss: names the step, and the first bad layer if it can be told. On the CPU at
+            once; on a GPU, where a look makes the CPU wait, within about a second.
     """
     learner.model.train()
-    found = masked_weights(learner.model)
-    masked = [(weight, mask) for _, weight, mask in found if weight.requires_grad]
+    masked = [(w, mask) for _, w, mask in masked_weights(learner.model) if w.requires_grad]
     hidden = processes.rank() > 0 or None
     bar = tqdm(total=len(batches), initial=start, desc=title, leave=False, disable=hidden)
     shown = time.monotonic()
@@ -140,7 +139,7 @@ def train_epoch(
 
 
 def _forward(learner: Learner, inputs: Tensor, labels: Tensor, sums: Tensor, step: int) -> Tensor:
-    """The loss of a batch, which is added to ``sums``."""
+    """The loss of a batch; adds it to ``sums``."""
     with learner.autocast:
         logits = learner.forward(inputs)
         loss = F.cross_entropy(logits, labels, label_smoothing=learner.label_smoothing)
@@ -155,12 +154,12 @@ def _move_weights(
     examples: int,
     masked: list[tuple[Tensor, Tensor]],
 ) -> None:
-    """From the gradients of this process's part of a batch to the weights after the step."""
+    """From the gradients of this process's part of a batch to the new weights."""
     optimizer = learner.optimizer
     learning = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     learner.average_gradients(learning, examples)
     method.after_backward(step, learner.model, optimizer)
-    # Layers that compute only inside their mask have no gradient outside it, or here.
+    # In layers that compute only inside their mask, the weight has no gradient.
     dense = [(weight.grad, mask) for weight, mask in masked if weight.grad is not None]
     mask_gradients([gradient for gradient, _ in dense], [mask for _, mask in dense])
     if learner.clip_norm:
@@ -205,19 +204,20 @@ def _stop_if_bad(sums: Tensor, inputs: Tensor, learner: Learner) -> None:
 
 @torch.no_grad()
 def first_bad_layer(model: nn.Module, inputs: Tensor, autocast: torch.autocast) -> str:
-    """What went first in a network whose loss is not finite; "" if it cannot be told.
+    """What is not finite first in a network whose loss is not; "" if it cannot be told.
 
-    Weights that are not finite, unless all are; else the first module whose output is not.
+    It is the first weights that are not finite ("" if none are finite), or the first module whose
+    output is not.
     """
     bad = {name: not bool(p.isfinite().all()) for name, p in model.named_parameters()}
     if any(bad.values()):
         return "" if all(bad.values()) else f"weights of {next(n for n in bad if bad[n])}"
-    found: list[str] = []
+    outputs: list[str] = []
 
     def look(name: str) -> Callable:
         def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-            if not found and not output.isfinite().all():
-                found.append(name)
+            if not outputs and not output.isfinite().all():
+                outputs.append(name)
 
         return hook
 
@@ -229,4 +229,4 @@ def first_bad_layer(model: nn.Module, inputs: Tensor, autocast: torch.autocast) 
     finally:
         for hook in hooks:
             hook.remove()
-    return f"output of {found[0]}" if found else ""
+    return f"output of {outputs[0]}" if outputs else ""

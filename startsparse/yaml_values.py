@@ -1,7 +1,7 @@
 """YAML files of options: scalars as they are written, one option a line, none twice.
 
-YAML 1.1 reads ``off`` as false, ``007`` as 7 and nothing as null. Here a value is the text that
-stands there, and the option that takes it says what it means.
+YAML 1.1 reads ``off`` as false, ``007`` as 7 and nothing as null. Here a value stays the text in
+the file, and its option decides on the meaning.
 """
 
 import math
@@ -15,7 +15,7 @@ from startsparse.errors import OptionError
 
 
 def read_values(path: Path) -> dict[str, str | list[str]]:
-    """Option -> its text, or the texts of its list, as the file at ``path`` has them.
+    """Option -> its text in the file at ``path``, or the texts of its list.
 
     Raises:
         OptionError: names the file, and the line.

@@ -1,4 +1,4 @@
-"""What the tests of small networks trained together share: networks, data, recipes."""
+"""Shared by the tests of small networks trained together: networks, data, recipes."""
 
 import torch
 
@@ -26,7 +26,7 @@ def network(seed, density, dtype=torch.float32, width=24):
 
 
 def networks(dtype=torch.float32):
-    """Two of one seed that differ in their masks, and three others."""
+    """Two networks of one seed that differ in their masks, and three others."""
     settings = ((1, 1.0), (1, 0.5), (2, 0.5), (3, 0.1), (4, 0.03))
     return [network(seed, density, dtype) for seed, density in settings]
 
@@ -40,9 +40,11 @@ def part(seed, dtype=torch.float32, examples=90, batch_size=16):
 
 
 def compare(one, other, name, dtype, **close):
-    """Where a unit of a very sparse network is always active, BatchNorm cancels its bias, and the
-    scale of its weight if it has one only: such a gradient is nothing but rounding, and Adam makes
-    full steps of it. So under Adam those networks are compared by what they compute.
+    """Assert that networks agree: in their states, or under Adam, if very sparse, in their outputs.
+
+    If a unit of a very sparse network is always active, BatchNorm cancels its bias, and the scale
+    of its weight if it has only one. Such a gradient is pure rounding, and Adam turns it into full
+    steps.
     """
     features = part(9, dtype).features
     for number, (mine, theirs) in enumerate(zip(one, other)):

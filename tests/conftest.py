@@ -13,11 +13,11 @@ from ER_DST import main as dst_main
 from startsparse import data, plots
 from STR import main as str_main
 
-# Two test processes with two threads each would wait for one another on two cores.
+# Two test processes with two threads each would slow one another down on two cores.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# The same examples in every run: a test that fails can be run again, and 4 sigma stays 4 sigma.
+# The same examples in every run: a failure can be repeated, and 4 sigma stays 4 sigma.
 settings.register_profile("startsparse", derandomize=True, deadline=None)
 settings.load_profile("startsparse")
 
@@ -36,13 +36,13 @@ def run_dst(tmp_path):
 
 @pytest.fixture
 def run_slt(tmp_path):
-    """`slt`, in a folder of its own."""
+    """`slt` in a temporary folder."""
     return partial(slt, tmp_path)
 
 
 @pytest.fixture
 def few_images():
-    """Of the digits, 180 to train with, 20 to validate and 40 to test with."""
+    """The digits cut down to 180 training, 20 validation and 40 test images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.SETS, "digits", few_digits(200, 40))
         yield
@@ -50,7 +50,7 @@ def few_images():
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Runs leave no curves.png, which takes longer than the training of a small network."""
+    """Runs draw no curves.png: that takes longer than training a small network."""
     monkeypatch.setattr(plots, "plot_run_by_rank_0", lambda *_: None)
 
 

@@ -1,9 +1,9 @@
-"""Tiny data sets in the true formats, with the specs that describe them.
+"""Tiny data sets in the real formats, with the specs that describe them.
 
     tiny = write_cifar10(tmp_path)
     monkeypatch.setitem(startsparse.data.SETS, "cifar10", tiny.loader)
 
-Pixels are random but fixed; `Tiny` has them as a loader should return them.
+Pixels are random but fixed; `Tiny` has them in the form that a loader should return.
 """
 
 import gzip
@@ -28,7 +28,7 @@ from startsparse.data.files import File
 
 @dataclass
 class Tiny:
-    """A tiny set: how to load it, and what must come out (images as N, H, W, C)."""
+    """A tiny set: how to load it, and the expected result (images as N, H, W, C)."""
 
     spec: Any
     loader: Loader
@@ -41,12 +41,12 @@ def pixels(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def cycle(examples: int, classes: int) -> list[int]:
-    """Labels 0, 1, 2, ... and from the beginning again."""
+    """Labels 0, 1, 2, ..., over and over."""
     return [example % classes for example in range(examples)]
 
 
 def put(path: Path, data: bytes) -> File:
-    """Write a file; its name and MD5."""
+    """Write a file; returns its name and MD5."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return File(path.name, hashlib.md5(data).hexdigest())
@@ -87,7 +87,7 @@ def planes(images: np.ndarray) -> np.ndarray:
 
 
 def pack_tar(root: Path, folder: str, name: str) -> File:
-    """Pack ``root/folder`` as CIFAR is published."""
+    """Pack ``root/folder`` in the format in which CIFAR is published."""
     with tarfile.open(root / name, "w:gz") as archive:
         archive.add(root / folder, folder)
     return File(name, hashlib.md5((root / name).read_bytes()).hexdigest())
@@ -97,7 +97,7 @@ def _write_cifar(root: Path, spec: cifar.Spec, key: bytes, train: int, test: int
     train *= len(spec.train)
     images = pixels(train, 32, 32, 3), pixels(test, 32, 32, 3, seed=1)
     labels = cycle(train, spec.classes), cycle(test, spec.classes)
-    found = {}
+    written = {}
     for part, files in enumerate((spec.train, spec.test)):
         size = len(labels[part]) // len(files)
         for number, file in enumerate(files):
@@ -109,14 +109,14 @@ def _write_cifar(root: Path, spec: cifar.Spec, key: bytes, train: int, test: int
                 b"filenames": [b"tiny_%d.png" % row for row in range(size)],
             }
             if key == b"fine_labels":
-                content[b"coarse_labels"] = [99] * size  # must not be taken for the labels
-            found[file.name] = put(root / spec.folder / file.name, python2_pickle(content))
+                content[b"coarse_labels"] = [99] * size  # a loader must not take these
+            written[file.name] = put(root / spec.folder / file.name, python2_pickle(content))
     tiny = replace(
         spec,
-        train=tuple(found[file.name] for file in spec.train),
-        test=tuple(found[file.name] for file in spec.test),
+        train=tuple(written[file.name] for file in spec.train),
+        test=tuple(written[file.name] for file in spec.test),
         archive=pack_tar(root, spec.folder, spec.archive.name),
-        url="http://127.0.0.1:9",  # nobody answers there: a test never reaches the true place
+        url="http://127.0.0.1:9",  # nothing listens there: a test never reaches the real server
     )
     loader = partial(cifar.load, tiny)
     return Tiny(tiny, loader, (images[0], labels[0]), (images[1], labels[1]))
@@ -161,14 +161,14 @@ def write_mnist(root: Path, train: int = 40, test: int = 10) -> Tiny:
 
 
 def jpeg(image: np.ndarray) -> tuple[bytes, np.ndarray]:
-    """A JPEG file, grey if ``image`` is [H, W], and the RGB pixels it decodes to."""
+    """A JPEG file, grey if ``image`` is [H, W], and the RGB pixels that it decodes to."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=90)
     return file.getvalue(), np.asarray(Image.open(file).convert("RGB"))
 
 
 def write_tiny_imagenet(root: Path, classes: int = 3, train: int = 4, test: int = 6) -> Tiny:
-    """``train`` images per class and ``test`` in all, the first of each grey; and the archive."""
+    """``train`` images per class and ``test`` in total, the first of each grey; and the archive."""
     spec = tiny_imagenet.TINY_IMAGENET
     folder = root / spec.folder
     names = [f"n{9 - label:08d}" for label in range(classes)]  # not in alphabetical order

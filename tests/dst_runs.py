@@ -1,4 +1,4 @@
-"""What the tests of ER_DST share: a data set and a network of a moment, trained in this process."""
+"""Shared by the tests of ER_DST: a tiny data set and network, trained in this process."""
 
 import dataclasses
 from functools import partial
@@ -35,7 +35,7 @@ PUBLISHED = (
 
 
 class NoRun:
-    """A run folder of which only the checkpoints are written."""
+    """A run folder that gets checkpoints only."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -43,7 +43,7 @@ class NoRun:
 
 
 def some_data() -> Data:
-    """Random images of a few grey pixels, but not random labels."""
+    """Random images of a few grey pixels, with labels that depend on them."""
     images = torch.randint(
         256, (84, 4, 4, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
     )
@@ -54,7 +54,7 @@ def some_data() -> Data:
 
 
 def random_data(shape: Shape, split: list[int], batch_size: int) -> Data:
-    """Noise of some shape, with labels in turn, to train with, validate and test on."""
+    """Noise of some shape, with labels in turn, split into training, validation and test."""
     size, count = (shape.size, shape.size, shape.channels), sum(split)
     draw = torch.Generator().manual_seed(3)
     images = torch.randint(256, (count, *size), dtype=torch.uint8, generator=draw)
@@ -67,13 +67,13 @@ def random_data(shape: Shape, split: list[int], batch_size: int) -> Data:
 
 def options(**values) -> DSTOptions:
     """Checked options of a small run."""
-    made = DSTOptions(**SMALL | values)
-    made.check()
-    return made
+    checked = DSTOptions(**SMALL | values)
+    checked.check()
+    return checked
 
 
 def begin(folder: Path, options: DSTOptions, images: Data | None = None) -> tuple[Trainer, Phase]:
-    """A trainer as main.py makes it, and its one phase; ``images``: not `some_data`."""
+    """A trainer as main.py makes it, and its one phase; ``images`` replace `some_data`."""
     images = images or some_data()
     model, *_ = script.network(options, images, CPU, folder)
     trainer = Trainer(model, images, options, NoRun(folder), [CPU], lambda: flops.densities(model))
@@ -81,7 +81,7 @@ def begin(folder: Path, options: DSTOptions, images: Data | None = None) -> tupl
 
 
 class Watched(Method):
-    """A method of which ``look(step, make)`` makes the steps' part, by calling ``make()``."""
+    """A method whose after_backward is ``look(step, act)``; ``act()`` does what it did before."""
 
     def __init__(self, method: Method, look):
         self.method, self.look = method, look
@@ -102,9 +102,9 @@ def train(folder: Path, options: DSTOptions, look=None, images: Data | None = No
     """The trainer after a whole run; ``look(trainer, step, masks before)`` after each update."""
     trainer, whole = begin(folder, options, images)
 
-    def after_update(step: int, make) -> None:
+    def after_update(step: int, act) -> None:
         rows, before = len(trainer.tables.get("topology", [])), masks(trainer.model)
-        make()
+        act()
         if len(trainer.tables.get("topology", [])) > rows:
             look(trainer, step, before)
 
@@ -123,10 +123,10 @@ def counts(model: torch.nn.Module) -> dict[str, int]:
 
 
 def dead_units(model: torch.nn.Module) -> int:
-    """Units without an edge on a side of their layer that has a mask, by looking at each."""
+    """Units without an incoming or outgoing edge in a masked layer, counted one by one."""
     dead = 0
     for _, _, mask in masked_weights(model):
-        edges = {tuple(place[:2]) for place in mask.nonzero().tolist()}
+        edges = {tuple(index[:2]) for index in mask.nonzero().tolist()}
         for side in (0, 1):
             dead += len(set(range(mask.shape[side])) - {edge[side] for edge in edges})
     return dead

@@ -1,4 +1,4 @@
-"""What the tests of the engine share: networks, a step with either form, a clock that is set."""
+"""Shared by the tests of the engine: networks, a step in either form, a clock that can be set."""
 
 import torch
 import torch.nn.functional as F
@@ -62,11 +62,11 @@ def equal_states(one, other, tolerance):
 
 
 def clock(monkeypatch, dense, sparse):
-    """Everything is tried, and said to take ``dense`` seconds, or ``sparse`` in the sparse form."""
+    """Trials run, but report ``dense`` seconds, or ``sparse`` in the sparse form."""
 
-    def runs(name, said):
+    def runs(name, seconds):
         original = getattr(choice, name)
-        monkeypatch.setattr(choice, name, lambda *args: (original(*args), said)[1])
+        monkeypatch.setattr(choice, name, lambda *args: (original(*args), seconds)[1])
 
     dense, sparse = choice.Seconds(dense), choice.Seconds(sparse)
     monkeypatch.setattr(choice, "cpu_seconds", lambda run, *_: run())

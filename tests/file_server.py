@@ -1,4 +1,4 @@
-"""A server of files on this machine, which may break off, and what lies in a folder."""
+"""A local file server, which may break off a transfer; and a list of the files in a folder."""
 
 import threading
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 class Broken(Handler):
-    """Promises the whole file, sends half of it and hangs up."""
+    """Announces the whole file, sends half of it and closes the connection."""
 
     def copyfile(self, source, outputfile):
         data = source.read()

@@ -1,7 +1,7 @@
-"""Scripts as processes, forked from one that has imported what takes seconds to import.
+"""Scripts as processes, forked from one that has done the slow imports.
 
-A process of pytest cannot be forked itself: autograd has worked there, and would not in a copy. How
-a script starts from nothing is tested where its options are.
+A process of pytest cannot be forked itself: autograd has run in it, and would not work in a fork.
+The tests of a script's options start it as a new process.
 """
 
 import multiprocessing
@@ -19,7 +19,7 @@ from typing import IO
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
-        *("STR.run_imp", "STR.main", "ER_DST.main", "ER_SLT.main"),  # which come before torch
+        *("STR.run_imp", "STR.main", "ER_DST.main", "ER_SLT.main"),  # these come before torch
         *("torch._dynamo", "torch.utils.tensorboard", "matplotlib.pyplot"),
         *("sklearn.datasets", "sklearn.model_selection"),
     ]
@@ -27,11 +27,11 @@ _CONTEXT.set_forkserver_preload(
 
 
 class Script:
-    """A script in a process of its own.
+    """A script in its own process.
 
     Args:
-        folder: of the files that have what it says, stdout and stderr; is made.
-        forks: a sweep's runs are `Forked`, too.
+        folder: of the files stdout and stderr with its output; is created.
+        forks: whether the runs of a sweep are `Forked` too.
     """
 
     def __init__(self, script: Path, argv: Sequence[object], folder: Path, forks: bool = False):
@@ -44,11 +44,11 @@ class Script:
 
     @property
     def exit_code(self) -> int | None:
-        """Of a process that has ended; minus the signal that killed it."""
+        """None until the process has ended; minus the signal's number if a signal killed it."""
         return self._process.exitcode
 
     def wait(self) -> tuple[str, str]:
-        """What it said, and its errors, once it has ended."""
+        """Wait for the end of the process; its stdout and stderr."""
         self._process.join(300)
         assert self.exit_code is not None
         out, err = (path.read_text() for path in self.said)
@@ -56,7 +56,7 @@ class Script:
 
 
 class Forked:
-    """In the place of `subprocess.Popen`, for a command that starts a script with Python."""
+    """Replaces `subprocess.Popen`, for a command that starts a script with Python."""
 
     def __init__(self, command: Sequence[str], env: dict[str, str], stdout: IO[str], **_: object):
         self.returncode: int | None = None
@@ -68,14 +68,14 @@ class Forked:
             os._exit(_exit_code(command[1:], stdout.fileno(), stdout.fileno()))
 
     def poll(self) -> int | None:
-        """The exit code, if there is one by now."""
+        """The exit code; None while the process runs."""
         if self.returncode is None:
             ended, status = os.waitpid(self.pid, os.WNOHANG)
             self.returncode = os.waitstatus_to_exitcode(status) if ended else None
         return self.returncode
 
     def wait(self) -> None:
-        """Until it has ended."""
+        """Wait for the end of the process."""
         if self.returncode is None:
             self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
@@ -95,7 +95,7 @@ def _child(words: list[str], said: tuple[Path, Path], forks: bool) -> None:
 
 
 def _exit_code(words: Sequence[str], out: int, err: int) -> int:
-    """Run a script to its end as a new process would."""
+    """Run a script to its end, as in a new process."""
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(out, 1)

@@ -1,4 +1,4 @@
-"""A small graph in the true format of Planetoid, with the spec that describes it.
+"""A small graph in the real format of Planetoid, with the spec that describes it.
 
 small = write_planetoid(tmp_path)
 small.loader(tmp_path, "")
@@ -17,7 +17,7 @@ from startsparse.data import Loader, planetoid
 
 @dataclass
 class Small:
-    """A small graph: how to load it, and what must come out."""
+    """A small graph: how to load it, and the expected result."""
 
     spec: planetoid.Spec
     loader: Loader
@@ -30,7 +30,7 @@ class Small:
 
 
 def python2_csr(dense: np.ndarray) -> bytes:
-    """A csr_matrix as the SciPy of 2015 pickled it, under Python 2."""
+    """A csr_matrix as SciPy pickled it in 2015, under Python 2."""
     matrix = csr_matrix(dense)
     state = b"}(" + b"".join(
         python2_pickle(key)[2:-1] + value
@@ -52,10 +52,10 @@ def python2_defaultdict(graph: dict[int, list[int]]) -> bytes:
 
 
 def write_planetoid(root: Path, name: str = "cora", missing: int = 0, seed: int = 0) -> Small:
-    """40 nodes in a ring of two communities, of which ``missing`` test nodes have no row.
+    """40 nodes in a ring; ``missing`` of the test nodes have no row.
 
-    The neighbours of a node are in the file once for each direction, some twice, and node 3 is
-    joined with itself.
+    The file has the neighbours of a node once for each direction, some twice, and an edge from node
+    3 to itself.
     """
     draw = np.random.default_rng(seed)
     train, valid, others, test, features, classes = 6, 8, 10, 16, 9, 3
@@ -110,7 +110,7 @@ def write_planetoid(root: Path, name: str = "cora", missing: int = 0, seed: int 
         train=train,
         valid=valid,
         test=len(index),
-        url="http://127.0.0.1:9",  # nobody answers there: a test never reaches the true place
+        url="http://127.0.0.1:9",  # nothing listens there: a test never reaches the real server
     )
     return Small(
         spec,

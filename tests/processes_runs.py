@@ -1,7 +1,7 @@
 """Runs of two processes: `python processes_runs.py RUNS FOLDER` for test_processes.
 
-It imports what takes seconds to import, and is then forked for each process of each run. A process
-of pytest could not be: autograd has worked there, and would not in a copy.
+This program does the slow imports, and is then forked for each process of each run. A process of
+pytest cannot be forked: autograd has run in it, and would not work in a fork.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ from startsparse.stopping import Interrupted
 from startsparse.trainer import Trainer
 from STR import main as str_
 
-# Without BatchNorm, whose statistics would be those of shares. Of 62 examples the last batch has
-# two, which is a share for one process only.
+# Without BatchNorm, because its statistics would be those of one process's part of a batch. Of 62
+# examples the last batch has two, a part for one process only.
 SMALL = [
     *("--width", "8", "--epochs", "2", "--passes", "2", "--batch-size", "12"),
     *("--modulus", "13", "--train-fraction", "0.68", "--lr", "0.1"),
@@ -62,7 +62,7 @@ def folders(where: Path) -> list[str]:
 
 
 def forms(where: Path) -> list[tuple[ModuleType, list[str]]]:
-    """Script and arguments of every run, in both forms; growth by momentum has no sparse one."""
+    """Script and arguments of every run, in both forms; growth by momentum has no sparse form."""
     return [
         (script, [*argv, "--sparse-compute", form, *folders(where / f"{name}, {form}")])
         for name, (script, argv) in RUNS.items()
@@ -71,10 +71,10 @@ def forms(where: Path) -> list[tuple[ModuleType, list[str]]]:
 
 
 def all_runs(where: Path) -> None:
-    """Every run of `RUNS`, and two more.
+    """Do every run of `RUNS`, and two more.
 
-    Weights and masks of this process after every step, and the model that it evaluates, are
-    written down.
+    Records digests of this process's weights and masks after every step, and of the model that it
+    evaluates.
     """
     seen, after, evaluate = [], Trainer.after_step, Trainer.evaluate
 
@@ -99,20 +99,20 @@ def all_runs(where: Path) -> None:
     # What auto finds by trying: one process tries.
     compute._SMALL, compute.choose = 0, found_by_rank_0
     str_.main([*STR, *folders(where / "auto")])
-    # With BatchNorm. It has no counterpart in one process.
+    # With BatchNorm, which has no counterpart in one process.
     str_.main([*STR, "--arch", "mlp", "--sparse-compute", "off", *folders(where / "mlp")])
     (where / f"seen-{processes.rank()}.json").write_text(json.dumps(seen))
 
 
 def found_by_rank_0(form: SparseForm, *_: object) -> choice.Choice:
-    """In the place of `choice.choose`."""
+    """Replaces `choice.choose`."""
     assert os.environ["RANK"] == "0"
     form.compute_sparsely(["decoder.0"])
     return choice.Choice({"decoder.0": 2.0}, form.computes, 0.5)
 
 
 def stopped_and_resumed(where: Path) -> None:
-    """The other process is asked to stop; then the run goes on."""
+    """Ask the other process to stop, and then resume the run."""
     after = Trainer.after_step
 
     def ask(trainer: Trainer, method: Method, step: int) -> None:
@@ -136,12 +136,12 @@ def stopped_and_resumed(where: Path) -> None:
 
 
 def bad(argv: list[str]) -> Callable[[Path], None]:
-    """A run that ends with a line."""
+    """A run that ends with one line of error."""
     return lambda where: processes.run_script(lambda: str_.main([*argv, *folders(where)]))
 
 
 def not_finite(where: Path) -> None:
-    """One process alone meets a bad loss."""
+    """A run in which only one process has a loss that is not finite."""
     if os.environ["RANK"] == "1":
         evaluate = torch.nn.functional.cross_entropy
         torch.nn.functional.cross_entropy = lambda *a, **k: evaluate(*a, **k) * torch.nan
@@ -149,7 +149,7 @@ def not_finite(where: Path) -> None:
 
 
 def killed(where: Path) -> None:
-    """One process ends without a word."""
+    """A run in which one process exits without a message."""
     if os.environ["RANK"] == "1":
         Trainer.after_step = lambda *_: os._exit(9)
     bad(STR)(where)
@@ -167,9 +167,9 @@ BAD = {
 
 
 def pair(job: Callable[[Path], None], where: Path) -> list[int]:
-    """Exit codes of two processes that do ``job``; what they say is in stderr-0 and stderr-1."""
+    """Exit codes of two processes that do ``job``; their output is in stderr-0 and stderr-1."""
     where.mkdir(parents=True, exist_ok=True)
-    # As torchrun does it: a place to meet that outlives the processes.
+    # As torchrun does it: a rendezvous that outlives the processes.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     children = []
     for rank in range(2):
@@ -196,7 +196,7 @@ def pair(job: Callable[[Path], None], where: Path) -> list[int]:
 
 
 def joined(job: Callable[[Path], None]) -> Callable[[Path], None]:
-    """``job`` of a process that has found the others."""
+    """``job`` in a process that has joined the others."""
 
     def do(where: Path) -> None:
         processes.start()
@@ -206,7 +206,7 @@ def joined(job: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def main() -> None:
-    """Exit codes as JSON."""
+    """Print exit codes as JSON."""
     torch.set_num_threads(1)
     plots.plot_run_by_rank_0 = lambda *_: None
     kind, where = sys.argv[1], Path(sys.argv[2])

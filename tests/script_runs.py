@@ -1,4 +1,4 @@
-"""What the tests of main.py share: small runs, how to compare them, the original commands."""
+"""Shared by the tests of main.py: small runs, how to compare them, the original commands."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -17,8 +17,8 @@ from startsparse.trainer import Trainer
 ROOT = Path(__file__).parents[1]
 
 
-# STR, with the options of its configs/digits.yaml
-# (off: what auto finds by trying is not always the same, and these runs are compared to the bit)
+# STR, with the options of its configs/digits.yaml. --sparse-compute is off, because auto decides by
+# timing, which can differ between runs, and these runs are compared to the bit.
 # TINY is for the fixture few_images: six steps an epoch.
 TINY = [
     *("--arch", "resnet20", "--width", "4", "--epochs", "2", "--batch-size", "32"),
@@ -29,7 +29,7 @@ MLP = [
     *("--warmup-length", "0"),
 ]
 
-# s that gives a threshold among the weights, so that STR prunes from the first step on
+# an s whose threshold prunes some weights from the first step on
 SOFT = ["--sInit-value", "-3"]
 
 
@@ -43,7 +43,7 @@ def weights(folder: Path, name="checkpoint.pt") -> dict[str, torch.Tensor]:
 
 @contextmanager
 def steps() -> Iterator[list]:
-    """Grows with every step that an optimizer takes within it."""
+    """A list that grows by one with every optimizer step inside the block."""
     taken = []
     hook = register_optimizer_step_post_hook(lambda *_: taken.append(1))
     try:
@@ -54,15 +54,7 @@ def steps() -> Iterator[list]:
 
 def same(one: Path, other: Path) -> bool:
     """Whether two runs are the same to the bit: weights, optimizer, tables, best, result."""
-    a, b = (checkpoint.load(folder / "checkpoint.pt") for folder in (one, other))
-    flat = [
-        torch.utils._pytree.tree_leaves((s["model"], s["optimizer"], s["best"])) for s in (a, b)
-    ]
-    if len(flat[0]) != len(flat[1]):
-        return False
-    equal = all(
-        torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(*flat, strict=True)
-    )
+    equal = _same_leaves(*(_state(folder) for folder in (one, other)))
     best = [weights(folder, "best.pt") for folder in (one, other)]
     equal &= all(torch.equal(best[0][name], best[1][name]) for name in best[0])
     for name in ("levels.csv", "topology.csv"):
@@ -75,12 +67,24 @@ def same(one: Path, other: Path) -> bool:
     return equal and epochs[0].equals(epochs[1]) and results[0] == results[1]
 
 
+def _state(folder: Path) -> tuple:
+    state = checkpoint.load(folder / "checkpoint.pt")
+    return state["model"], state["optimizer"], state["best"]
+
+
+def _same_leaves(one: tuple, other: tuple) -> bool:
+    leaves = [torch.utils._pytree.tree_leaves(tree) for tree in (one, other)]
+    return len(leaves[0]) == len(leaves[1]) and all(
+        torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(*leaves, strict=True)
+    )
+
+
 class Crash(BaseException):
-    """The process is gone."""
+    """Stands for the death of the process."""
 
 
 def crashing(when, count, save=Trainer.save):
-    """A `Trainer.save` whose ``count``-th call ends the process before or after it saved."""
+    """A `Trainer.save` whose ``count``-th call raises `Crash`, before or after it saves."""
     calls = []
 
     def crash(trainer):
@@ -94,7 +98,7 @@ def crashing(when, count, save=Trainer.save):
 
 
 def few_digits(train: int, test: int) -> Callable[..., Arrays]:
-    """A loader of the digits, cut down to so many images."""
+    """A loader of the digits, cut down to ``train`` and ``test`` images."""
 
     def load(*where) -> Arrays:
         arrays = digits.load(*where)

@@ -1,4 +1,4 @@
-"""What the tests of ER_SLT share: small runs, and what they leave behind."""
+"""Shared by the tests of ER_SLT: small runs, and what they leave behind."""
 
 import json
 import shlex
@@ -28,13 +28,13 @@ PUBLISHED = shlex.split(
 
 
 def slt(where: Path, *argv: str) -> Path:
-    """A run of ER_SLT/main.py in this process; its folder."""
+    """Run ER_SLT/main.py in this process; returns the run folder."""
     script.main([*argv, "--log-dir", f"{where}/runs", "--result-dir", str(where)])
     return newest(where)
 
 
 def ticket(folder: Path, level: int | None = None) -> Ticket:
-    """Of a level, or of the whole run."""
+    """The ticket of a level, or of the whole run."""
     name = "ticket.safetensors" if level is None else f"levels/level-{level}.safetensors"
     return load_ticket(folder / name)
 
@@ -44,7 +44,7 @@ def result(folder: Path) -> dict:
 
 
 def asked(ticket: Ticket, density: float, ranking: str) -> dict[str, int]:
-    """Entries that a ticket should have, per layer or in all, by a count of our own."""
+    """Entries that a ticket should have, per layer or in total, by the sizes of its masks."""
     layers = {}
     for name, mask in ticket.found.items():
         layer, _, kind = name.rpartition(".")
@@ -57,7 +57,7 @@ def asked(ticket: Ticket, density: float, ranking: str) -> dict[str, int]:
 
 
 def used(ticket: Ticket, ranking: str) -> dict[str, int]:
-    """Entries that a ticket has, per layer or in all."""
+    """Entries that a ticket has, per layer or in total."""
     layers = {}
     for name, mask in ticket.found.items():
         layer = "total" if ranking == "global" else name.rpartition(".")[0]
@@ -66,7 +66,7 @@ def used(ticket: Ticket, ranking: str) -> dict[str, int]:
 
 
 def is_inside(ticket: Ticket) -> bool:
-    """Whether the found masks lie in the random ones."""
+    """Whether the found masks lie inside the random masks."""
     return not any(
         bool((ticket.found[f"{name}.weight"] & ~mask).any())
         for name, mask in ticket.er_masks.items()

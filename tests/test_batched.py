@@ -125,7 +125,7 @@ def test_what_must_be_shared():
         with pytest.raises(ValueError, match="differ in their number of rows"):
             train_batched([network(1, 0.5), network(2, 0.5)], [rows, other], recipe, 1)
     for models in ([], [network(1, 0.5)]):
-        with pytest.raises(ValueError, match="should be as many, not 0"):
+        with pytest.raises(ValueError, match="should be equal and not 0"):
             train_batched(models, [rows, rows][: 2 * len(models)], recipe, 1)
     with pytest.raises(ValueError, match=r"'lion'; choose from sgd, adam, adamw"):
         train_batched([network(1, 0.5)], [rows], Recipe("lion"), 1)

@@ -88,7 +88,7 @@ def test_without_a_compiler_it_is_masked_and_said_once(monkeypatch, caplog, tmp_
     caplog.set_level(logging.INFO, "startsparse")
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("STARTSPARSE_CACHE", str(tmp_path))
-    caches = kernels_for, compute._there_are_kernels
+    caches = kernels_for, compute._has_kernels
     for cache in caches:
         cache.cache_clear()
     for _ in range(2):

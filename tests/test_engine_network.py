@@ -40,12 +40,14 @@ from startsparse.masks import (
 @pytest.mark.parametrize("arch", WIDTHS)
 @pytest.mark.parametrize("dense", ["none", "some"])
 def test_ten_steps_are_those_of_the_masked_network(arch, dense):
+    # VGG halves its maps four times; of ResNet-50 smaller ones magnify rounding too much.
+    shape = (3, 16, 16) if arch in ("resnet18", "resnet20") else SHAPE
     for kind in ("sgd", "adam"):
         masked, sparse = network(arch), network(arch)
         one, other = optimizer_of(masked, kind), optimizer_of(sparse, kind)
         names = list(sparse_layers(sparse))
-        form = sparse_form(sparse, without=names[::2] if dense == "some" else ())
-        images, labels = batch()
+        form = sparse_form(sparse, names[::2] if dense == "some" else (), shape)
+        images, labels = batch(shape=shape)
         for i in range(10):
             form.enter(other)
             losses = [

@@ -60,6 +60,7 @@ def demo(tmp_path_factory):
             run_phases(trainer, phases)
 
         patch.setattr(Trainer, "run_phases", watch)
+        patch.setitem(script.data.SETS, "digits", few_digits(500, 360))  # all that test
         extra = ["--initBias", "kn-nonzero-bias", "--shuffle", "--save-model"]
         folder = slt(tmp_path_factory.mktemp("demo"), *DEMO, *extra)
     return folder, *begun[0]
@@ -263,6 +264,7 @@ COMBINATIONS = [
 ]
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(("how", "score_init", "ranking"), COMBINATIONS)
 def test_every_initialisation_and_ranking(run_slt, capsys, how, score_init, ranking):
     flag = {"layer": "--per-layer", "global": "--global"}[ranking]

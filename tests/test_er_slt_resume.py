@@ -14,6 +14,8 @@ from ER_SLT import main as script
 from startsparse.errors import OptionError
 from startsparse.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 TINY = [*MLP, "--initBias", "kn-nonzero-bias", "--shuffle"]
 
 

@@ -1,5 +1,6 @@
 """Several processes train as one does: same numbers, masks and weights within rounding."""
 
+import ast
 import json
 import os
 import signal
@@ -181,3 +182,22 @@ def test_no_share_is_of_one_row():
         for count in range(1, 9):
             shares = of(count, lambda n=examples: list(parts(n, 16, train=True)))
             assert all(part.stop - part.start != 1 for share in shares for part in share)
+
+
+def test_collectives_say_so_in_their_names():
+    """A function that rank 0 does for all says it, or is a method of a class that says it."""
+    root, found = Path(processes.__file__).parents[1], []
+    for folder in ("startsparse", "STR", "ER_DST", "ER_SLT"):
+        for path in (root / folder).rglob("*.py"):
+            tree = ast.parse(path.read_text())
+            classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+            told = {
+                f for c in classes if "collectives" in (ast.get_docstring(c) or "") for f in c.body
+            }
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef) and node not in told:
+                    marks = [ast.unparse(mark) for mark in node.decorator_list]
+                    if "by_rank_0" in marks or "processes.by_rank_0" in marks:
+                        found.append(node.name)
+    assert len(found) > 5
+    assert all(name.endswith("_by_rank_0") for name in found), found

@@ -56,7 +56,7 @@ def test_every_value_of_the_tables_is_taken(script, option, value):
             parse(kind, configs, [option, spelling, *NEEDS.get(option, []), *NEEDS.get(value, [])]),
             names[normal(option.strip("-"))],
         )
-        for spelling in (value, value.upper(), value.replace("_", "-"))
+        for spelling in {value, value.upper(), value.replace("_", "-")}
     }
     assert len(taken) == 1
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from script_runs import MLP, ROOT, SOFT, TINY, weights
+from script_runs import MLP, ROOT, SOFT, TINY, newest, weights
 
 from startsparse import masks
 from startsparse.data import SHAPES
@@ -90,12 +90,25 @@ EFFECTS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Weights of the runs by their flags, each made once."""
+    made = {}
+
+    def run(flags):
+        if tuple(flags) not in made:
+            where = tmp_path_factory.mktemp("trained")
+            folders = ["--log-dir", f"{where}/runs", "--result-dir", str(where)]
+            script.main([*MLP, *flags, *folders])
+            made[tuple(flags)] = weights(newest(where))
+        return made[tuple(flags)]
+
+    return run
+
+
 @pytest.mark.parametrize("option", EFFECTS)
-def test_an_accepted_option_has_an_effect(run, option):
-    with_it, without = EFFECTS[option]
-    one, other = (
-        weights(run(*MLP, *flags, where=where)) for where, flags in (("a", with_it), ("b", without))
-    )
+def test_an_accepted_option_has_an_effect(trained, no_pictures, option):
+    one, other = map(trained, EFFECTS[option])
     # Keys differ where a layer has a mask in one network only.
     assert one.keys() != other.keys() or any(not torch.equal(one[k], other[k]) for k in one)
 

@@ -272,7 +272,7 @@ def test_results_of_other_options_are_not_overwritten(tmp_path, monkeypatch):
     assert (tmp_path / "out/results.csv").read_bytes() != first
     assert str(tmp_path) not in (tmp_path / "out/options.yaml").read_text()
     (tmp_path / "out/options.yaml").unlink()
-    with pytest.raises(OptionError, match=r"results\.csv is of an unknown origin"):
+    with pytest.raises(OptionError, match=r"results\.csv is of unknown origin"):
         experiment.main(where)
     blocked = tmp_path / "file"
     blocked.write_text("")

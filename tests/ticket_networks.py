@@ -1,4 +1,4 @@
-"""A small network that tickets are of, and the same made again from a ticket."""
+"""A small network for tickets, and its reconstruction from a ticket."""
 
 import torch
 from torch import nn
@@ -27,10 +27,10 @@ def images():
 
 
 def rebuild(ticket, ranking="layer"):
-    """The network of a ticket, from nothing else."""
-    model, given = plain(), ticket.description
+    """The network of a ticket, rebuilt from the ticket alone."""
+    model, options = plain(), ticket.description
     attach_masks(model, ticket.er_masks)
-    init_weights(model, given["initBias"], given["seed"], given["bfac"])
-    popup(model, given["seed"], "constant", ranking)
+    init_weights(model, options["initBias"], options["seed"], options["bfac"])
+    popup(model, options["seed"], "constant", ranking)
     put_in_place(model, ticket)
     return model.eval()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Addition modulo 59 by an embedding and a decoder of 55,424 weights, dense and in balanced ER masks:
-# training accuracy long before validation accuracy. Five seeds, 5000 steps: 20 runs, about 15
+# Addition modulo 59 by an embedding and a decoder of 55,424 weights, dense and in balanced ER masks.
+# Training accuracy rises long before validation accuracy. Five seeds, 5000 steps: 20 runs, about 15
 # minutes on two cores. Running it again resumes, and skips what is finished.
 set -euo pipefail
 cd "$(dirname "$0")/../../STR"

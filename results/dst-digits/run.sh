@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Dynamic sparse training to density 0.01 on digits, a narrow VGG11, three seeds. 90 runs of 12
-# epochs: five methods, three initial masks, with flow preservation after every update and without;
+# Dynamic sparse training to density 0.01 on digits, a narrow VGG11, three seeds. 90 runs have 12
+# epochs: five methods, three initial masks, with flow preservation after every update and without.
 # GraNet and GMP start at the density named, DST and static masks have 0.01 throughout, and masks
-# move every 20 steps. 18 runs of 60 epochs: DST and static masks, which move every 100 steps.
+# move every 20 steps. 18 runs have 60 epochs: DST, whose masks move every 100 steps, and static.
 # About 40 minutes on two cores. Running it again resumes, and skips what is finished.
 set -euo pipefail
 cd "$(dirname "$0")/../../ER_DST"
 export OMP_NUM_THREADS=1 # two runs at the same time on two cores
 
-run() { # epochs, steps between updates, flow preservation; of the row: name init density method
+run() { # epochs, steps between updates, flow preservation; from the row: name init density method
   local every="--update-frequency $2"
-  if [[ $method == *is-prune* ]]; then every=; fi # masks that stay
+  if [[ $method == *is-prune* ]]; then every=; fi # the mask stays
   echo --config configs/digits-dst.yaml --name $name --sparse-init $init --init-density $density \
     $method --epochs $1 $every --flow-preservation $3 --seed $seed \
     --sparse-compute on --log-dir runs/dst-digits/$init-$3-$1 \
@@ -57,7 +57,7 @@ commands | xargs -P 2 -L 1 python main.py
 python -m startsparse.report ../results/dst-digits/results.csv \
   --by er_sparse_method name flow_preservation epochs --of density training_flops_share test_accuracy \
   --plot ../results/dst-digits/plot.png | tee ../results/dst-digits/table.md
-{ # of the tested networks
+{ # dead units of the tested networks
   echo run,dead_outputs,dead_inputs
   for run in runs/dst-digits/*/digits-dst/*/seed-?; do
     echo "$run,$(tail -n 1 "$run/density.csv" | cut -d , -f 7,8)"

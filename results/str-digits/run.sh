@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Soft thresholds on digits: from a dense start and from a balanced ER mask at 0.3, two weight decays
-# of s, three seeds. About 25 minutes on two cores. Rerunning resumes, and skips what is finished.
+# of s, three seeds. About 25 minutes on two cores. Run again, it resumes and skips what is finished.
 set -euo pipefail
 cd "$(dirname "$0")/../../STR"
 for seed in 1 2 3; do

@@ -63,7 +63,7 @@ Loader = Callable[..., Arrays | Folders | Graph | Pairs]
 
 @dataclass(frozen=True)
 class Shape:
-    """What a network has to know of a set.
+    """What a network needs to know of a set.
 
     Attributes:
         classes: number of classes.
@@ -97,10 +97,10 @@ class Source(NamedTuple):
 
     Attributes:
         load: reads it.
-        shape: known before it is read; `Data.shape` is what was found.
+        shape: as published; `Data.shape` is that of the files.
         files: "published": fetched where they are missing; "own": the user's; "none": the set is
-            made, or comes with a package.
-        own_parts: whether it has a validation part, so that none is held out for training.
+            computed, or comes with a package.
+        own_parts: whether it has its own validation part, so that none is held out.
     """
 
     load: Loader
@@ -138,10 +138,10 @@ SETS: dict[str, Loader] = {name: source.load for name, source in _SOURCES.items(
 SHAPES: dict[str, Shape] = {name: source.shape for name, source in _SOURCES.items()}
 
 OWN_PARTS = tuple(name for name, source in _SOURCES.items() if source.own_parts)
-"""Sets that come with a validation part, so that none is held out of their training part."""
+"""Sets that have their own validation part, so that none is held out."""
 
 WITHOUT_FILES = tuple(name for name, source in _SOURCES.items() if source.files == "none")
-"""Sets that are made, or come with a package: there is no folder that they are read from."""
+"""Sets that are computed, or come with a package, so that no folder holds them."""
 
 NOT_FETCHED = tuple(name for name, source in _SOURCES.items() if source.files != "published")
 """Sets that are never downloaded."""
@@ -149,13 +149,13 @@ NOT_FETCHED = tuple(name for name, source in _SOURCES.items() if source.files !=
 
 @dataclass
 class Data:
-    """The three parts of a set, and what a model has to know of it.
+    """The three parts of a set, and its shape.
 
     Attributes:
         train: augmented, reshuffled in every epoch.
         valid: held out of the training set; plain order, no augmentation. May be empty.
         test: plain order, no augmentation.
-        shape: of what the model sees.
+        shape: what a network needs to know of the set.
     """
 
     train: AnyBatches
@@ -165,9 +165,9 @@ class Data:
 
 
 def data_root(option: str) -> Path:
-    """Where the sets lie: --data if given, else $STARTSPARSE_DATA, else data/.
+    """The folder of the sets: --data, or $STARTSPARSE_DATA, or the folder data/.
 
-    That is in the checkout, or without one in the working folder.
+    The last is in the checkout, or without one in the working folder.
 
     Raises:
         OptionError: --data names no folder.
@@ -196,42 +196,31 @@ def load(
     modulus: int = 59,
     train_fraction: float = 0.7,
 ) -> Data:
-    """Load the set ``name`` of `SETS`, fetching it where it is missing and published.
+    """Load the set ``name`` of `SETS`; fetch published files that are missing.
 
     Args:
         name: a key of `SETS`.
         root: folder of all sets (see `data_root`).
-        mirror: URL of a folder that holds the set's archive or files; "": where it is published.
-        batch_size: images per step; a graph is one batch whatever it is.
+        mirror: URL of a folder with the set's archive or files; "": the published one.
+        batch_size: examples per step; a graph is always one batch.
         valid_split: fraction of the training set to hold out, in [0, 1). Which examples are held
             out depends on ``seed`` alone. Of no effect on `OWN_PARTS`.
         seed: of the run.
-        device: where the batches are made.
+        device: the device of the batches.
         workers: processes that decode images; only ImageNet needs any.
         augment: crop training images at random, and flip those that are not digits.
         padding: one of `PADDINGS`: what the crops show beyond the image; those of ImageNet lie
             inside it. Of no effect without ``augment``.
-        passes: over the training set, that are one epoch.
+        passes: over the training set per epoch.
         modulus, train_fraction: of modular-addition, see `modular.load`.
 
     Raises:
         OptionError: an option is out of range; found before any file is read.
         UserError: a file is missing or damaged, or the options leave a part without an example.
     """
-    if name not in SETS:
-        raise OptionError(f"--set: {name!r} is none of {', '.join(SETS)}")
-    if batch_size < 1:
-        raise OptionError(f"--batch-size: {batch_size} is not at least 1")
-    if not 0 <= valid_split < 1:
-        raise OptionError(f"--valid-split: {valid_split} is not in [0, 1)")
-    if workers < 0:
-        raise OptionError(f"--workers: {workers} is negative")
-    if passes < 1:
-        raise OptionError(f"--passes: {passes} is not at least 1")
-    if padding not in PADDINGS:
-        raise OptionError(f"--padding: {padding!r} is none of {', '.join(PADDINGS)}")
-    own = {"modulus": modulus, "train_fraction": train_fraction}
-    source = SETS[name](root, mirror, **own if name == "modular-addition" else {})
+    _check(name, batch_size, valid_split, workers, passes, padding)
+    sums = {"modulus": modulus, "train_fraction": train_fraction}
+    source = SETS[name](root, mirror, **sums if name == "modular-addition" else {})
     rows: tuple[Tensor, ...] = ()
     if isinstance(source, Arrays | Folders):  # those not in OWN_PARTS
         rows = _split(source.examples, valid_split, seed)
@@ -255,8 +244,26 @@ def load(
     return Data(Repeated(train, passes) if passes > 1 else train, valid, test, shape)
 
 
+def _check(
+    name: str, batch_size: int, valid_split: float, workers: int, passes: int, padding: str
+) -> None:
+    """Raise `OptionError` for an option out of range."""
+    if name not in SETS:
+        raise OptionError(f"--set: {name!r} is none of {', '.join(SETS)}")
+    if batch_size < 1:
+        raise OptionError(f"--batch-size: {batch_size} is not at least 1")
+    if not 0 <= valid_split < 1:
+        raise OptionError(f"--valid-split: {valid_split} is not in [0, 1)")
+    if workers < 0:
+        raise OptionError(f"--workers: {workers} is negative")
+    if passes < 1:
+        raise OptionError(f"--passes: {passes} is not at least 1")
+    if padding not in PADDINGS:
+        raise OptionError(f"--padding: {padding!r} is none of {', '.join(PADDINGS)}")
+
+
 def first_batch(batches: AnyBatches, epoch: int) -> tuple[Tensor, Tensor]:
-    """Of an epoch, the same whole batch in every process."""
+    """The first batch of an epoch, whole and the same in every process."""
     with processes.alone():
         return next(batches.epoch(epoch))
 

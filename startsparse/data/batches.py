@@ -1,4 +1,4 @@
-"""Batches made on the training device: the set lies there as uint8, whole batches are augmented."""
+"""Batches on the training device: it holds the set as uint8, and augments whole batches."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,19 +22,19 @@ def steps(examples: int, batch_size: int, train: bool) -> int:
 
 
 def parts(examples: int, batch_size: int, train: bool, start: int = 0) -> Iterator[slice]:
-    """The rows of each step of an epoch, from step ``start`` on, that are this process's.
+    """This process's rows of each step of an epoch, from step ``start`` on.
 
-    In training it is a share of each batch: of several processes each has a part, of two rows at
-    least, as BatchNorm needs them; where that is too much for some they have none, in that step.
-    In evaluation the processes have whole batches in turn.
+    In training, the processes split each batch into parts of at least two rows, as BatchNorm needs
+    them. If there are too few rows for all, some processes have none in that step. In evaluation
+    the processes take turns with whole batches.
     """
     rank, count = processes.rank(), processes.world_size()
     for step in range(start, steps(examples, batch_size, train)):
         first, last = step * batch_size, min((step + 1) * batch_size, examples)
         if train:
-            sharing = max(1, min(count, (last - first) // 2))
-            places = (min(place, sharing) for place in (rank, rank + 1))
-            yield slice(*(first + place * (last - first) // sharing for place in places))
+            working = max(1, min(count, (last - first) // 2))
+            bounds = (min(bound, working) for bound in (rank, rank + 1))
+            yield slice(*(first + bound * (last - first) // working for bound in bounds))
         elif step % count == rank:
             yield slice(first, last)
 
@@ -59,12 +59,12 @@ class Batches:
         labels: int64 [N].
         mean, std: per channel, in units of 0..1.
         batch_size: images per batch; the last one of an epoch may be smaller (see `steps`).
-        device: where the set lies and the batches are made.
+        device: holds the set and the batches.
         seed: the order and the augmentation of an epoch depend on it, on the epoch and on nothing
             else. None: plain order, no augmentation.
-        pad: pixels around an image, of which H x W are cut out at a random place; below H.
-        padding: one of `PADDINGS`. zeros: those pixels are black; reflect: the image is mirrored
-            there at its outermost pixels, which are not repeated.
+        pad: pixels added on each side of an image, below H; a crop of H x W has a random position.
+        padding: one of `PADDINGS`. zeros: those pixels are black; reflect: they mirror the image at
+            its outermost pixels, which are not repeated.
         flip: mirror an image left to right with probability 1/2.
         rows: int64 [M], the examples of ``images`` that belong to this part; None: all of them.
     """
@@ -106,7 +106,7 @@ class Batches:
         if padding == "reflect" and pad:
             _reflect(padded, pad)
         self._images = padded
-        # A line of any crop is W * C bytes that begin at some pixel: all of them, as one view.
+        # A line of any crop is W * C bytes that begin at some pixel. This view has all of them.
         pixels = padded.numel() // channels
         self._lines = padded.as_strided((max(0, pixels - size + 1), size * channels), (channels, 1))
         self._offsets = torch.arange(size, device=device) * (size + 2 * pad)
@@ -121,10 +121,10 @@ class Batches:
         return steps(self.examples, self.batch_size, train=self.seed is not None)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from step ``start`` on, which are the same for every ``start``.
+        """The batches of an epoch from step ``start`` on; a step is the same for every ``start``.
 
         Yields float32 images [B, C, H, W] in channels_last memory format and int64 labels [B], on
-        the device. The random numbers are drawn before the first step: no step waits for the CPU.
+        the device. All random numbers are drawn before the first step: no step waits for the CPU.
         """
         plan = None if self.seed is None else self._plan(self.seed, epoch)
         for part in parts(self.examples, self.batch_size, self.seed is not None, start):
@@ -136,7 +136,7 @@ class Batches:
             yield normalised(pixels, self._mean, self._std), labels
 
     def _plan(self, seed: int, epoch: int) -> Tensor:
-        """The epoch in order: int64 [3, N] of row, top left pixel of the crop, mirrored or not."""
+        """int64 [3, N], in the order of the epoch: row, top left pixel of the crop, mirrored."""
         rows = torch.randperm(self.examples, generator=seeding.generator(seed, "shuffle", epoch))
         draws = seeding.generator(seed, "augment", epoch)
         dy, dx = torch.randint(2 * self.pad + 1, (2, self.examples), generator=draws)
@@ -164,7 +164,7 @@ def _reflect(padded: Tensor, pad: int) -> None:
 
 @dataclass
 class Arrays:
-    """A set that fits into memory, as its loader read it.
+    """A set that fits into memory.
 
     Attributes:
         train, test: uint8 images [N, H, W, C] with H = W, and their int64 labels [N].

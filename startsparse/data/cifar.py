@@ -16,7 +16,7 @@ from startsparse.data.files import File
 
 @dataclass(frozen=True)
 class Spec:
-    """Where the set lies and what its files are; ``key`` names the labels inside a pickle."""
+    """Folder, URL and files of a set; ``key`` names the labels inside a pickle."""
 
     folder: str
     url: str
@@ -63,8 +63,8 @@ CIFAR100 = Spec(
 def load(spec: Spec, root: Path, mirror: str = "") -> Arrays:
     """The set from ``root/spec.folder``.
 
-    Missing files are taken from the archive in ``root``, which is fetched from ``mirror`` or
-    ``spec.url`` where it is missing too. Raises `UserError` where a file is missing or damaged.
+    Missing files come from the archive in ``root``, and a missing archive from ``mirror`` or
+    ``spec.url``. Raises `UserError` where a file is missing or damaged.
     """
     names = [f"{spec.folder}/{file.name}" for file in spec.train + spec.test]
     files.unpacked(root, names, spec.archive, spec.url, mirror)

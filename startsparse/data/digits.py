@@ -13,8 +13,7 @@ SIZE = 32
 def load(root: Path, mirror: str = "") -> Arrays:  # noqa: ARG001 -- the set needs no file
     """The 8 x 8 digits, bilinearly enlarged to 32 x 32, as three equal channels.
 
-    The set comes in one piece: a fifth of every class is the test set (1437 / 360 images), always
-    the same one, whatever the seed of the run.
+    A fifth of every class is the test set (1437 / 360 images), the same for every seed of a run.
     """
     # Imported here: scikit-learn takes a second, and no other set needs it.
     from sklearn.datasets import load_digits

@@ -25,7 +25,7 @@ TIMEOUT = 30  # seconds without an answer
 
 @dataclass(frozen=True)
 class File:
-    """A published file: its name and the MD5 of its bytes as 32 hex digits, "" if unpublished."""
+    """A published file: its name, and the MD5 of its bytes in 32 hex digits ("" if unpublished)."""
 
     name: str
     md5: str = ""
@@ -40,7 +40,7 @@ def reason(error: Exception) -> str:
 
 
 def read(path: Path, md5: str) -> bytes:
-    """The bytes of ``path``, whose MD5 has been checked; raises `UserError` where it differs."""
+    """The bytes of ``path``; raises `UserError` where their MD5 differs."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -72,9 +72,8 @@ def _compare(path: Path, found: str, expected: str) -> None:
 def fetch(url: str, path: Path, md5: str) -> None:
     """Download ``url`` to ``path``, which appears only complete and with the right MD5.
 
-    Without an MD5 ("") it has the length that the server announces, and the caller checks the rest.
-
-    Raises `UserError` (one line) where there is no network, no such file, or another MD5.
+    Without an MD5 ("") only the length that the server announces is checked. Raises `UserError`
+    where there is no network, no such file, or another MD5.
     """
     digest, size = hashlib.md5(), 0
     try:
@@ -114,7 +113,7 @@ def fetch(url: str, path: Path, md5: str) -> None:
 def present(root: Path, file: File, url: str, mirror: str) -> Path:
     """The path of ``root/file.name``, fetched from the folder ``mirror`` (or ``url``) if missing.
 
-    A file that is there already is not checked here.
+    An existing file is not checked here.
     """
     path = root / file.name
     if not path.exists():
@@ -125,8 +124,8 @@ def present(root: Path, file: File, url: str, mirror: str) -> Path:
 def unpacked(root: Path, names: Sequence[str], archive: File, url: str, mirror: str) -> None:
     """Make sure that ``root/name`` exists for all ``names``, which ``archive`` holds.
 
-    What is there is left alone; what is missing is taken from ``root/archive.name``, which is
-    itself fetched where missing and kept. A name (file or folder) appears only complete.
+    Existing files and folders are left alone. Missing ones come from ``root/archive.name``, which
+    is fetched if missing, and stays. Each appears only complete.
     """
     missing = [name for name in names if not (root / name).exists()]
     if not missing:
@@ -158,14 +157,14 @@ def _move(source: Path, target: Path) -> None:
     try:
         source.replace(target)
     except OSError:
-        # A folder cannot replace a folder: another process was faster, with the same content.
+        # A folder cannot replace a folder; another process has unpacked the same one meanwhile.
         if not target.is_dir():
             raise
 
 
 @contextmanager
 def old_dtypes() -> Iterator[None]:
-    """Unpickle without what NumPy 2.4.0 to 2.4.4 say of how old pickles spell a dtype."""
+    """Ignore the warning of NumPy 2.4.0 to 2.4.4 about the dtypes of old pickles."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
         yield

@@ -11,7 +11,7 @@ from torch import Tensor
 from startsparse.data.rows import halves
 
 NO_LABEL = -100
-"""Label of a node outside the part in question: what `F.cross_entropy` leaves out."""
+"""Label of a node without a label in this part; `F.cross_entropy` ignores it."""
 
 
 class GraphBatches:
@@ -30,10 +30,10 @@ class GraphBatches:
     def __init__(
         self, features: Tensor, labels: Tensor, nodes: Tensor, device: torch.device
     ) -> None:
-        own = torch.full_like(labels, NO_LABEL)
-        own[nodes] = labels[nodes]
-        self.examples = int((own != NO_LABEL).sum())
-        self.features, self.labels = features.to(device), own.to(device)
+        visible = torch.full_like(labels, NO_LABEL)
+        visible[nodes] = labels[nodes]
+        self.examples = int((visible != NO_LABEL).sum())
+        self.features, self.labels = features.to(device), visible.to(device)
 
     def __len__(self) -> int:
         """Steps of one epoch."""
@@ -52,8 +52,8 @@ class Graph:
     Attributes:
         features: float32 [N, F].
         labels: int64 [N], from 0 to classes - 1; `NO_LABEL` for a node that has none.
-        edges: int64 [2, E] of nodes that are joined, in either direction. An edge may be there
-            twice or join a node with itself, which does not count.
+        edges: int64 [2, E] of nodes that are joined, in either direction. Repeated edges count
+            once; edges of a node with itself do not count.
         classes: number of classes.
         train: int64 [M], the nodes to train on.
         held_out: seed of the run -> nodes of the validation and of the test part.
@@ -100,10 +100,10 @@ class Graph:
 def karate(root: Path, mirror: str = "") -> Graph:  # noqa: ARG001 -- the set needs no file
     """Zachary's karate club (1977): 34 members, 78 friendships, two clubs after the split.
 
-    The network knows of a member only who it is: the features are the identity. It is trained on
-    one member of each club, the instructor (0) and the president (33), as Kipf and Welling (2017,
-    appendix A.1) do with four communities that they find in it. Of the other 32 the seed deals one
-    half to validation, one to test.
+    The features are the identity: the network knows only which member a node is. It trains on one
+    member of each club, the instructor (0) and the president (33), as Kipf and Welling (2017,
+    appendix A.1) do with four communities. The seed splits the other 32 into halves for validation
+    and test.
     """
     from networkx import karate_club_graph  # slow to import, and no other set needs it
 

@@ -16,7 +16,7 @@ from startsparse.data.batches import normalised, parts, steps
 from startsparse.errors import UserError
 
 SIZE = 224
-RESIZED = 256  # of the shorter side, before the centre is cut out
+RESIZED = 256  # length of the shorter side, before the centre crop
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -25,9 +25,9 @@ Sample = tuple[str, int]  # path and label
 
 @dataclass
 class _Reader(Dataset):
-    """Whole batches: an item is asked for by the rows of a batch, in order.
+    """A dataset of whole batches: the index is the list of rows of a batch.
 
-    An error comes back as a value: one that is raised in a worker arrives as many lines.
+    It returns an error as a value, as an error that a worker raises arrives as many lines.
     """
 
     samples: list[Sample]
@@ -37,7 +37,7 @@ class _Reader(Dataset):
 
     def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor] | UserError:
         pixels = np.empty((len(rows), SIZE, SIZE, 3), np.uint8)
-        # torchvision draws from the global CPU generator, which is put back afterwards.
+        # torchvision draws from the global CPU generator, whose state is restored afterwards.
         with torch.random.fork_rng(devices=[]):
             for position, row in enumerate(rows):
                 seed = seeding.derive(self.seed, f"augment/{row}", self.epoch)
@@ -58,9 +58,9 @@ class FolderBatches:
 
     Args:
         samples: path and label of all images of a folder.
-        rows: int64 [M], which of them belong to this part.
+        rows: int64 [M], the indices of those that belong to this part.
         batch_size: images per batch; the last one of an epoch may be smaller (see `steps`).
-        device: where the batches go, from pinned memory if it is a GPU.
+        device: of the batches, which come from pinned memory if it is a GPU.
         seed: of the order and the augmentation.
         train: reshuffle in every epoch; otherwise plain order.
         augment: random resized crop and flip; otherwise the centre.
@@ -185,8 +185,8 @@ class Folders:
 def load(root: Path, mirror: str = "") -> Folders:  # noqa: ARG001 -- it is never downloaded
     """The images of ``root/imagenet/train/<class>/`` and, as the test set, of ``.../val/<class>/``.
 
-    Labels are the places of the classes in alphabetical order. Raises `UserError` where a folder
-    is missing, or a class has no image.
+    Labels number the classes in alphabetical order. Raises `UserError` where a folder is missing,
+    or a class has no image.
     """
     train, classes = _list(root / "imagenet" / "train")
     test, test_classes = _list(root / "imagenet" / "val")

@@ -18,7 +18,7 @@ SIZE = 32
 
 @dataclass(frozen=True)
 class Spec:
-    """Where the set lies and what its files are; ``train`` and ``test`` are (images, labels)."""
+    """Folder, URL and files of a set; ``train`` and ``test`` are (images, labels)."""
 
     folder: str
     url: str

@@ -1,4 +1,4 @@
-"""Addition modulo p: every pair of numbers once, some of them to learn from."""
+"""Addition modulo p: every pair of numbers once, some for training."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +15,12 @@ from startsparse.errors import OptionError
 
 @dataclass
 class Pairs:
-    """All pairs of numbers below a modulus, and which share of them is trained on.
+    """All pairs of numbers below a modulus, and the fraction of them for training.
 
     Attributes:
         features: float32 [N, p], how often each number is in the pair.
         labels: int64 [N], the sum modulo p.
-        train_fraction: share of the pairs to train on, in (0, 1).
+        train_fraction: fraction of the pairs to train on, in (0, 1).
         size: for a network, a pair is an image of one pixel with p channels.
     """
 
@@ -42,7 +42,7 @@ class Pairs:
     def batches(
         self, *, batch_size: int, seed: int, device: torch.device, **_: object
     ) -> tuple[Rows, Rows, Rows]:
-        """Training, validation and test part; the last two are half of what is not trained on.
+        """Training, validation and test part; the last two split the remaining pairs in halves.
 
         Which pairs are in which part depends on ``seed`` alone.
         """
@@ -68,10 +68,10 @@ def load(
 ) -> Pairs:
     """a + b modulo ``modulus``, as in Liu et al. (2022, arXiv:2205.10343), section 3.
 
-    A pair is given as onehot(a) + onehot(b): a linear layer without bias makes of it E_a + E_b, the
-    sum of two embeddings, which is what the paper's decoder sees. As it sees nothing else, (a, b)
-    and (b, a) are one example, of which there are p (p + 1) / 2; kept apart, half of a test set
-    would be in the training set.
+    The input is onehot(a) + onehot(b). A linear layer without bias turns it into E_a + E_b, the sum
+    of two embeddings, which is the input of the paper's decoder. So (a, b) and (b, a) are the same
+    input, and one example; there are p (p + 1) / 2. As two examples they would put about half of
+    the test set into the training set.
     """
     check(modulus, train_fraction)
     a, b = torch.triu_indices(modulus, modulus)
@@ -80,7 +80,7 @@ def load(
 
 
 def trained_on(pairs: int, train_fraction: float) -> int:
-    """How many of the pairs are trained on."""
+    """Number of pairs for training."""
     return round(train_fraction * pairs)
 
 

@@ -26,10 +26,10 @@ URL = "https://github.com/kimiyoung/planetoid/raw/master/data"
 
 @dataclass(frozen=True)
 class Spec:
-    """What is published of a set: no checksums, so its files must give these numbers.
+    """The published sizes of a set, which its files must match, as there are no checksums.
 
-    ``edges`` counts each pair of joined nodes once, and none joined with itself; ``train``,
-    ``valid`` and ``test`` are the nodes of the public split.
+    ``edges`` counts each pair of different joined nodes once; ``train``, ``valid`` and ``test`` are
+    the numbers of nodes in the public split.
     """
 
     name: str
@@ -51,10 +51,10 @@ PUBMED = Spec("pubmed", nodes=19717, features=500, classes=3, edges=44324, train
 def load(spec: Spec, root: Path, mirror: str = "") -> Graph:
     """The graph of ``root/planetoid/<name>/ind.<name>.*``, with its public split.
 
-    Missing files are fetched from ``mirror`` or ``spec.url``. Training nodes are the first ones,
-    validation nodes the 500 after them, test nodes those of test.index, in whose order the rows of
-    tx are. A node in that range without a row, as Citeseer has, has no feature, no label and no
-    part. Features are divided by their sum over a node (Kipf and Welling 2017, section 5.2).
+    Missing files are fetched from ``mirror`` or ``spec.url``. The first nodes are for training, the
+    500 after them for validation. test.index lists the test nodes in the order of the rows of tx.
+    Citeseer has nodes in their range without a row: these have no features, no label and no part.
+    The features of a node are divided by their sum (Kipf and Welling 2017, section 5.2).
 
     Raises:
         UserError: names the file that is missing, damaged, or does not fit ``spec``.
@@ -104,10 +104,10 @@ def _expect(path: Path, what: str, found: int, expected: int) -> None:
 
 
 class _Csr:
-    """Stands for scipy.sparse.csr_matrix: what its pickle sets, and none of its code."""
+    """Stands for scipy.sparse.csr_matrix: the attributes that its pickle sets, without its code."""
 
 
-_reconstruct = np.empty(0).__reduce__()[0]  # which lies elsewhere in every NumPy
+_reconstruct = np.empty(0).__reduce__()[0]  # its module depends on the version of NumPy
 # Names of Python 2 and 3, of old and new NumPy and SciPy.
 _ALLOWED = {
     ("scipy.sparse.csr", "csr_matrix"): _Csr,
@@ -127,7 +127,7 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes arrays, matrices, lists and dicts; a pickle that asks for anything else is refused."""
+    """Creates only arrays, matrices, lists and dicts, and refuses all other pickles."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:

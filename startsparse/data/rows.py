@@ -1,4 +1,4 @@
-"""Batches of rows, whose features are numbers without augmentation; epochs of several passes."""
+"""Batches of rows of numbers, without augmentation, and epochs of several passes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +17,7 @@ class Rows:
         features: float32 [N, F].
         labels: int64 [N].
         batch_size: rows per batch; the last one of an epoch may be smaller (see `batches.steps`).
-        device: where the rows lie.
+        device: holds the rows.
         seed: the order of an epoch depends on it and on the epoch. None: plain order.
     """
 
@@ -40,7 +40,7 @@ class Rows:
         return steps(self.examples, self.batch_size, train=self.seed is not None)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features [B, F, 1, 1] and labels [B] from step ``start`` on, the same for every one."""
+        """Features [B, F, 1, 1] and labels [B] from step ``start`` on, as `Batches.epoch`."""
         features, labels = self.features[:, :, None, None], self.labels
         if self.seed is not None:
             draws = seeding.generator(self.seed, "shuffle", epoch)
@@ -70,9 +70,9 @@ class Repeated:
 
 
 def halves(examples: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Validation and test part, both ascending, of ``examples`` [N]; an odd one goes to the test.
+    """Validation and test part, both ascending, of ``examples`` [N]; the larger half is the test.
 
-    Which is which depends on ``seed`` alone.
+    Which examples are in which part depends on ``seed`` alone.
     """
     order = torch.randperm(len(examples), generator=seeding.generator(seed, "valid-test-split"))
     half = len(examples) // 2

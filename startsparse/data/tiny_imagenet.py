@@ -1,4 +1,4 @@
-"""Tiny ImageNet: 200 classes of 64 x 64 JPEGs, decoded once and kept in one file."""
+"""Tiny ImageNet: 200 classes of 64 x 64 JPEGs, decoded once and cached in one file."""
 
 import hashlib
 import sys
@@ -18,13 +18,13 @@ from startsparse.data.files import File
 from startsparse.errors import UserError
 
 SIZE = 64
-FORMAT = 1  # of the cache; raise it when what is stored changes
+FORMAT = 1  # of the cache; raise it when the content of the cache changes
 Listing = list[tuple[Path, int]]  # images and their labels
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Where the set lies and what it holds."""
+    """Folder, URL and size of a set."""
 
     folder: str
     url: str
@@ -48,9 +48,9 @@ def load(spec: Spec, root: Path, mirror: str = "") -> Arrays:
     """The set from ``root/spec.folder``, or from the archive in ``root``, or fetched.
 
     The test set is the part named ``val``: the labels of the part named ``test`` were never
-    published. Labels are the places of the classes in alphabetical order. The decoded pixels are
-    kept in ``root/<folder>.npz``, which is used as long as name, size and time of every image are
-    the same. Raises `UserError` where an image is missing or damaged.
+    published. Labels number the classes in alphabetical order. ``root/<folder>.npz`` caches the
+    decoded pixels, until the name, size or time of an image changes. Raises `UserError` where an
+    image is missing or damaged.
     """
     files.unpacked(root, [spec.folder], spec.archive, spec.url, mirror)
     folder = root / spec.folder
@@ -60,7 +60,7 @@ def load(spec: Spec, root: Path, mirror: str = "") -> Arrays:
     pixels = _cached(cache, fingerprint)
     if pixels is None:
         pixels = _decode([path for path, _ in train + test], spec.folder)
-        _keep(cache, fingerprint, pixels)
+        _store(cache, fingerprint, pixels)
     images = torch.from_numpy(pixels)
     labels = torch.tensor([label for _, label in train + test], dtype=torch.int64)
     return Arrays(
@@ -125,7 +125,7 @@ def _fingerprint(folder: Path, images: Listing) -> str:
 
 
 def _cached(cache: Path, fingerprint: str) -> np.ndarray | None:
-    """The pixels in the cache; None where there is none, or a damaged one, or of other images."""
+    """The pixels in the cache; None if it is missing, damaged, or of other images."""
     try:
         with np.load(cache, allow_pickle=False) as content:
             if str(content["fingerprint"]) == fingerprint:
@@ -135,11 +135,11 @@ def _cached(cache: Path, fingerprint: str) -> np.ndarray | None:
     return None
 
 
-def _keep(cache: Path, fingerprint: str, pixels: np.ndarray) -> None:
+def _store(cache: Path, fingerprint: str, pixels: np.ndarray) -> None:
     try:
         with replacing(cache) as part, part.open("wb") as file:
             np.savez(file, fingerprint=np.array(fingerprint), pixels=pixels)
-    except OSError as error:  # a read-only folder costs time, no more
+    except OSError as error:  # a read-only folder only costs time
         tqdm.write(f"{cache}: not kept ({files.reason(error)})", file=sys.stderr)
 
 

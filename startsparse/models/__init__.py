@@ -1,9 +1,9 @@
 """The networks, by name.
 
 All are plain modules of nn.Conv2d, nn.Linear and BatchNorm, which callers may swap in place. Two
-things are promised about these layers: `named_modules` yields them in the order in which the
-forward pass runs them, the classifier last, so that layer-wise ratios can number them; and they are
-only ever called as modules, so that a swapped layer or a hook is never bypassed.
+promises hold for these layers. `named_modules` yields them in the order of the forward pass, the
+classifier last, so that layer-wise ratios can number them. And they are only called as modules, so
+that no swapped layer or hook is bypassed.
 
 A new network is a function of keyword arguments (classes, channels, size, width) and one line in
 `MODELS`.
@@ -32,8 +32,8 @@ class Network(NamedTuple):
     """A line of `MODELS`.
 
     Attributes:
-        build: called with classes, channels, size and width, see `build`.
-        takes: what it takes, kinds of `data.Shape.kind`.
+        build: takes classes, channels, size and width, see `build`.
+        takes: kinds of examples that it takes, see `data.Shape.kind`.
         batch_norm: whether it has BatchNorm.
     """
 
@@ -88,14 +88,14 @@ def build(
     imagenet: bool = False,
     adjacency: Tensor | None = None,
 ) -> nn.Module:
-    """The network ``arch`` for images (N, channels, size, size), giving (N, classes) logits.
+    """The network ``arch``, from images (N, channels, size, size) to logits (N, classes).
 
     A row of numbers, or a node of a graph, is an image of size 1. ``adjacency`` is that of the
     graph, for gcn; see `GCN`.
 
     ``width`` is the channels of the first stage (further stages keep their ratio to it), or the
     units of every hidden layer of the MLP; 0 is the architecture's own. A ``resnet_type`` replaces
-    ``arch``. With ``imagenet`` the network is torchvision's, made for images of about 224 pixels.
+    ``arch``. With ``imagenet`` the network is torchvision's, for images of about 224 pixels.
 
     The weights are PyTorch's own, from the global random state; see `init_weights`.
 

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 class Algorithmic(nn.Module):
     """An embedding E and a decoder: the logits for a and b are decoder(E_a + E_b).
 
-    Takes (N, symbols) counts of the symbols of an example, or anything that flattens to it; gives
-    (N, classes) logits. On counts a linear layer without bias is the sum of the embeddings, so the
-    embedding is a layer like the others, and can be sparse. The decoder is a linear layer, ReLU and
-    a linear output.
+    The input is (N, symbols), how often each symbol is in an example, or anything that flattens to
+    it; the output is (N, classes) logits. On counts a linear layer without bias is the sum of the
+    embeddings, so the embedding is a layer like the others, and can be sparse. The decoder is a
+    linear layer, ReLU and a linear output.
     """
 
     def __init__(self, symbols: int, classes: int, *, width: int = 128) -> None:

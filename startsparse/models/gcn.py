@@ -7,13 +7,13 @@ from torch import Tensor, nn
 class GCN(nn.Module):
     """Z = A relu(A X W0) W1, the logits of equation 9, with dropout before both layers.
 
-    A = D^-1/2 (adjacency + I) D^-1/2 is `renormalised`. Takes the features of all nodes, (N,
-    features) or anything that flattens to it; gives (N, classes) logits. As in the paper there are
-    no biases.
+    A = D^-1/2 (adjacency + I) D^-1/2 is `renormalised`. The input is the features of all nodes, (N,
+    features) or anything that flattens to it; the output is (N, classes) logits. As in the paper,
+    there are no biases.
 
     Args:
-        adjacency: float32 sparse COO [N, N], symmetric with diagonal 0; None makes a network that
-            has its layers and cannot be called.
+        adjacency: float32 sparse COO [N, N], symmetric with diagonal 0; with None the network has
+            its layers, but no forward pass.
     """
 
     graph: Tensor
@@ -26,7 +26,7 @@ class GCN(nn.Module):
         self.hidden = nn.Linear(features, width, bias=False)
         self.classifier = nn.Linear(width, classes, bias=False)
         graph = None if adjacency is None else renormalised(adjacency)
-        # A matter of the data, not of the weights: checkpoints do not have it.
+        # It belongs to the data, not to the weights, so it is not in checkpoints.
         self.register_buffer("graph", graph, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

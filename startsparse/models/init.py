@@ -1,7 +1,7 @@
-"""How weights begin. Every layer draws from a generator of its own.
+"""Initial weights. Every layer draws from its own generator.
 
-Since that generator is derived from the seed and the layer's name, a layer starts with the same
-weights whatever else is in the model, and on whatever device the model is.
+The seed and the layer's name determine that generator, so a layer starts with the same weights in
+every model and on every device.
 """
 
 import math
@@ -35,8 +35,8 @@ def _xavier_normal(weight: Tensor, draw: torch.Generator) -> None:
 def _orthogonal(weight: Tensor, draw: torch.Generator) -> None:
     """Orthonormal rows or columns, whichever are fewer, of weight.flatten(1), times sqrt(2).
 
-    Saxe et al. 2014 (arXiv:1312.6120). The factor is for ReLU; with it, as many outputs as inputs
-    have the variance of Kaiming.
+    Saxe et al. 2014 (arXiv:1312.6120). The factor is for ReLU: a layer with as many outputs as
+    inputs then has the variance of Kaiming.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the last bits of a QR decomposition depend on the number of threads
@@ -47,7 +47,7 @@ def _orthogonal(weight: Tensor, draw: torch.Generator) -> None:
 
 
 def _torch(weight: Tensor, draw: torch.Generator) -> None:
-    """What PyTorch does by itself: uniform in +-1/sqrt(fan_in)."""
+    """PyTorch's default: uniform in +-1/sqrt(fan_in)."""
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=draw)
 
 
@@ -68,9 +68,9 @@ def init_weights(model: nn.Module, how: str, seed: int) -> None:
     fresh running statistics. The weight of the layer called ``name`` comes from
     ``seeding.generator(seed, f"weights/{name}")``; no global random state is read or changed.
 
-    Names are those of ``model.named_modules()``: call this on the bare model, before it is wrapped
-    by DataParallel, DistributedDataParallel or torch.compile, which rename its layers. Subclasses
-    of Conv2d and Linear are drawn alike. Masks are not looked at: apply them afterwards.
+    Names are those of ``model.named_modules()``: call this on the bare model, before DataParallel,
+    DistributedDataParallel or torch.compile wrap it and rename its layers. Subclasses of Conv2d and
+    Linear are drawn alike. Masks are ignored: apply them afterwards.
 
     Raises:
         OptionError: ``how`` is not in `INITS`.

@@ -27,7 +27,7 @@ def looks_linear(
         last: the outputs are logits, not two halves.
 
     Raises:
-        ValueError: the inputs or outputs should be halved and are odd in number.
+        ValueError: the number of inputs or outputs to halve is odd.
     """
     outputs, inputs, *kernel = shape
     if not last:

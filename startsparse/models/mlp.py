@@ -6,8 +6,9 @@ from torch import Tensor, nn
 class MLP(nn.Module):
     """Hidden layers of Linear, ReLU and BatchNorm1d, then a linear output.
 
-    Takes (N, features) or anything that flattens to it, such as (N, C, H, W) with C*H*W features;
-    gives (N, classes) logits. BatchNorm comes after the ReLU, so the linear layers keep their bias.
+    The input is (N, features) or anything that flattens to it, such as (N, C, H, W) with C*H*W
+    features; the output is (N, classes) logits. BatchNorm comes after the ReLU, so the linear
+    layers keep their bias.
     """
 
     def __init__(self, features: int, classes: int, *, width: int = 256, hidden: int = 3) -> None:

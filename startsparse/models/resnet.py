@@ -1,9 +1,9 @@
 """Residual networks (He et al. 2016, arXiv:1512.03385) for small images, and torchvision's.
 
-Two families, as in the literature: the *thin* ones made for CIFAR (section 4.2: three stages of 16,
-32 and 64 channels) and the *wide* ones made for ImageNet (section 4.1: four stages of 64 to 512
-channels), here with a 3x3 stem of stride 1 and no max-pooling, so that 32x32 images keep their size
-up to the second stage.
+Two families, as in the literature: the *thin* ones for CIFAR (section 4.2: three stages of 16, 32
+and 64 channels) and the *wide* ones for ImageNet (section 4.1: four stages of 64 to 512 channels).
+Here the wide ones have a 3x3 stem of stride 1 and no max-pooling, so that 32x32 images keep their
+size up to the second stage.
 
 Every shortcut that changes the shape is a projection, 1x1 convolution and BatchNorm (option B of
 section 3.3), in the thin networks too, where the paper pads with zeros (option A). A convolution
@@ -25,9 +25,9 @@ def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 class Projection(nn.Sequential):
     """1x1 convolution and BatchNorm on every ``stride``-th pixel.
 
-    The stride is taken before the convolution. It is the same function, but where the convolution
-    takes it, oneDNN's weight gradient writes past its buffer if there are fewer than 8 input
-    channels in channels_last (seen with torch 2.15 on AVX2: a crash or an endless loop).
+    The stride comes before the convolution, which is the same function. In a convolution with that
+    stride, oneDNN's weight gradient writes past its buffer if there are fewer than 8 input channels
+    in channels_last (seen with torch 2.15 on AVX2: a crash or an endless loop).
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:

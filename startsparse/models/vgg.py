@@ -1,8 +1,7 @@
 """VGG networks (Simonyan and Zisserman 2015, arXiv:1409.1556, table 1) with BatchNorm.
 
-As usual for small images, the three linear layers of the paper are one, and instead of the last
-max-pooling an average is taken over what is left of the image. A convolution has no bias, as
-BatchNorm follows.
+As usual for small images, there is one linear layer instead of the paper's three, and a global
+average instead of the last max-pooling. A convolution has no bias, as BatchNorm follows.
 """
 
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ _RATIOS = (1, 2, 4, 8, 8)
 class VGG(nn.Module):
     """Five blocks, global average, classifier: (N, channels, H, W) -> (N, classes) logits.
 
-    There is a 2x2 max-pooling between two blocks, so the average is over 2x2 of 32x32 pixels.
+    Between blocks is a 2x2 max-pooling, so for 32x32 images the average is over 2x2 pixels.
     """
 
     def __init__(self, depth: int, *, classes: int, channels: int, width: int = 64) -> None:
@@ -45,7 +44,7 @@ class VGG(nn.Module):
 def vgg(depth: int, *, classes: int, channels: int, size: int, width: int) -> VGG:
     """VGG-11, 13, 16 or 19; ``width`` is the first block's channels, 0 is the paper's 64.
 
-    Raises `OptionError` for images below 16 pixels: four poolings leave nothing of them.
+    Raises `OptionError` for images below 16 pixels, of which four poolings leave nothing.
     """
     if size < 16:
         raise OptionError(f"--arch: vgg{depth} needs images of 16 pixels or more, not {size}")

@@ -1,10 +1,10 @@
 """Many small networks of one shape, trained at once as one batched model.
 
 Parameters and buffers of the networks are stacked, and `torch.func.vmap` runs all forward passes as
-one. Every network has its own weights, masks, data and order. Optimizers work on each number by
-itself, so one of them on the stacked tensors does what one for each network would do.
-`train_loop` does the same with one network after the other, in the project's own training loop,
-where they may compute in their sparse forms (`compute`).
+one. Every network has its own weights, masks, data and order. Optimizers update each entry by
+itself, so one optimizer of the stacked tensors does the same as one for each network. `train_loop`
+trains one network after the other instead, in the project's training loop, where networks may
+compute in their sparse forms (`compute`).
 """
 
 import contextlib
@@ -52,14 +52,14 @@ def train_loop(
     first_epoch: int = 0,
     forms: Sequence[SparseForm] = (),
 ) -> Tensor:
-    """Train each network, in place, on its own part of the data; the optimizer starts anew.
+    """Train each network, in place, on its own part of the data, with a new optimizer.
 
     Args:
         models: networks of any shape, on the CPU.
         parts: training data of each.
-        epochs: how many.
-        first_epoch: number of the first, from which the order of the data derives.
-        forms: sparse forms that compute in the networks' places (default: they do, masked).
+        epochs: number of epochs.
+        first_epoch: number of the first epoch; the order of the data derives from it.
+        forms: sparse forms that compute instead of the networks (default: none).
 
     Returns:
         float64 [epochs, networks]: mean training loss.
@@ -93,8 +93,8 @@ def train_batched(
 ) -> Tensor:
     """`train_loop` for networks of one shape at once, equal within rounding.
 
-    The networks must have the same parameters and masked layers, and parts the same number of rows
-    and the same batch size; seeds, weights, masks and data are each network's own.
+    Networks must have the same parameters and masked layers, and parts the same number of rows and
+    batch size. Seeds, weights, masks and data are each network's own.
 
     Raises:
         ValueError: networks or parts differ in what they must share.
@@ -110,17 +110,17 @@ def train_batched(
     masks = [buffers[f"{name}_mask"] for name in weights]
     optimizer = recipe.make_optimizer(parameters.values())
 
-    def loss_of(own: dict, state: dict, features: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(skeleton, (own, state), (features,)), labels)
+    def loss_of(values: dict, state: dict, features: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(skeleton, (values, state), (features,)), labels)
 
     losses = torch.zeros(epochs, len(models), dtype=torch.float64)
     for epoch in range(epochs):
         for batches in zip(*(rows.epoch(first_epoch + epoch) for rows in parts)):
-            features, labels = (torch.stack(each) for each in zip(*batches))
-            each = vmap(loss_of)(parameters, buffers, features, labels)
-            losses[epoch] += each.detach() * labels.shape[1]
+            features, labels = (torch.stack(tensors) for tensors in zip(*batches))
+            loss = vmap(loss_of)(parameters, buffers, features, labels)  # one per network
+            losses[epoch] += loss.detach() * labels.shape[1]
             optimizer.zero_grad()
-            each.sum().backward()  # the gradient of a sum is each network's own
+            loss.sum().backward()  # each network's gradient comes from its own loss alone
             mask_gradients([gradient(parameters[name]) for name in weights], masks)
             optimizer.step()
         if not losses[epoch].isfinite().all():
@@ -162,7 +162,7 @@ class _BatchNorm(nn.BatchNorm1d):
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
-    """The network without numbers, which `functional_call` fills in."""
+    """The network without weights; `functional_call` fills them in."""
     skeleton = copy.deepcopy(model).to("meta")
     for name, module in list(skeleton.named_modules()):
         if type(module) is nn.BatchNorm1d:
@@ -174,7 +174,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
 
 def _check(models: Sequence[nn.Module], parts: Sequence[Rows]) -> None:
     if not models or len(models) != len(parts):
-        raise ValueError(f"{len(models)} networks and {len(parts)} parts: should be as many, not 0")
+        raise ValueError(f"{len(models)} networks, {len(parts)} parts: should be equal and not 0")
     shapes = [{k: (v.shape, v.dtype) for k, v in model.state_dict().items()} for model in models]
     if any(other != shapes[0] for other in shapes):
         raise ValueError("the networks differ in their parameters or masked layers")

@@ -16,7 +16,7 @@ from startsparse.engine.network import SparseForm
 from startsparse.masks import density_table
 from startsparse.tabular.batched import LOOPS, Recipe, train_loop
 
-_STEPS = 4  # of each network, that each is tried for
+_STEPS = 4  # of each network in a trial
 
 
 def sparse_forms(
@@ -27,30 +27,30 @@ def sparse_forms(
     mode: str,
     loop: str,
 ) -> list[SparseForm]:
-    """The sparse forms to give to `train_loop`, or [] if ``loop`` is to train the networks masked.
+    """The sparse forms to give to `train_loop`, or [] if ``loop`` should train the masked networks.
 
     Args:
-        models: networks of one shape and about the same density, which are left as they were.
+        models: networks of one shape and about the same density; a trial does not change them.
         parts: training data of each.
-        mode: on, off, or auto: both are tried for a few steps, and the faster is said and taken.
+        mode: on, off, or auto: try both for a few steps, log and take the faster.
         loop: one of `LOOPS`.
 
     Raises:
         UnsupportedError: a network has a part without a sparse form.
     """
-    if mode == "off" or not _there_are_kernels(next(models[0].parameters()).dtype):
+    if mode == "off" or not _has_kernels(next(models[0].parameters()).dtype):
         return []
     shape = parts[0].features.shape[1], 1, 1
     forms = [SparseForm(model, shape) for model in models]
     layers = forms[0].layers if mode == "on" else _faster(forms, parts, recipe, loop)
-    for each in forms if layers else ():
-        each.compute_sparsely(layers)
+    for form in forms if layers else ():
+        form.compute_sparsely(layers)
     return forms if layers else []
 
 
 @functools.cache
-def _there_are_kernels(dtype: torch.dtype) -> bool:
-    """Says why, if there are none; once."""
+def _has_kernels(dtype: torch.dtype) -> bool:
+    """Whether kernels exist here; if not, logs the reason, once."""
     try:
         kernels_for(dtype)
     except NoCompilerError as error:
@@ -64,25 +64,26 @@ def _faster(
 ) -> frozenset[str]:
     """The layers to compute sparsely; none if ``loop`` is faster. The first network stands for all.
 
-    What `choose` finds is against that network alone, masked; so then all train in ``loop``.
+    `choose` compares with that network alone, masked. If it finds layers, the comparison with all
+    networks in ``loop`` decides.
     """
     density = density_table(forms[0].model).iloc[-1]["density"]
     features, labels = next(parts[0].epoch(0))
-    found = choose(forms[0], features, int(labels.max()) + 1)
+    computes = choose(forms[0], features, int(labels.max()) + 1).computes
     faster = False
-    if found.computes:
+    if computes:
         together = _seconds([f.model for f in forms], parts, recipe, LOOPS[loop])
         alone = _seconds([forms[0].model], parts[:1], recipe, train_loop, forms=forms[:1])
         faster = len(forms) * alone.fastest < together.fastest
     if not faster:
         log.info("sparse compute: not at density %.3g, it would be slower", density)
         return frozenset()
-    layers = f"{len(found.computes)} of {len(forms[0].layers)} layers at density {density:.3g}"
+    line = f"{len(computes)} of {len(forms[0].layers)} layers at density {density:.3g}"
     ratio = alone.over(together)
     if ratio is not None:
-        layers += f", training takes {len(forms) * ratio:.2f} of the masked CPU time"
-    log.info("sparse compute: %s", layers)
-    return found.computes
+        line += f", training takes {len(forms) * ratio:.2f} of the masked CPU time"
+    log.info("sparse compute: %s", line)
+    return computes
 
 
 def _seconds(
@@ -92,7 +93,7 @@ def _seconds(
     train: Callable,
     **how: Sequence[SparseForm],
 ) -> Seconds:
-    """Of a few steps of each network, which are left as they were."""
+    """CPU time of a few steps of each network, after which the networks are as before."""
     before = [copy.deepcopy(model.state_dict()) for model in models]
     few = [_first_rows(rows, _STEPS) for rows in parts]
     seconds = cpu_seconds(lambda: train(models, few, recipe, 1, **how))
@@ -102,7 +103,7 @@ def _seconds(
 
 
 def _first_rows(rows: Rows, steps: int) -> Rows:
-    """The rows of so many steps."""
+    """The rows of the first ``steps`` steps."""
     size, device = rows.batch_size, rows.labels.device
     features, labels = rows.features[: steps * size], rows.labels[: steps * size]
     return Rows(features, labels, batch_size=size, device=device, seed=rows.seed)

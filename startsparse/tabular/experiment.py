@@ -35,7 +35,7 @@ from startsparse.masks import (
 from startsparse.models import build, init_weights
 from startsparse.ratios import layer_densities
 from startsparse.tabular import batched, compute, tables
-from startsparse.tabular.options import TabularOptions, check_folder, lasting
+from startsparse.tabular.options import TabularOptions, check_folder, result_options
 from startsparse.tabular.tables import Table
 
 
@@ -121,7 +121,7 @@ def change_masks(member: Member, density: float, level: int) -> None:
 def run(members: Sequence[Member], options: TabularOptions) -> pd.DataFrame:
     """Train and prune ``members`` down to the lowest density; changes them in place.
 
-    Weights are those after the last epoch at each density: nothing is chosen by validation, and the
+    Tested weights are those of the last epoch at each density: validation selects nothing, and the
     test set is used once at each density.
 
     Returns:
@@ -179,7 +179,7 @@ def measure(member: Member, density: float) -> dict:
 
 
 def accuracy(model: nn.Module, rows: Rows) -> float:
-    """Share of rows that the network gets right."""
+    """Share of rows that the network classifies correctly."""
     device = torch.device("cpu")
     autocast = parallel.autocast(device, "off")
     return training.evaluate(model, model, rows, autocast, device)["accuracy"]
@@ -198,14 +198,14 @@ def connected(masks: Sequence[Tensor]) -> bool:
 
 
 def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) -> None:
-    """The experiment on each table; the tables and a picture of the results."""
+    """Run the experiment on each table; write results, a table of them and a picture."""
     from startsparse.tabular import report  # matplotlib is slow to import
 
     options = from_flags(
         TabularOptions, list(sys.argv[1:] if argv is None else argv), TabularOptions()
     )
     options.check()
-    folder, found = Path(options.result_dir), []
+    folder, parts = Path(options.result_dir), []
     check_folder(folder, options)
     root = data_root(options.data)
     loaded = {
@@ -217,9 +217,9 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
     for name, table in loaded.items():
         rows = run(make_members(table, options), options)
         rows.insert(0, "table", name)
-        found.append(rows)
-    rows = pd.concat(found, ignore_index=True)
-    write_text(folder / "options.yaml", lasting(options))
+        parts.append(rows)
+    rows = pd.concat(parts, ignore_index=True)
+    write_text(folder / "options.yaml", result_options(options))
     write_text(folder / "results.csv", rows.to_csv(index=False))
     markdown = report.markdown(rows)
     write_text(folder / "table.md", markdown)

@@ -19,7 +19,7 @@ from startsparse.tabular import batched
 
 @dataclasses.dataclass
 class TabularOptions:
-    """Networks that start sparse, pruned on from there, on tables."""
+    """Networks on tables that start sparse and are pruned further."""
 
     tables: tuple[str, ...] = ("breast-cancer",)
     """breast-cancer, digits, ACSEmployment, ACSIncome, or the paths of .csv files"""
@@ -41,9 +41,9 @@ class TabularOptions:
     densities: tuple[float, ...] = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
     """Densities to prune to by magnitude; those not below the start are left out"""
     reset: tuple[Truth, ...] = (False, True)
-    """After each pruning: False goes on, True puts all weights back to their initial values"""
+    """True: after each pruning, set all weights back to their initial values"""
     flow_preservation: tuple[Truth, ...] = (False,)
-    """True: every unit without an incoming or outgoing edge gets one, after each pruning"""
+    """True: after each pruning, give an edge to every unit without an incoming or outgoing one"""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """Seeds; each has its own split, weights, masks and order of the data"""
 
@@ -52,7 +52,7 @@ class TabularOptions:
     init: Annotated[str, choice(INITS)] = "kaiming_normal"
     """Initialisation of the weights"""
     optimizer: Annotated[str, choice(OPTIMIZERS)] = "adam"
-    """Optimizer; it starts anew at each density"""
+    """Optimizer; it restarts at each density"""
     lr: float = 0.01
     """Learning rate"""
     weight_decay: float = 0.0
@@ -66,14 +66,14 @@ class TabularOptions:
     loop: Annotated[str, choice(batched.LOOPS), called("form")] = "batched"
     """Train all networks at once, or one after the other: the same within rounding"""
     sparse_compute: Annotated[str, choice(MODES)] = "auto"
-    """Train one after the other, and compute and store only what is inside the masks; auto: at the
-    densities where a few steps are faster so. The same within rounding"""
+    """on: train one after the other, and compute and store only what is inside the masks; auto: do
+    so at densities where a trial of a few steps is faster. The same within rounding"""
     result_dir: str = "runs/tabular"
-    """Folder of results.csv, table.md, plot.png and options.yaml; results of other options there
+    """Folder of results.csv, table.md, plot.png and options.yaml; results of other options in it
     are never overwritten"""
 
     def check(self) -> None:
-        """Raise `OptionError` for values that cannot be meant; names the option."""
+        """Raise `OptionError`, which names the option, for values that make no sense."""
         for name in ("tables", "starts", "densities", "reset", "flow_preservation", "seeds"):
             if not getattr(self, name):
                 raise OptionError(f"--{name.replace('_', '-')}: needs at least one value")
@@ -93,21 +93,21 @@ class TabularOptions:
         return sorted({*self.starts, *self.densities}, reverse=True)
 
 
-def lasting(options: TabularOptions) -> str:
-    """The options that say what is computed, as YAML."""
+def result_options(options: TabularOptions) -> str:
+    """The options that determine the result, as YAML."""
     return write_yaml(dataclasses.replace(options, data="", result_dir=TabularOptions.result_dir))
 
 
 def check_folder(folder: Path, options: TabularOptions) -> None:
-    """Raise `OptionError` if results cannot be written there, or would replace those of others."""
+    """Raise `OptionError` if ``folder`` cannot be written, or has results of other options."""
     results.check(folder / "table.csv")
     file = folder / "results.csv"
     if file.exists():
         before = folder / "options.yaml"
         if not before.exists():
-            raise OptionError(f"--result-dir: {file} is of an unknown origin; name another folder")
-        theirs, own = (yaml.safe_load(t) for t in (before.read_text(), lasting(options)))
-        for name, value in own.items():
+            raise OptionError(f"--result-dir: {file} is of unknown origin; name another folder")
+        theirs, ours = (yaml.safe_load(t) for t in (before.read_text(), result_options(options)))
+        for name, value in ours.items():
             if theirs.get(name) != value:
                 raise OptionError(
                     f"--result-dir: {file} is of a run with {flag(name)} {theirs.get(name)}, not "

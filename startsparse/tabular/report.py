@@ -8,14 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from startsparse.plots import KEPT, bars
+from startsparse.labels import DENSITY
+from startsparse.plots import bars
 from startsparse.report import summarise
 
-SETTING = ["start", "reset", "flow"]  # what makes a network, besides table and seed
+SETTING = ["start", "reset", "flow"]  # identifies a network, together with table and seed
 
 
 def start_name(start: float) -> str:
-    """What a starting density is called."""
+    """Name of a starting density."""
     return "dense" if start == 1 else f"ER {start:g}"
 
 
@@ -27,27 +28,27 @@ def means(rows: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Columns table, start, reset, flow, requested, runs, density, test_accuracy and majority,
-        each of the last three with its _ci95, and cut: how many runs are.
+        each of the last three with its _ci95, and cut: the number of cut runs.
     """
     if "table" not in rows:
         rows = rows.assign(table="")
     keys = ["table", *SETTING, "requested"]
-    found = summarise(rows, keys, ["density", "test_accuracy", "majority"])
-    return found.merge(rows.groupby(keys, as_index=False)["cut"].sum(), on=keys)
+    summary = summarise(rows, keys, ["density", "test_accuracy", "majority"])
+    return summary.merge(rows.groupby(keys, as_index=False)["cut"].sum(), on=keys)
 
 
 def wide(rows: pd.DataFrame) -> pd.DataFrame:
     """Test accuracy in percent, ``mean ± 95 % half-width``: settings down, densities across.
 
-    In brackets: the realised density, where it is not the requested one, and runs that are cut.
+    In brackets: the realised density, if it is not the requested one, and the number of cut runs.
     """
-    found = means(rows).sort_values("requested", ascending=False, kind="stable")
-    found["cell"] = [_cell(row) for row in found.itertuples()]
+    summary = means(rows).sort_values("requested", ascending=False, kind="stable")
+    summary["cell"] = [_cell(row) for row in summary.itertuples()]
     yes_no = {False: "no", True: "yes"}
-    named = found.assign(
-        start=found["start"].map(start_name),
-        reset=found["reset"].map(yes_no),
-        flow=found["flow"].map(yes_no),
+    named = summary.assign(
+        start=summary["start"].map(start_name),
+        reset=summary["reset"].map(yes_no),
+        flow=summary["flow"].map(yes_no),
     )
     keys = [*(["table"] if "table" in rows else []), *SETTING]
     order = {tuple(key): None for key in named.sort_index()[keys].to_numpy()}
@@ -80,16 +81,16 @@ def markdown(rows: pd.DataFrame) -> str:
 
 
 def collapses(rows: pd.DataFrame) -> list[str]:
-    """One line for each setting and density at which networks are cut or know the majority only."""
+    """One line for each setting and density with networks cut, or no better than the majority."""
     fallen = rows[rows["cut"] | (rows["test_accuracy"] <= rows["majority"])]
     lines = []
     for (start, reset, flow, density), group in fallen.groupby([*SETTING, "requested"], sort=False):
-        own = rows[(rows[[*SETTING, "requested"]] == [start, reset, flow, density]).all(axis=1)]
+        runs = rows[(rows[[*SETTING, "requested"]] == [start, reset, flow, density]).all(axis=1)]
         empty = sorted({name for names in group["empty_layers"] for name in names.split()})
         lines.append(
             f"{start_name(start)}, {'reset' if reset else 'no reset'}, "
             f"flow preservation {'on' if flow else 'off'}, density {density:g}: "
-            f"{len(group)} of {len(own)} networks are at the majority class or below, "
+            f"{len(group)} of {len(runs)} networks are at the majority class or below, "
             f"{int(group['cut'].sum())} without a path from input to output; "
             f"empty layers: {', '.join(empty) or 'none'}"
         )
@@ -99,22 +100,21 @@ def collapses(rows: pd.DataFrame) -> list[str]:
 def accuracy_plot(rows: pd.DataFrame) -> Figure:
     """Test accuracy against realised density: means, 95 % intervals, the majority class.
 
-    A single run has no interval; that of few may leave the picture.
-
-    A line of panels for each table, in it a panel for each way to prune; colours are starts.
+    Each table has a line of panels, with a panel for each way to prune; colours are starts. A
+    single run has no interval; the interval of few runs may leave the picture.
     """
-    found = means(rows)
-    names, starts = (list(dict.fromkeys(found[c])) for c in ("table", "start"))
-    ways = sorted(set(zip(found["flow"], found["reset"])))
+    summary = means(rows)
+    names, starts = (list(dict.fromkeys(summary[c])) for c in ("table", "start"))
+    ways = sorted(set(zip(summary["flow"], summary["reset"])))
     figure = Figure(figsize=(0.8 + 3 * len(ways), 1 + 2.6 * len(names)), layout="constrained")
     axes = figure.subplots(len(names), len(ways), sharex=True, sharey="row", squeeze=False)
     for name, line in zip(names, axes):
-        table = found[found["table"] == name]
+        table = summary[summary["table"] == name]
         for (flow, reset), axis in zip(ways, line):
             title = ("reset" if reset else "no reset") + (", flow preserved" if flow else "")
             axis.set_title(f"{name}: {title}" if name else title, fontsize=9)
-            own = table[(table["flow"] == flow) & (table["reset"] == reset)]
-            for start, curve in own.groupby("start", sort=False):
+            panel = table[(table["flow"] == flow) & (table["reset"] == reset)]
+            for start, curve in panel.groupby("start", sort=False):
                 curve = curve[curve["density"] > 0]  # the axis is logarithmic
                 axis.errorbar(
                     curve["density"],
@@ -134,9 +134,9 @@ def accuracy_plot(rows: pd.DataFrame) -> Figure:
         # An interval of few seeds may reach far beyond what an accuracy can be.
         low = min(table["majority"].min(), table["test_accuracy"].min())
         line[0].set(ylim=(100 * low - 6, 101), ylabel="test accuracy (%)")
-    _density_axis(axes[0, 0], sorted(set(found["requested"]), reverse=True))
+    _density_axis(axes[0, 0], sorted(set(summary["requested"]), reverse=True))
     for axis in axes[-1]:
-        axis.set_xlabel(KEPT, fontsize=9)
+        axis.set_xlabel(DENSITY, fontsize=9)
         axis.tick_params(axis="x", labelsize=8)
     shown: dict[str, Any] = {}
     for axis in axes.flat:
@@ -161,7 +161,7 @@ def _density_axis(axis: Axes, ticks: Sequence[float]) -> None:
 def mask_picture(masks: dict[str, Tensor], feature_names: Sequence[str]) -> Figure:
     """First-layer masks, one below the other: features down, hidden units across, edges dark.
 
-    On the right the edges of each feature.
+    On the right: the number of edges of each feature.
 
     Args:
         masks: title -> bool [units, features].
@@ -170,13 +170,13 @@ def mask_picture(masks: dict[str, Tensor], feature_names: Sequence[str]) -> Figu
     figure = Figure(figsize=(9, height * len(masks)), layout="constrained")
     axes = figure.subplots(len(masks), 2, squeeze=False, width_ratios=[5, 1])
     for (title, mask), (picture, counts) in zip(masks.items(), axes):
-        edges, places = mask.numpy(), range(len(feature_names))
+        edges, features = mask.numpy(), range(len(feature_names))
         picture.imshow(
             edges.T, aspect="auto", cmap="Greys", interpolation="nearest", vmin=0, vmax=1
         )
-        picture.set_yticks(places, feature_names, fontsize=7)
+        picture.set_yticks(features, feature_names, fontsize=7)
         picture.set_title(f"{title}: {edges.sum()} of {edges.size} edges", fontsize=10)
-        counts.barh(places, edges.sum(0), color="0.4")
+        counts.barh(features, edges.sum(0), color="0.4")
         counts.set(ylim=picture.get_ylim(), yticks=[])
         counts.set_title("edges of a feature", fontsize=10)
     axes[-1, 0].set_xlabel("hidden unit")

@@ -1,9 +1,9 @@
 """Tables: rows of numbers with a label.
 
-scikit-learn's breast cancer (569 rows) and digits (1797) come with it. The census tasks of the
-package folktables (Ding et al. 2021, arXiv:2108.04884) are read from the Census Bureau's own files,
-``<data root>/<year>/1-Year/psam_p<FIPS code>.csv``, which is where folktables looks for them too;
-what is missing is downloaded. Any other ``.csv`` file with a label column can be named.
+Breast cancer (569 rows) and digits (1797) come with scikit-learn. The census tasks of the package
+folktables (Ding et al. 2021, arXiv:2108.04884) are read from the Census Bureau's own files,
+``<data root>/<year>/1-Year/psam_p<FIPS code>.csv``, where folktables looks for them too; a missing
+file is downloaded. Any other ``.csv`` file with a label column can be named.
 """
 
 import datetime
@@ -96,7 +96,7 @@ def load(
 
 
 def split(table: Table, seed: int, *, valid: float = 0.1, test: float = 0.2) -> Split:
-    """Three parts with the same share of every class, drawn by ``seed`` alone.
+    """Three parts with the same share of every class; they depend on ``seed`` alone.
 
     Features are standardised by mean and standard deviation of the training part. A column that is
     constant there is only centred.
@@ -112,12 +112,12 @@ def split(table: Table, seed: int, *, valid: float = 0.1, test: float = 0.2) -> 
     if min(tests, valids, rows - tests - valids) < 1:
         raise UserError(f"{rows} rows are too few for training, validation and test")
     order = torch.randperm(rows, generator=seeding.generator(seed, "split"))
-    # Each class is spread evenly over [0, 1): any stretch holds it with its share.
+    # Each class is spread evenly over [0, 1), so any interval holds its share of the class.
     position = torch.empty(rows, dtype=torch.float64)
     for one in range(len(table.class_names)):
         members = order[table.labels[order] == one]
         position[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
-    # Shuffled, for equal places would otherwise leave the order of the file.
+    # From a shuffled order: ties would otherwise stay in the order of the file.
     order = order[position[order].argsort(stable=True)]
     chosen = order.split([tests, valids, rows - tests - valids])
     std, mean = torch.std_mean(table.features[chosen[2]].double(), dim=0, correction=0)
@@ -129,7 +129,7 @@ def split(table: Table, seed: int, *, valid: float = 0.1, test: float = 0.2) -> 
 
 
 def _bundled(name: str) -> Table:
-    # Imported here: scikit-learn takes a second.
+    # Imported here: importing scikit-learn takes a second.
     from sklearn.datasets import load_breast_cancer, load_digits
 
     bunch = load_breast_cancer() if name == "breast-cancer" else load_digits()
@@ -166,7 +166,7 @@ def _census(name: str, root: Path, state: str, year: int) -> Table:
         raise OptionError(f"--state: {state!r} is none of {', '.join(STATES)}")
     if not 2014 <= year < datetime.date.today().year or year == 2020:
         raise OptionError(
-            f"--year: {year} has no 1-year survey here; they go from 2014 to last year, but 2020"
+            f"--year: {year} has no 1-year survey; choose from 2014 to last year, except 2020"
         )
     path = root / str(year) / "1-Year" / f"psam_p{STATES[state]:02}.csv"
     if year < 2017:
@@ -192,7 +192,7 @@ def _census(name: str, root: Path, state: str, year: int) -> Table:
 
 
 def _fetch(url: str, path: Path) -> None:
-    """The one file of the zip archive ``url`` that is called like ``path``, whole or not at all."""
+    """Download the file named like ``path`` from the zip archive ``url``, whole or not at all."""
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
             archive = io.BytesIO(answer.read())
@@ -222,7 +222,7 @@ def _not_empty(frame: pd.DataFrame, path: Path) -> None:
 
 
 def _numbers(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """The same with columns of numbers; an empty cell is NaN."""
+    """The frame with all columns as numbers; an empty cell is NaN."""
     for column in frame:
         if not pd.api.types.is_numeric_dtype(frame[column]):
             numbers = pd.to_numeric(frame[column], errors="coerce")
@@ -246,9 +246,9 @@ def _table(
     )
     if len(table.labels) == 0:
         raise UserError(f"{source}: no rows are left")
-    found = table.labels.unique()
-    if len(found) < 2:
-        name = table.class_names[int(found[0])]
+    labels_present = table.labels.unique()
+    if len(labels_present) < 2:
+        name = table.class_names[int(labels_present[0])]
         raise UserError(f"{source}: all {len(table.labels)} rows have the label {name!r}")
     finite = table.features.isfinite()
     if not finite.all():
