@@ -29,7 +29,7 @@ lint: $(VENV)/.startsparse-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror startsparse/engine/*.cpp startsparse/engine/*.h
+	$(BIN)/clang-format --dry-run --Werror startsparse/engine/*.cpp startsparse/engine/*.h benchmarks/*.cpp
 
 sanitize: $(VENV)/.startsparse-dev
 	$(BIN)/python tests/sanitize.py
