@@ -53,8 +53,7 @@ def make_prune(program: str, device: torch.device, reference: Path) -> Callable[
 
     def prune() -> None:
         if program == MASK_REF:
-            other = STROptions(pruner=MASK_REF, target_expt_name=str(reference))
-            take_masks(model, reference_masks(other, level=1))
+            take_masks(model, reference_masks(reference, level=1))
             return
         with patch.object(pruning, "ROUNDS", 1 if program == ONE_ROUND else pruning.ROUNDS):
             pruning.prune(
