@@ -188,7 +188,8 @@ def check_tables(jobs: list[Job], path: Path) -> None:
     """
     results.check(path)
     planned = pd.DataFrame(computed(job.options) for job in jobs).map(results.cell)
-    folders = {job.folder.resolve() for job in jobs if job.folder}
+    # A run that is to begin gets the folder of its row if that is gone, as in a fresh checkout.
+    folders = {(job.folder or runs.next_folder(job.options)).resolve() for job in jobs}
     known = results.without(results.read_runs(path), path, folders).drop_duplicates("run")
     both = results.numbers(pd.concat([known, planned.assign(run="this sweep")]).fillna(""))
     try:

@@ -4,6 +4,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -186,6 +187,18 @@ def test_sweeps_with_one_result_dir_are_in_one_table_and_not_mixed(tmp_path, in_
     with pytest.raises(OptionError, match=r"^--result-dir: .*levels\.csv: seed 2 repeats in one"):
         run_imp.main([*again, *SHORT])
     assert len(in_this_process) == count
+
+
+def test_a_table_whose_run_folders_are_gone_is_made_again(tmp_path, in_this_process):
+    """As in a fresh checkout: tables are committed, run folders are not."""
+    again = [*argv(tmp_path, *TWO, "--seeds", "1"), *SHORT]
+    assert run_imp.main(again) == 0
+    before = pd.read_csv(tmp_path / "levels.csv")
+    shutil.rmtree(tmp_path / "runs")
+    assert run_imp.main(again) == 0
+    assert len(in_this_process) == 2
+    after = pd.read_csv(tmp_path / "levels.csv")
+    pd.testing.assert_frame_equal(after, before)
 
 
 @pytest.mark.parametrize("twice", [["--seeds", "1", "1"], ["--er-sparse-methods", "balanced",
