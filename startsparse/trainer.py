@@ -23,6 +23,7 @@ from startsparse import checkpoint, flops, parallel, processes, schedules
 from startsparse.candidates import Candidates
 from startsparse.data import AnyBatches, Data
 from startsparse.engine.compute import Compute
+from startsparse.errors import UserError
 from startsparse.masks import density_table, keep_inside
 from startsparse.method import Method
 from startsparse.options import Options
@@ -112,10 +113,16 @@ class Trainer(Learner, Generic[S]):
         )
 
     def load(self) -> None:
-        """Continue from checkpoint.pt, if the run folder has one."""
+        """Continue from checkpoint.pt, if the run folder has one.
+
+        Raises:
+            UserError: it does not fit, is damaged, or is of an older version.
+        """
         if not self._path.exists():
             return
         state = checkpoint.load(self._path, self.device)
+        if "ledger" not in state:
+            raise UserError(f"{self._path}: an older version wrote it; start the run anew")
         checkpoint.load_model(self.model, state, self._path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.position = Position(**state["position"])

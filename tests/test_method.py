@@ -9,7 +9,8 @@ from torch import nn
 
 from ER_DST import topology
 from ER_DST.topology import Growth
-from startsparse import flops, optimizers
+from startsparse import checkpoint, flops, optimizers
+from startsparse.errors import UserError
 from startsparse.masks import attach_masks, masked_weights
 from startsparse.method import Method
 from startsparse.optimizers import OPTIMIZERS
@@ -189,3 +190,15 @@ def test_a_process_stops_with_the_others_by_its_own_signal():
     stop.received = signal.SIGINT
     stop.agree(True)
     assert stop.agreed == signal.SIGINT
+
+
+def test_a_checkpoint_of_an_older_version_is_one_line(tmp_path):
+    trainer, _ = begin(tmp_path, options(method="DST"))
+    trainer.save()
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    del state["ledger"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(
+        UserError, match=r"checkpoint\.pt: an older version wrote it; start the run"
+    ):
+        trainer.load()
