@@ -72,12 +72,12 @@ def options(**values) -> DSTOptions:
     return checked
 
 
-def begin(folder: Path, options: DSTOptions, images: Data | None = None) -> tuple[Trainer, Phase]:
-    """A trainer as main.py makes it, and its one phase; ``images`` replace `some_data`."""
-    images = images or some_data()
-    model, *_ = script.network(options, images, CPU, folder)
-    trainer = Trainer(model, images, options, NoRun(folder), [CPU], lambda: flops.densities(model))
-    return trainer, phase(options, len(images.train), partial(trainer.add_row, "topology"))
+def begin(folder: Path, options: DSTOptions, dataset: Data | None = None) -> tuple[Trainer, Phase]:
+    """A trainer as main.py makes it, and its one phase; ``dataset`` replaces `some_data`."""
+    dataset = dataset or some_data()
+    model, *_ = script.network(options, dataset, CPU, folder)
+    trainer = Trainer(model, dataset, options, NoRun(folder), [CPU], lambda: flops.densities(model))
+    return trainer, phase(options, len(dataset.train), partial(trainer.add_row, "topology"))
 
 
 class Watched(Method):
@@ -98,9 +98,9 @@ def watched(whole: Phase, look) -> Phase:
     return dataclasses.replace(whole, method=Watched(whole.method, look))
 
 
-def train(folder: Path, options: DSTOptions, look=None, images: Data | None = None) -> Trainer:
+def train(folder: Path, options: DSTOptions, look=None, dataset: Data | None = None) -> Trainer:
     """The trainer after a whole run; ``look(trainer, step, masks before)`` after each update."""
-    trainer, whole = begin(folder, options, images)
+    trainer, whole = begin(folder, options, dataset)
 
     def after_update(step: int, act) -> None:
         rows, before = len(trainer.tables.get("topology", [])), masks(trainer.model)

@@ -193,7 +193,7 @@ def test_every_network_trains_on_examples_like_every_set(tmp_path, monkeypatch, 
         update_frequency=1,
     )
     shape = SHAPES[images]
-    trainer = train(tmp_path, asked, images=random_data(shape, split=[8, 2, 2], batch_size=4))
+    trainer = train(tmp_path, asked, dataset=random_data(shape, split=[8, 2, 2], batch_size=4))
     row = trainer.tables["topology"][-1]
     assert row["step"] == 1
     assert row["dropped"] > 0
