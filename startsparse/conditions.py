@@ -24,6 +24,7 @@ MIRRORED = Condition(
 )
 FOLDER = Condition(lambda o: o.set == "folder", "without --set folder")
 PADDED = Condition(lambda o: o.set != "imagenet", "with --set imagenet, whose crops lie inside")
+HELD = Condition(lambda o: o.set != "imagenet", "with --set imagenet, which is always read so")
 IMAGENET = Condition(lambda o: o.set == "imagenet", "without --set imagenet")
 MODULAR = Condition(lambda o: o.set == "modular-addition", "without --set modular-addition")
 FILES = Condition(lambda o: o.set not in WITHOUT_FILES, "with --set {o.set}, which has no files")
@@ -77,7 +78,7 @@ class Meaning:
         ),
         "data": (
             *("set", "data", "image_size", "channels", "mirror", "valid_split", "workers"),
-            *("augment", "flip", "padding", "modulus", "train_fraction"),
+            *("augment", "flip", "padding", "data_memory", "modulus", "train_fraction"),
         ),
         "network": ("arch", "width", "init"),
         "random mask": (

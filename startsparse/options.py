@@ -71,6 +71,9 @@ class Options(Meaning):
     padding: Annotated[str, choice(PADDINGS), counts(on.IMAGES, on.AUGMENTED, on.PADDED)] = "zeros"
     """What random crops show beyond the border of an image: black, or the image mirrored; crops of
     imagenet lie inside it"""
+    data_memory: Annotated[float, counts(on.IMAGES, on.HELD)] = 0.0
+    """GiB of images to hold on the device, a larger set is read batch by batch (0: half of the
+    device's memory)"""
 
     modulus: Annotated[int, counts(on.MODULAR)] = 59
     """p of a + b mod p; modular-addition only"""
@@ -256,6 +259,7 @@ class Options(Meaning):
             "workers",
             "save_every",
             "image_size",
+            "data_memory",
         ):
             require_range(self, name, low=0)
         if self.channels not in (1, 3):

@@ -115,6 +115,7 @@ def load_data(options: Options, device: torch.device) -> data.Data:
             image_size=options.image_size,
             channels=options.channels,
             padding=options.padding,
+            memory=options.data_memory,
             passes=options.passes,
             modulus=options.modulus,
             train_fraction=options.train_fraction,

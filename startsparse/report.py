@@ -26,8 +26,8 @@ SEEDS_AND_NAMES = {"seed", "name", "expt_setup"}  # they make no setting
 
 
 def summary(
-    requested: float, layers: pd.DataFrame, result: dict[str, float], times: dict[str, float]
-) -> dict[str, float]:
+    requested: float, layers: pd.DataFrame, result: dict[str, Any], times: dict[str, float]
+) -> dict[str, Any]:
     """The result of a finished run, for summary.json and its row of results.csv.
 
     Args:
@@ -47,7 +47,7 @@ def summary(
     }
 
 
-def text(summary: dict[str, float], folder: Path) -> str:
+def text(summary: dict[str, Any], folder: Path) -> str:
     """A `summary` as text."""
     search = summary.get("search_flops")
     rows = {

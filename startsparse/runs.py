@@ -55,7 +55,7 @@ from startsparse.processes import by_rank_0
 
 # Options that may change when a run resumes: they do not affect the result.
 FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
-FREE |= {"workers", "multigpu", "compile", "sparse_compute"}
+FREE |= {"workers", "data_memory", "multigpu", "compile", "sparse_compute"}
 
 SOURCES = "sources"  # folder in the run folder
 PLAIN_WEIGHTS = "dense_weights.pt"
@@ -139,7 +139,7 @@ class Run:
         Raises:
             UserError: the run began with other images.
         """
-        path, text = self.folder / IMAGES, json.dumps(dataclasses.asdict(images), indent=1) + "\n"
+        path, text = self.folder / IMAGES, images.to_json()
         if path.exists() and path.read_text() != text:
             raise UserError(f"--data: {self.folder} was trained on other images, see {path}")
         write_text(path, text)
@@ -170,7 +170,7 @@ class Run:
         self.write_json("summary.json", summary)
 
 
-def summary(folder: Path) -> dict[str, float] | None:
+def summary(folder: Path) -> dict[str, Any] | None:
     """The result of a finished run, else None."""
     path = folder / "summary.json"
     return json.loads(path.read_text()) if path.exists() else None
@@ -179,10 +179,7 @@ def summary(folder: Path) -> dict[str, float] | None:
 def images(folder: Path) -> Images | None:
     """How a run's images were prepared; None: it has none, or an older version wrote it."""
     path = folder / IMAGES
-    if not path.exists():
-        return None
-    content = json.loads(path.read_text())
-    return Images(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+    return Images.from_json(path.read_text()) if path.exists() else None
 
 
 def selected_weights(folder: Path, select: str) -> Path:

@@ -108,7 +108,7 @@ class Trainer(Learner, Generic[S]):
                 "ledger": self.ledger.state(),
                 "compute": self.compute.state(),
                 "clock": self.clock.read(),
-                "images": dataclasses.asdict(self.data.images) if self.data.images else {},
+                "images": self.data.images.to_json() if self.data.images else "",
             },
         )
 

@@ -3,9 +3,10 @@
 A new set is a loader and a line in `_SOURCES`.
 """
 
+import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -26,7 +27,8 @@ from startsparse.data import (
     planetoid,
     tiny_imagenet,
 )
-from startsparse.data.batches import PADDINGS, Arrays, Batches
+from startsparse.data.arrays import Arrays
+from startsparse.data.batches import PADDINGS, Batches
 from startsparse.data.graphs import Graph, GraphBatches
 from startsparse.data.imagenet import FolderBatches, Folders
 from startsparse.data.modular import Pairs
@@ -173,6 +175,17 @@ class Images:
     channels: int
     content: str = ""
 
+    def to_json(self) -> str:
+        """What `from_json` reads."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Images":
+        """What `to_json` wrote."""
+        values = json.loads(text)
+        lists = {name: tuple(values[name]) for name in ("class_names", "mean", "std")}
+        return cls(**{**values, **lists})
+
 
 @dataclass
 class Data:
@@ -222,6 +235,7 @@ def load(
     augment: bool = True,
     flip: bool = True,
     padding: str = "zeros",
+    memory: float = 0,
     image_size: int = 0,
     channels: int = 3,
     passes: int = 1,
@@ -245,6 +259,8 @@ def load(
         padding: one of `PADDINGS`: what the crops show beyond the image; those of ImageNet lie
             inside it. Of no effect without ``augment``.
         passes: over the training set per epoch.
+        memory: GiB of images to hold on the device; a larger set is read batch by batch. 0: half of
+            the device's memory. Of no effect on imagenet, which is always read so.
         image_size, channels: of folder, see `folder.load`.
         modulus, train_fraction: of modular-addition, see `modular.load`.
 
@@ -253,7 +269,7 @@ def load(
         UserError: a file is missing or damaged, or the options leave a part without an example.
     """
     _check(name, batch_size, valid_split, workers, passes, padding)
-    own = {
+    own: dict[str, dict] = {
         "folder": {"image_size": image_size, "channels": channels},
         "modular-addition": {"modulus": modulus, "train_fraction": train_fraction},
     }
@@ -270,6 +286,7 @@ def load(
         augment=augment,
         flip=flip,
         padding=padding,
+        memory=memory * 2**30,
     )
     if len(train) == 0:
         raise UserError(
@@ -280,7 +297,7 @@ def load(
     if isinstance(source, Graph):
         shape = replace(shape, nodes=source.nodes, adjacency=source.adjacency)
     images = None
-    if isinstance(train, Batches | FolderBatches):
+    if isinstance(source, Arrays | Folders) and isinstance(train, Batches | FolderBatches):
         images = Images(
             source.class_names, train.mean, train.std, shape.size, shape.channels, source.content
         )

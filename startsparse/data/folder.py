@@ -9,7 +9,7 @@ import torch
 
 from startsparse.console import log
 from startsparse.data import files
-from startsparse.data.batches import Arrays
+from startsparse.data.arrays import Arrays
 from startsparse.data.decoded import Form, decoded
 from startsparse.errors import OptionError
 

@@ -165,6 +165,7 @@ class Folders:
         augment: bool,
         flip: bool,
         padding: str,  # noqa: ARG002 -- its crops lie inside the image
+        memory: float,  # noqa: ARG002 -- it is always read from the disk
     ) -> tuple[FolderBatches, FolderBatches, FolderBatches]:
         """Training, validation and test batches; ``rows`` of ``train``."""
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from startsparse.atomic import replacing
 from startsparse.data import files
-from startsparse.data.batches import Arrays
+from startsparse.data.arrays import Arrays
 from startsparse.data.files import File
 from startsparse.errors import UserError
 
