@@ -98,6 +98,7 @@ def load_data(options: Options, device: torch.device) -> data.Data:
             options.set,
             root=data.data_root(options.data),
             mirror=options.mirror,
+            checksum=options.checksum,
             batch_size=options.batch_size,
             valid_split=options.valid_split,
             seed=options.seed,
@@ -172,5 +173,7 @@ def finish(
     run.write_json("layers.json", layers or densities)
     plots.plot_run_by_rank_0(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
     summary = report.summary(density, table, result | trainer.costs(), trainer.seconds)
+    if not trainer.options.checksum:  # behind seconds, as an option
+        summary["checksum"] = False
     run.finish(summary)
     log.info("%s", report.text(summary, run.folder))

@@ -62,6 +62,7 @@ def text(summary: dict[str, float], folder: Path) -> str:
         f"{summary['training_flops_share']:.4f} of dense",
         **({"FLOPs of the search": f"{search:.4g} before training"} if search else {}),
         "seconds": f"{summary['seconds']:.0f}",
+        **({} if summary.get("checksum", True) else {"checksums": "not compared"}),
         "run folder": str(folder.resolve()),
         "picture": str(folder.resolve() / "curves.png"),
     }

@@ -40,6 +40,7 @@ def shared(set_, data, arch, decay):
     return {
         data: (f"{set_} cifar10", "", f"with {set_} digits, which has no files"),
         "--mirror": (f"{set_} cifar10", "", f"with {set_} digits, which is not downloaded"),
+        "--checksum": (f"{set_} mnist", "", f"with {set_} digits, for which no checksums are"),
         "--valid-split": ("", graph, f"with {set_} karate, which has a validation part"),
         "--workers": (photos, "", f"without {set_} imagenet"),
         "--augment": ("", numbers, f"with {set_} modular-addition, which has no images"),

@@ -169,6 +169,7 @@ class Arrays:
     Attributes:
         train, test: uint8 images [N, H, W, C] with H = W, and their int64 labels [N].
         classes: number of classes; labels run from 0 to classes - 1.
+        class_names: their names, in the order of the labels.
         mean, std: per channel, in units of 0..1.
         pad: padding of the random crop in training, in pixels.
         flip: whether training mirrors images.
@@ -177,6 +178,7 @@ class Arrays:
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     classes: int
+    class_names: tuple[str, ...]
     mean: Sequence[float]
     std: Sequence[float]
     pad: int
