@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from startsparse.data import NOT_FETCHED, OWN_PARTS, SHAPES, WITH_SUMS, WITHOUT_FILES
+from startsparse.data import DIGITS, NOT_FETCHED, OWN_PARTS, SHAPES, WITH_SUMS, WITHOUT_FILES
 from startsparse.fields import Condition
 from startsparse.models import MODELS
 from startsparse.optimizers import OPTIMIZERS
@@ -19,6 +19,10 @@ DENSE = Condition(lambda o: o.keeps_dense, "{o.no_mask}")
 SGD = Condition(lambda o: OPTIMIZERS[o.optimizer].momentum, "with --optimizer {o.optimizer}")
 IMAGES = Condition(lambda o: SHAPES[o.set].size > 1, "with --set {o.set}, which has no images")
 AUGMENTED = Condition(lambda o: o.augment, "with --no-augment")
+MIRRORED = Condition(
+    lambda o: o.set not in DIGITS, "with --set {o.set}: a mirrored digit is another sign"
+)
+FOLDER = Condition(lambda o: o.set == "folder", "without --set folder")
 PADDED = Condition(lambda o: o.set != "imagenet", "with --set imagenet, whose crops lie inside")
 IMAGENET = Condition(lambda o: o.set == "imagenet", "without --set imagenet")
 MODULAR = Condition(lambda o: o.set == "modular-addition", "without --set modular-addition")
@@ -75,8 +79,8 @@ class Meaning:
             "save_every",
         ),
         "data": (
-            *("set", "data", "mirror", "checksum", "valid_split", "workers", "augment"),
-            *("padding", "modulus", "train_fraction"),
+            *("set", "data", "image_size", "channels", "mirror", "checksum", "valid_split"),
+            *("workers", "augment", "flip", "padding", "modulus", "train_fraction"),
         ),
         "network": ("arch", "width", "init"),
         "random mask": (

@@ -26,7 +26,7 @@ SEEDS_AND_NAMES = {"seed", "name", "expt_setup"}  # they make no setting
 
 
 def summary(
-    requested: float, layers: pd.DataFrame, result: dict[str, float], seconds: float
+    requested: float, layers: pd.DataFrame, result: dict[str, float], times: dict[str, float]
 ) -> dict[str, float]:
     """The result of a finished run, for summary.json and its row of results.csv.
 
@@ -34,6 +34,7 @@ def summary(
         requested: the requested density.
         layers: `startsparse.masks.density_table` of the tested weights.
         result: of `startsparse.trainer.Trainer.test`.
+        times: of `startsparse.clock.Clock.read`; ``seconds`` is the last, see `options_of`.
     """
     total = layers.iloc[-1]
     return {
@@ -42,7 +43,7 @@ def summary(
         "weights": int(total["weights"]),
         "kept": int(total["kept"]),
         **result,
-        "seconds": round(seconds, 1),
+        **{name: round(value, 1) for name, value in times.items()},
     }
 
 

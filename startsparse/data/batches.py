@@ -1,6 +1,6 @@
 """Batches on the training device: it holds the set as uint8, and augments whole batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -95,6 +95,7 @@ class Batches:
         self.seed = seed
         self.pad = pad
         self.flip = flip
+        self.mean, self.std = tuple(mean), tuple(std)
         self.labels = labels[rows].to(device)
         padded = torch.zeros(
             (len(rows), size + 2 * pad, size + 2 * pad, channels), dtype=torch.uint8, device=device
@@ -162,32 +163,46 @@ def _reflect(padded: Tensor, pad: int) -> None:
         rows[:, -pad:] = rows[:, -2 * pad - 1 : -pad - 1].flip(1)
 
 
+Part = tuple[Tensor, Tensor]  # uint8 images [N, H, W, C] with H = W, and their int64 labels [N]
+
+
 @dataclass
 class Arrays:
-    """A set that fits into memory.
+    """A set of images as arrays.
 
     Attributes:
-        train, test: uint8 images [N, H, W, C] with H = W, and their int64 labels [N].
+        train, valid, test: images and labels; None: the part is held out of ``train``.
         classes: number of classes; labels run from 0 to classes - 1.
         class_names: their names, in the order of the labels.
-        mean, std: per channel, in units of 0..1.
         pad: padding of the random crop in training, in pixels.
-        flip: whether training mirrors images.
+        flip: whether training may mirror images.
+        mean, std: per channel, in units of 0..1.
+        moments: int64 [N, 2, C], sum and sum of squares of the pixels of each image in ``train``,
+            where mean and std are those of the images trained on.
+        content: a key of the images, where no published checksum is one.
     """
 
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
+    train: Part
+    test: Part | None
     classes: int
     class_names: tuple[str, ...]
-    mean: Sequence[float]
-    std: Sequence[float]
     pad: int
     flip: bool
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+    moments: Tensor | None = None
+    valid: Part | None = None
+    content: str = ""
 
     @property
     def examples(self) -> int:
         """Number of training examples, before any are held out."""
         return len(self.train[0])
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """The parts that are held out of the training examples."""
+        return tuple(name for name in ("valid", "test") if getattr(self, name) is None)
 
     @property
     def size(self) -> int:
@@ -199,23 +214,34 @@ class Arrays:
         """Channels of an image."""
         return self.train[0].shape[3]
 
+    def normalisation(self, rows: Tensor) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and std to normalise with, where these rows of ``train`` are trained on."""
+        if self.moments is None:
+            return self.mean, self.std
+        pixels = len(rows) * self.size**2
+        units = torch.tensor([[255], [255**2]], dtype=torch.float64)
+        first, second = self.moments[rows].sum(0) / (pixels * units)
+        std = (second - first**2).clamp(min=0).sqrt()
+        return first.tolist(), torch.where(std > 0, std, 1).tolist()  # a channel may be constant
+
     def batches(
         self,
-        train_rows: Tensor,
-        valid_rows: Tensor,
+        rows: Mapping[str, Tensor],
         *,
         batch_size: int,
         seed: int,
         device: torch.device,
         workers: int,  # noqa: ARG002 -- there is nothing for them to do
         augment: bool,
+        flip: bool,
         padding: str,
     ) -> tuple[Batches, Batches, Batches]:
-        """Training, validation and test batches; the rows are indices into ``train``."""
-        part = partial(Batches, mean=self.mean, std=self.std, batch_size=batch_size, device=device)
-        pad, flip = (self.pad, self.flip) if augment else (0, False)
+        """Training, validation and test batches; ``rows`` of ``train``, and of what it holds."""
+        mean, std = self.normalisation(rows["train"])
+        part = partial(Batches, mean=mean, std=std, batch_size=batch_size, device=device)
+        crops = {"pad": self.pad, "padding": padding, "flip": self.flip and flip} if augment else {}
         return (
-            part(*self.train, seed=seed, pad=pad, padding=padding, flip=flip, rows=train_rows),
-            part(*self.train, rows=valid_rows),
-            part(*self.test),
+            part(*self.train, seed=seed, rows=rows["train"], **crops),
+            part(*(self.valid or self.train), rows=rows.get("valid")),
+            part(*(self.test or self.train), rows=rows.get("test")),
         )

@@ -157,7 +157,7 @@ def _decode(paths: list[Path], name: str) -> np.ndarray:
 
 
 def _pixels(path: Path) -> np.ndarray:
-    image = files.open_rgb(path)
+    image = files.open_image(path)
     if image.size != (SIZE, SIZE):
         raise UserError(f"{path}: expected {SIZE} x {SIZE} pixels, found {image.size}")
     return np.asarray(image)
