@@ -19,6 +19,8 @@ VALUES = {
     "bools": np.array([True, False]),
     "empty": np.zeros((0, 3)),
     "text": np.array(["é", "long"]),
+    "big-endian text": np.array(["é", "long"]).astype(">U4"),
+    "no text": np.array([], "U4"),
     "bytes": np.array([b"ab", b"c"]),
     "scalar": np.array(3),
 }
@@ -111,6 +113,7 @@ EVIL = {
     "it has an array of dtype 'V8'": array(HOLLOW, data=b"U\x10" + bytes(16)),
     "it has an array of dtype 'u1,O'": array(dtype(b"u1,O")),
     "it has an array of byte order 'O,'": array(dtype(b"u1", b"(K\x03U\x02O,NNNK\x00K\x00K\x00t")),
+    "it has an array of text that": array(dtype(b"U1"), b"(K\x01t", b"U\x04\xff\xff\xff\xff"),
     "it has an array without a dtype": array(b"U\x02u1"),
     "it has a list for the bytes": array(BYTE, data=b"](K\x01K\x02e"),
     "it has an array whose bytes do not fill": array(BYTE, b"(K\x03t"),

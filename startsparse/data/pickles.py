@@ -9,6 +9,7 @@ import io
 import math
 import pickle
 import re
+import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -101,6 +102,10 @@ def _checked(content: Any, dtype: Any, shape: Any, fortran: Any) -> tuple[np.dty
     true = dtype.true()
     if math.prod(shape) * true.itemsize != len(content):
         raise pickle.UnpicklingError("it has an array whose bytes do not fill its shape")
+    if true.kind == "U":
+        codes = np.frombuffer(content, f"{true.byteorder}u4")
+        if codes.max(initial=0) > sys.maxunicode:
+            raise pickle.UnpicklingError("it has an array of text that is no text")
     return true, bool(fortran), bytes(content)
 
 
