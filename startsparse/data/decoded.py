@@ -180,7 +180,8 @@ def _decode(
             raise UserError(
                 "; ".join(damaged[:_NAMED])
                 + f"; and {more} more" * (more > 0)
-                + "; delete what is damaged, and bring all to one size with --image-size"
+                + "; delete what is damaged"
+                + ", and bring all to one size with --image-size" * (not form.resize)
             )
 
     if store is None:
