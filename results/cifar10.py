@@ -341,6 +341,13 @@ def collect_curves(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts)
 
 
+def text(table: pd.DataFrame, curves: pd.DataFrame) -> str:
+    """table.md: the tables of all experiments."""
+    sections = {title: section(table) for title, section in SECTIONS.items()}
+    sections["E7 Time"] = times(curves)
+    return "\n".join(f"## {title}\n\n{section}" for title, section in sections.items())
+
+
 def main() -> None:
     """Write everything."""
     table = read()
@@ -348,9 +355,7 @@ def main() -> None:
     if "--curves" in sys.argv[1:]:
         write_text(path, collect_curves(table).to_csv(index=False, float_format="%.6g"))
     curves = pd.read_csv(path)
-    sections = {title: section(table) for title, section in SECTIONS.items()}
-    sections["E7 Time"] = times(curves)
-    write_text(HERE / "table.md", "\n".join(f"## {k}\n\n{v}" for k, v in sections.items()))
+    write_text(HERE / "table.md", text(table, curves))
     for name, picture in PICTURES.items():
         figure = Figure(figsize=(6.6, 4.4), layout="constrained")
         picture(figure.subplots(), table)
