@@ -52,7 +52,9 @@ def our_step(graph: Graph, device: torch.device, density: float, sparse: bool) -
     if density < 1:
         shapes = {name: layer.weight.shape for name, layer in masks.sparse_layers(model).items()}
         masks.attach_masks(model, masks.draw_masks(shapes, [density] * 2, 1, "exact"))
-    features = graph.features if sparse else graph.features.dense
+    rows = graph.features
+    assert isinstance(rows, SparseRows)
+    features = rows if sparse else rows.dense
     batches = GraphBatches(features, graph.labels, graph.train, device)
     learner = training.Learner(model.to(device), adam(list(model.parameters())), seed=1)
     sums = new_sums(device)
@@ -65,6 +67,7 @@ def our_step(graph: Graph, device: torch.device, density: float, sparse: bool) -
 
 def plain_step(graph: Graph, device: torch.device) -> Callable:
     """A step of a plain loop, which returns its seconds."""
+    assert isinstance(graph.features, SparseRows)
     rows, a = graph.features.csr.to(device), renormalised(graph.adjacency).to_sparse_csr()
     a, labels, train = a.to(device), graph.labels.to(device), graph.train.to(device)
     w0 = torch.empty(graph.channels, 16, device=device)

@@ -1,5 +1,6 @@
 """What the script packages STR, ER_DST and ER_SLT share: masks, ratios, data, training, runs."""
 
+import os
 from pathlib import Path
 
 from startsparse.threads import wait_shortly
@@ -13,3 +14,9 @@ def checkout() -> Path | None:
     """The root of the checkout that this package lies in; None if it was installed without one."""
     root = Path(__file__).parents[1]
     return root if (root / "pyproject.toml").exists() else None
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $STARTSPARSE_CACHE, or startsparse in the user's."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return Path(os.environ.get("STARTSPARSE_CACHE") or home / "startsparse")

@@ -85,7 +85,7 @@ def parse(
         help_text.show(kind, base, _plain)
     written = [_own_name(kind, word) for word in argv]
     words = _understood(kind, written)
-    if words != written:
+    if flag(shown(kind)["set"]) in set(words) - set(written):
         log.info("--data: there is no such folder; taken as the set %s", alone.set)
     options = dataclasses.replace(from_flags(kind, words, base), config=base.config)
     with own_names(kind):

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from startsparse.data import NOT_FETCHED, OWN_PARTS, SHAPES, WITHOUT_FILES
+from startsparse.data import DIGITS, NOT_FETCHED, OWN_PARTS, SHAPES, WITHOUT_FILES
 from startsparse.fields import Condition
 from startsparse.models import MODELS
 from startsparse.optimizers import OPTIMIZERS
@@ -19,7 +19,12 @@ DENSE = Condition(lambda o: o.keeps_dense, "{o.no_mask}")
 SGD = Condition(lambda o: OPTIMIZERS[o.optimizer].momentum, "with --optimizer {o.optimizer}")
 IMAGES = Condition(lambda o: SHAPES[o.set].size > 1, "with --set {o.set}, which has no images")
 AUGMENTED = Condition(lambda o: o.augment, "with --no-augment")
+MIRRORED = Condition(
+    lambda o: o.set not in DIGITS, "with --set {o.set}: a mirrored digit is another sign"
+)
+FOLDER = Condition(lambda o: o.set == "folder", "without --set folder")
 PADDED = Condition(lambda o: o.set != "imagenet", "with --set imagenet, whose crops lie inside")
+HELD = Condition(lambda o: o.set != "imagenet", "with --set imagenet, which is always read so")
 IMAGENET = Condition(lambda o: o.set == "imagenet", "without --set imagenet")
 MODULAR = Condition(lambda o: o.set == "modular-addition", "without --set modular-addition")
 FILES = Condition(lambda o: o.set not in WITHOUT_FILES, "with --set {o.set}, which has no files")
@@ -72,8 +77,8 @@ class Meaning:
             "save_every",
         ),
         "data": (
-            *("set", "data", "mirror", "valid_split", "workers", "augment", "padding"),
-            *("modulus", "train_fraction"),
+            *("set", "data", "image_size", "channels", "mirror", "valid_split", "workers"),
+            *("augment", "flip", "padding", "data_memory", "modulus", "train_fraction"),
         ),
         "network": ("arch", "width", "init"),
         "random mask": (

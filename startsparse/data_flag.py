@@ -30,6 +30,8 @@ def _meant(kind: type, words: list[str], value: str, argv: list[str]) -> list[st
     known = normal(value) in map(normal, SETS)
     folder = bool(value) and Path(value).is_dir()
     if flags["set"] == "--data" and folder and not known:
+        if any(normal(word.removeprefix("--data=")) in map(normal, SETS) for word in argv):
+            return [flags["data"], value]  # --set or --dataset names the set
         raise OptionError(f"--data: is the set; the folder of the sets is {flags['data']}")
     if flags["data"] != "--data" or not known or folder:
         return words

@@ -52,7 +52,11 @@ class Options(Meaning):
     data: Annotated[
         str, default_is("$STARTSPARSE_DATA, else data/ of the checkout, or here"), counts(on.FILES)
     ] = ""
-    """Folder of the data sets"""
+    """Folder of the data sets; of --set folder, the one that holds train/CLASS/*"""
+    image_size: Annotated[int, counts(on.FOLDER)] = 0
+    """Height and width that images of --set folder are brought to (0: they all have one size)"""
+    channels: Annotated[int, counts(on.FOLDER)] = 3
+    """3: images of --set folder in colour; 1: in grey"""
     mirror: Annotated[str, default_is("none"), counts(on.FETCHED)] = ""
     """URL of a folder to download from instead of the data set's own site"""
     valid_split: Annotated[float, counts(on.HELD_OUT)] = 0.1
@@ -61,10 +65,15 @@ class Options(Meaning):
     workers: Annotated[int, counts(on.IMAGENET)] = 4
     """Processes that decode images (imagenet only; small sets are held on the device)"""
     augment: Annotated[bool, counts(on.IMAGES)] = True
-    """Crop training images at random, and flip them unless they are digits"""
+    """Crop training images at random, and mirror them as --flip says"""
+    flip: Annotated[bool, counts(on.IMAGES, on.AUGMENTED, on.MIRRORED)] = True
+    """Mirror training images left to right, each with probability 1/2; digits never are"""
     padding: Annotated[str, choice(PADDINGS), counts(on.IMAGES, on.AUGMENTED, on.PADDED)] = "zeros"
     """What random crops show beyond the border of an image: black, or the image mirrored; crops of
     imagenet lie inside it"""
+    data_memory: Annotated[float, counts(on.IMAGES, on.HELD)] = 0.0
+    """GiB of images to hold on the device, a larger set is read batch by batch (0: half of the
+    device's memory)"""
 
     modulus: Annotated[int, counts(on.MODULAR)] = 59
     """p of a + b mod p; modular-addition only"""
@@ -207,6 +216,8 @@ class Options(Meaning):
 
     def check_folders(self) -> None:
         """Raise `OptionError` for a folder that is not there; called before all other checks."""
+        if self.set == "folder" and not self.data:
+            raise OptionError("--data: --set folder needs the folder that holds train/CLASS/*")
         data_root(self.data)
 
     @property
@@ -247,8 +258,12 @@ class Options(Meaning):
             "width",
             "workers",
             "save_every",
+            "image_size",
+            "data_memory",
         ):
             require_range(self, name, low=0)
+        if self.channels not in (1, 3):
+            raise OptionError(f"--channels: {self.channels} is neither 1 nor 3")
 
     def _check_devices(self) -> None:
         require_gpus(self, "multigpu")

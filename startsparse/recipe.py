@@ -59,7 +59,14 @@ def show_run(
 
 
 def expected_shape(options: Options) -> data.Shape:
-    """The shape of --set, before it is read."""
+    """The shape of --set, before it is read.
+
+    Raises:
+        OptionError: the folder of --set folder is not as it should be.
+    """
+    if options.set == "folder":
+        root = data.data_root(options.data)
+        return data.Shape(*data.folder.shape(root, options.image_size, options.channels))
     if options.set == "modular-addition":
         return data.Shape(options.modulus, options.modulus, 1)
     return data.SHAPES[options.set]
@@ -104,7 +111,11 @@ def load_data(options: Options, device: torch.device) -> data.Data:
             device=device,
             workers=options.workers,
             augment=options.augment,
+            flip=options.flip,
+            image_size=options.image_size,
+            channels=options.channels,
             padding=options.padding,
+            memory=options.data_memory,
             passes=options.passes,
             modulus=options.modulus,
             train_fraction=options.train_fraction,
@@ -171,6 +182,9 @@ def finish(
     densities = {name: {"density": share} for name, share in flops.densities(model).items()}
     run.write_json("layers.json", layers or densities)
     plots.plot_run_by_rank_0(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
-    summary = report.summary(density, table, result | trainer.costs(), trainer.seconds)
+    images = trainer.data.images
+    key = {"images": images.content} if images and images.content else {}
+    facts = key | result | trainer.costs()
+    summary = report.summary(density, table, facts, trainer.clock.read())
     run.finish(summary)
     log.info("%s", report.text(summary, run.folder))

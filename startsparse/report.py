@@ -26,14 +26,15 @@ SEEDS_AND_NAMES = {"seed", "name", "expt_setup"}  # they make no setting
 
 
 def summary(
-    requested: float, layers: pd.DataFrame, result: dict[str, float], seconds: float
-) -> dict[str, float]:
+    requested: float, layers: pd.DataFrame, result: dict[str, Any], times: dict[str, float]
+) -> dict[str, Any]:
     """The result of a finished run, for summary.json and its row of results.csv.
 
     Args:
         requested: the requested density.
         layers: `startsparse.masks.density_table` of the tested weights.
         result: of `startsparse.trainer.Trainer.test`.
+        times: of `startsparse.clock.Clock.read`; ``seconds`` is the last, see `options_of`.
     """
     total = layers.iloc[-1]
     return {
@@ -42,11 +43,11 @@ def summary(
         "weights": int(total["weights"]),
         "kept": int(total["kept"]),
         **result,
-        "seconds": round(seconds, 1),
+        **{name: round(value, 1) for name, value in times.items()},
     }
 
 
-def text(summary: dict[str, float], folder: Path) -> str:
+def text(summary: dict[str, Any], folder: Path) -> str:
     """A `summary` as text."""
     search = summary.get("search_flops")
     rows = {

@@ -3,6 +3,7 @@
 <log-dir>/<config>/<name>/seed-<seed>/
     options.yaml      every option; --config options.yaml repeats the run
     environment.json  versions, git state, machine, command line
+    data.json         classes, mean, std and size of the images
     log.txt           the log
     checkpoint.pt     the state of the run; best.pt: weights of the best validation epoch;
                       best-EPOCH.pt: those of its rivals (`candidates`), until the phase ends
@@ -46,6 +47,7 @@ from startsparse import effects, processes, results
 from startsparse.atomic import write_text
 from startsparse.commandline import read_values, read_yaml, run_folder, write_yaml
 from startsparse.console import log, number
+from startsparse.data import Images
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import flag
 from startsparse.options import Options
@@ -53,10 +55,11 @@ from startsparse.processes import by_rank_0
 
 # Options that may change when a run resumes: they do not affect the result.
 FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
-FREE |= {"workers", "multigpu", "compile", "sparse_compute"}
+FREE |= {"workers", "data_memory", "multigpu", "compile", "sparse_compute"}
 
 SOURCES = "sources"  # folder in the run folder
 PLAIN_WEIGHTS = "dense_weights.pt"
+IMAGES = "data.json"
 
 
 class Run:
@@ -130,6 +133,18 @@ class Run:
         self.write_text(name, json.dumps(content, indent=1) + "\n")
 
     @by_rank_0
+    def keep_images(self, images: Images) -> None:
+        """Write data.json.
+
+        Raises:
+            UserError: the run began with other images.
+        """
+        path, text = self.folder / IMAGES, images.to_json()
+        if path.exists() and path.read_text() != text:
+            raise UserError(f"--data: {self.folder} was trained on other images, see {path}")
+        write_text(path, text)
+
+    @by_rank_0
     def keep_sources(self) -> None:
         """Copy the files of other runs that this one uses, so that it no longer needs them."""
         for name, files in self.options.sources().items():
@@ -155,10 +170,16 @@ class Run:
         self.write_json("summary.json", summary)
 
 
-def summary(folder: Path) -> dict[str, float] | None:
+def summary(folder: Path) -> dict[str, Any] | None:
     """The result of a finished run, else None."""
     path = folder / "summary.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def images(folder: Path) -> Images | None:
+    """How a run's images were prepared; None: it has none, or an older version wrote it."""
+    path = folder / IMAGES
+    return Images.from_json(path.read_text()) if path.exists() else None
 
 
 def selected_weights(folder: Path, select: str) -> Path:

@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import math
 import signal
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -21,6 +20,7 @@ from torch import nn
 
 from startsparse import checkpoint, flops, parallel, processes, schedules
 from startsparse.candidates import Candidates
+from startsparse.clock import Clock
 from startsparse.data import AnyBatches, Data
 from startsparse.engine.compute import Compute
 from startsparse.errors import UserError
@@ -46,7 +46,7 @@ class Trainer(Learner, Generic[S]):
         tables: further tables of a script, name -> rows of <name>.csv.
         candidates: the best epoch of this phase, its rivals, and their weights.
         ledger: FLOPs of the network and of the training.
-        seconds: training time, with that before resumptions.
+        clock: time of the training, with that before resumptions.
     """
 
     def __init__(
@@ -60,6 +60,8 @@ class Trainer(Learner, Generic[S]):
     ):
         """``watch`` gives the values that TensorBoard shows besides those of epochs.csv."""
         self.data, self.options, self.run, self.watch = data, options, run, watch
+        if data.images:
+            run.keep_images(data.images)
         self.device = devices[0]
         network = parallel.parallel(model, devices)
         self.compute = Compute(
@@ -84,8 +86,7 @@ class Trainer(Learner, Generic[S]):
         self.candidates = Candidates(run.folder)
         self.ledger = flops.Ledger(model, torch.zeros(data.shape.input, device=self.device))
         self.stop = StopSignal()
-        self.seconds = 0.0
-        self._clock = time.monotonic()
+        self.clock = Clock()
 
     @property
     def _path(self) -> Path:
@@ -93,8 +94,6 @@ class Trainer(Learner, Generic[S]):
 
     def save(self) -> None:
         """Write checkpoint.pt, whole or not at all."""
-        self.seconds += time.monotonic() - self._clock
-        self._clock = time.monotonic()
         checkpoint.save_by_rank_0(
             self._path,
             {
@@ -108,7 +107,8 @@ class Trainer(Learner, Generic[S]):
                 "rivals": self.candidates.rivals,
                 "ledger": self.ledger.state(),
                 "compute": self.compute.state(),
-                "seconds": self.seconds,
+                "clock": self.clock.read(),
+                "images": self.data.images.to_json() if self.data.images else "",
             },
         )
 
@@ -121,7 +121,7 @@ class Trainer(Learner, Generic[S]):
         if not self._path.exists():
             return
         state = checkpoint.load(self._path, self.device)
-        if "ledger" not in state:
+        if "clock" not in state:
             raise UserError(f"{self._path}: an older version wrote it; start the run anew")
         checkpoint.load_model(self.model, state, self._path)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -132,7 +132,7 @@ class Trainer(Learner, Generic[S]):
         self.candidates.best, self.candidates.rivals = state["best"], state["rivals"]
         self.candidates.tidy()
         self.ledger.restore(state["ledger"])
-        self.seconds = state["seconds"]
+        self.clock.restore(state["clock"])
         self.compute.restore(state["compute"])
         self.write_tables()
         log.info("resumed at epoch %d, step %d", len(self.history) + 1, self.position.step + 1)
@@ -144,7 +144,6 @@ class Trainer(Learner, Generic[S]):
             Interrupted: on SIGINT or SIGTERM, after a checkpoint was saved.
             NonFiniteLoss: the last good checkpoint stays.
         """
-        self._clock = time.monotonic()
         with self.stop:
             while self.position.phase < len(phases):
                 processes.all_copy_rank_0(self.model)
@@ -274,7 +273,8 @@ class Trainer(Learner, Generic[S]):
             "valid_loss": valid["loss"],
             "valid_accuracy": valid["accuracy"],
             "density": density(self.model),
-            "seconds": self.seconds + time.monotonic() - self._clock,
+            "training_flops": self.costs()["training_flops"],
+            **self.clock.read(),
         }
         self.history.append(row)
         if position.epoch >= phase.select_from:

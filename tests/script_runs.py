@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from startsparse import checkpoint
 from startsparse.data import digits
-from startsparse.data.batches import Arrays
+from startsparse.data.arrays import Arrays
 from startsparse.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +31,10 @@ MLP = [
 
 # an s whose threshold prunes some weights from the first step on
 SOFT = ["--sInit-value", "-3"]
+
+
+TIMES = ["cpu_seconds", "seconds"]
+"""Columns of epochs.csv and results.csv in which equal runs differ."""
 
 
 def newest(where: Path) -> Path:
@@ -60,10 +64,11 @@ def same(one: Path, other: Path) -> bool:
     for name in ("levels.csv", "topology.csv"):
         tables = [(f / name).read_bytes() if (f / name).exists() else None for f in (one, other)]
         equal &= tables[0] == tables[1]
-    epochs = [pd.read_csv(f / "epochs.csv").drop(columns="seconds") for f in (one, other)]
+    epochs = [pd.read_csv(f / "epochs.csv").drop(columns=TIMES) for f in (one, other)]
     results = [json.loads((f / "summary.json").read_text()) for f in (one, other)]
     for result in results:
-        result.pop("seconds")
+        for name in TIMES:
+            result.pop(name)
     return equal and epochs[0].equals(epochs[1]) and results[0] == results[1]
 
 

@@ -126,7 +126,7 @@ def test_no_crop_takes_pixels_of_a_neighbour(mirrored):
     )
     corner = 2 * 6 + 2
     corners = torch.arange(5) * 36 + corner
-    crops = batches._cropped(corners, torch.full((5,), int(mirrored)))
+    crops = batches._cropped(batches._lines, corners, torch.full((5,), int(mirrored)))
     for row, crop in enumerate(crops):
         assert set(crop.flatten().tolist()) == {0, row + 1}
 

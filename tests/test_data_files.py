@@ -239,8 +239,8 @@ def test_a_file_that_cannot_be_read(cifar10):
 def test_a_file_that_is_no_image(tmp_path):
     for data in (b"", b"not an image", b"\xff\xd8\xff\xe0\x00\x10JFIF"):
         (tmp_path / "x.JPEG").write_bytes(data)
-        assert str(tmp_path / "x.JPEG") in fails(files.open_rgb, tmp_path / "x.JPEG")
-    assert str(tmp_path / "none.JPEG") in fails(files.open_rgb, tmp_path / "none.JPEG")
+        assert str(tmp_path / "x.JPEG") in fails(files.open_image, tmp_path / "x.JPEG")
+    assert str(tmp_path / "none.JPEG") in fails(files.open_image, tmp_path / "none.JPEG")
 
 
 # What is published

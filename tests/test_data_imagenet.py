@@ -22,10 +22,10 @@ def centre(path):
     """Shorter side to 256, then the 224 x 224 in the centre, normalised: [3, 224, 224]."""
     from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
 
-    from startsparse.data.files import open_rgb
+    from startsparse.data.files import open_image
 
     normalise = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return Compose([Resize(256), CenterCrop(224), ToTensor(), normalise])(open_rgb(path))
+    return Compose([Resize(256), CenterCrop(224), ToTensor(), normalise])(open_image(path))
 
 
 def test_imagenet(imagenet):

@@ -218,7 +218,7 @@ def test_an_unknown_set():
 
 
 def test_the_sets_have_their_names():
-    names = ["digits", "mnist", "cifar10", "cifar100", "tiny-imagenet", "imagenet"]
+    names = ["digits", "mnist", "cifar10", "cifar100", "tiny-imagenet", "folder", "imagenet"]
     names += ["karate", "cora", "citeseer", "pubmed", "modular-addition"]
     assert list(SETS) == list(SHAPES) == names
 

@@ -39,6 +39,14 @@ def shared(set_, data, arch, decay):
     photos = f"{set_} imagenet {arch} resnet50"
     return {
         data: (f"{set_} cifar10", "", f"with {set_} digits, which has no files"),
+        "--image-size": (f"{set_} folder {data} .", "", f"without {set_} folder"),
+        "--channels": (f"{set_} folder {data} .", "", f"without {set_} folder"),
+        "--flip": (
+            f"{set_} cifar10 --augment",
+            f"{set_} digits --augment",
+            f"with {set_} digits: a",
+        ),
+        "--data-memory": ("", photos, f"with {set_} imagenet, which is always read so"),
         "--mirror": (f"{set_} cifar10", "", f"with {set_} digits, which is not downloaded"),
         "--valid-split": ("", graph, f"with {set_} karate, which has a validation part"),
         "--workers": (photos, "", f"without {set_} imagenet"),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from forked import Script
 from processes_runs import BAD, INTERRUPTED, RUNS, STOP, STR, folders, forms
-from script_runs import ROOT, newest, same, weights
+from script_runs import ROOT, TIMES, newest, same, weights
 
 from startsparse import checkpoint, processes
 from startsparse.data import Batches, Repeated, Rows, first_batch
@@ -47,7 +47,7 @@ def test_two_processes_train_as_one(tmp_path):
         assert len(list(one.rglob("*"))) == len(list(two.rglob("*")))
         for path in one.rglob("*.csv"):
             tables = [pd.read_csv(folder / path.relative_to(one)) for folder in (one, two)]
-            assert_close(*(t.drop(columns="seconds", errors="ignore") for t in tables))
+            assert_close(*(t.drop(columns=TIMES, errors="ignore") for t in tables))
         first, second = weights(one), weights(two)
         for name, tensor in first.items():
             if tensor.dtype.is_floating_point:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from engine_runs import batch, clock, network, optimizer_of, sparse_form, step
-from script_runs import Crash, crashing, same
+from script_runs import TIMES, Crash, crashing, same
 from slt_runs import MLP, ticket
 from torch import nn
 
@@ -100,7 +100,7 @@ def test_edge_popup_finds_the_same_tickets(run_slt, tmp_path, more):
     assert set(pd.read_csv(one / "density.csv")["computes"][:-1]) == {"sparse"}
     assert "computes" not in pd.read_csv(other / "density.csv")
     for name in ("epochs", "levels"):
-        a, b = (pd.read_csv(f / f"{name}.csv").drop(columns="seconds", errors="ignore")
+        a, b = (pd.read_csv(f / f"{name}.csv").drop(columns=TIMES, errors="ignore")
                 for f in (one, other))  # fmt: skip
         pd.testing.assert_frame_equal(a, b, rtol=1e-4)
     for level in (1, 2):

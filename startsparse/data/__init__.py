@@ -3,9 +3,10 @@
 A new set is a loader and a line in `_SOURCES`.
 """
 
+import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,6 +19,7 @@ from startsparse import processes, seeding
 from startsparse.data import (
     cifar,
     digits,
+    folder,
     graphs,
     imagenet,
     mnist,
@@ -25,7 +27,8 @@ from startsparse.data import (
     planetoid,
     tiny_imagenet,
 )
-from startsparse.data.batches import PADDINGS, Arrays, Batches
+from startsparse.data.arrays import Arrays
+from startsparse.data.batches import PADDINGS, Batches
 from startsparse.data.graphs import Graph, GraphBatches
 from startsparse.data.imagenet import FolderBatches, Folders
 from startsparse.data.modular import Pairs
@@ -33,6 +36,7 @@ from startsparse.data.rows import Repeated, Rows
 from startsparse.errors import OptionError, UserError
 
 __all__ = [
+    "DIGITS",
     "NOT_FETCHED",
     "OWN_PARTS",
     "PADDINGS",
@@ -46,6 +50,7 @@ __all__ = [
     "FolderBatches",
     "Graph",
     "GraphBatches",
+    "Images",
     "Loader",
     "Repeated",
     "Rows",
@@ -117,6 +122,7 @@ _SOURCES = {
     "tiny-imagenet": Source(
         partial(tiny_imagenet.load, tiny_imagenet.TINY_IMAGENET), Shape(200, 3, 64)
     ),
+    "folder": Source(folder.load, Shape(10, 3, 32), "own"),  # its shape is that of the images
     "imagenet": Source(imagenet.load, Shape(1000, 3, 224), "own"),
     "karate": Source(graphs.karate, Shape(2, 34, 1, nodes=34), "none", own_parts=True),
     "cora": Source(
@@ -137,6 +143,9 @@ SETS: dict[str, Loader] = {name: source.load for name, source in _SOURCES.items(
 
 SHAPES: dict[str, Shape] = {name: source.shape for name, source in _SOURCES.items()}
 
+DIGITS = ("digits", "mnist")
+"""Sets of signs that are others when mirrored."""
+
 OWN_PARTS = tuple(name for name, source in _SOURCES.items() if source.own_parts)
 """Sets that have their own validation part, so that none is held out."""
 
@@ -145,6 +154,37 @@ WITHOUT_FILES = tuple(name for name, source in _SOURCES.items() if source.files 
 
 NOT_FETCHED = tuple(name for name, source in _SOURCES.items() if source.files != "published")
 """Sets that are never downloaded."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """How the images of a set become the input of a network, and what its outputs mean.
+
+    Attributes:
+        class_names: in the order of the logits; () where they have no names.
+        mean, std: per channel, in units of 0..1; an input is (pixel / 255 - mean) / std.
+        size: height and width.
+        channels: 3, or 1 for grey.
+        content: a key of the images, where no published checksum is one.
+    """
+
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: int
+    channels: int
+    content: str = ""
+
+    def to_json(self) -> str:
+        """What `from_json` reads."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Images":
+        """What `to_json` wrote."""
+        values = json.loads(text)
+        lists = {name: tuple(values[name]) for name in ("class_names", "mean", "std")}
+        return cls(**{**values, **lists})
 
 
 @dataclass
@@ -156,12 +196,14 @@ class Data:
         valid: held out of the training set; plain order, no augmentation. May be empty.
         test: plain order, no augmentation.
         shape: what a network needs to know of the set.
+        images: how they are prepared; None: the examples are no images.
     """
 
     train: AnyBatches
     valid: AnyBatches
     test: AnyBatches
     shape: Shape
+    images: Images | None = None
 
 
 def data_root(option: str) -> Path:
@@ -191,7 +233,11 @@ def load(
     device: torch.device,
     workers: int = 4,
     augment: bool = True,
+    flip: bool = True,
     padding: str = "zeros",
+    memory: float = 0,
+    image_size: int = 0,
+    channels: int = 3,
     passes: int = 1,
     modulus: int = 59,
     train_fraction: float = 0.7,
@@ -208,10 +254,14 @@ def load(
         seed: of the run.
         device: the device of the batches.
         workers: processes that decode images; only ImageNet needs any.
-        augment: crop training images at random, and flip those that are not digits.
+        augment: crop training images at random.
+        flip: with ``augment``, also mirror those that are not digits.
         padding: one of `PADDINGS`: what the crops show beyond the image; those of ImageNet lie
             inside it. Of no effect without ``augment``.
         passes: over the training set per epoch.
+        memory: GiB of images to hold on the device; a larger set is read batch by batch. 0: half of
+            the device's memory. Of no effect on imagenet, which is always read so.
+        image_size, channels: of folder, see `folder.load`.
         modulus, train_fraction: of modular-addition, see `modular.load`.
 
     Raises:
@@ -219,19 +269,24 @@ def load(
         UserError: a file is missing or damaged, or the options leave a part without an example.
     """
     _check(name, batch_size, valid_split, workers, passes, padding)
-    sums = {"modulus": modulus, "train_fraction": train_fraction}
-    source = SETS[name](root, mirror, **sums if name == "modular-addition" else {})
-    rows: tuple[Tensor, ...] = ()
-    if isinstance(source, Arrays | Folders):  # those not in OWN_PARTS
-        rows = _split(source.examples, valid_split, seed)
+    own: dict[str, dict] = {
+        "folder": {"image_size": image_size, "channels": channels},
+        "modular-addition": {"modulus": modulus, "train_fraction": train_fraction},
+    }
+    source = SETS[name](root, mirror, **own.get(name, {}))
+    rows = {}
+    if isinstance(source, Arrays | Folders):
+        rows = _split(source.examples, valid_split, seed, source.held_out)
     train, valid, test = source.batches(
-        *rows,
+        rows=rows,
         batch_size=batch_size,
         seed=seed,
         device=device,
         workers=workers,
         augment=augment,
+        flip=flip,
         padding=padding,
+        memory=memory * 2**30,
     )
     if len(train) == 0:
         raise UserError(
@@ -241,7 +296,12 @@ def load(
     shape = Shape(source.classes, source.channels, source.size)
     if isinstance(source, Graph):
         shape = replace(shape, nodes=source.nodes, adjacency=source.adjacency)
-    return Data(Repeated(train, passes) if passes > 1 else train, valid, test, shape)
+    images = None
+    if isinstance(source, Arrays | Folders) and isinstance(train, Batches | FolderBatches):
+        images = Images(
+            source.class_names, train.mean, train.std, shape.size, shape.channels, source.content
+        )
+    return Data(Repeated(train, passes) if passes > 1 else train, valid, test, shape, images)
 
 
 def _check(
@@ -268,12 +328,13 @@ def first_batch(batches: AnyBatches, epoch: int) -> tuple[Tensor, Tensor]:
         return next(batches.epoch(epoch))
 
 
-def _split(examples: int, valid_split: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows held out, both ascending."""
-    held_out = round(examples * valid_split)
-    if held_out == 0 and valid_split > 0:
-        raise UserError(f"--valid-split: {valid_split} of {examples} examples is not one example")
-    if held_out >= examples:
-        raise UserError(f"--valid-split: {valid_split} leaves no training example of {examples}")
+def _split(examples: int, share: float, seed: int, held_out: Sequence[str]) -> dict[str, Tensor]:
+    """Rows to train on, and those of the parts held out, a ``share`` for each; all ascending."""
+    count = round(examples * share)
+    if count == 0 and held_out and (share > 0 or "test" in held_out):
+        raise UserError(f"--valid-split: {share} of {examples} examples is not one example")
+    if len(held_out) * count >= examples:
+        raise UserError(f"--valid-split: {share} leaves no training example of {examples}")
     order = torch.randperm(examples, generator=seeding.generator(seed, "valid-split"))
-    return order[held_out:].sort().values, order[:held_out].sort().values
+    *parts, rest = order.split([count] * len(held_out) + [examples - len(held_out) * count])
+    return {name: part.sort().values for name, part in zip((*held_out, "train"), (*parts, rest))}

@@ -1,8 +1,8 @@
 """Batches on the training device: it holds the set as uint8, and augments whole batches."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -93,28 +93,20 @@ class Batches:
         self.batch_size = batch_size
         self.device = device
         self.seed = seed
-        self.pad = pad
-        self.flip = flip
+        self.pad, self.padding, self.flip = pad, padding, flip
+        self.mean, self.std = tuple(mean), tuple(std)
         self.labels = labels[rows].to(device)
-        padded = torch.zeros(
-            (len(rows), size + 2 * pad, size + 2 * pad, channels), dtype=torch.uint8, device=device
-        )
-        inner = padded[:, pad : pad + size, pad : pad + size]
-        # In pieces: one copy of the chosen rows would be as large as the set.
-        for target, chosen in zip(inner.split(4096), rows.split(4096), strict=True):
-            target.copy_(images[chosen])
-        if padding == "reflect" and pad:
-            _reflect(padded, pad)
-        self._images = padded
-        # A line of any crop is W * C bytes that begin at some pixel. This view has all of them.
-        pixels = padded.numel() // channels
-        self._lines = padded.as_strided((max(0, pixels - size + 1), size * channels), (channels, 1))
         self._offsets = torch.arange(size, device=device) * (size + 2 * pad)
         # The columns of a line from left to right [0] and with its pixels from right to left [1].
         columns = torch.arange(size * channels).view(size, channels)
         self._columns = torch.stack([columns.flatten(), columns.flip(0).flatten()]).to(device)
         self._mean = (torch.tensor(mean) * 255).repeat(size).to(device)
         self._std = (torch.tensor(std) * 255).repeat(size).to(device)
+        self._hold(images, rows)
+
+    def _hold(self, images: Tensor, rows: Tensor) -> None:
+        self._images = self._padded(images, rows)
+        self._lines = _lines(self._images, self.pad)
 
     def __len__(self) -> int:
         """Steps of one epoch."""
@@ -131,28 +123,95 @@ class Batches:
             if plan is None:
                 pixels, labels = self._images[part].flatten(2), self.labels[part]
             else:
-                rows, corners, mirrored = plan[:, part]
-                pixels, labels = self._cropped(corners, mirrored), self.labels[rows]
+                rows, shifts, mirrored = plan[:, part]
+                corners = rows * self._images[0, ..., 0].numel() + shifts
+                pixels, labels = self._cropped(self._lines, corners, mirrored), self.labels[rows]
             yield normalised(pixels, self._mean, self._std), labels
 
     def _plan(self, seed: int, epoch: int) -> Tensor:
-        """int64 [3, N], in the order of the epoch: row, top left pixel of the crop, mirrored."""
+        """int64 [3, N], in the order of the epoch: row, shift of the crop in pixels, mirrored."""
         rows = torch.randperm(self.examples, generator=seeding.generator(seed, "shuffle", epoch))
         draws = seeding.generator(seed, "augment", epoch)
         dy, dx = torch.randint(2 * self.pad + 1, (2, self.examples), generator=draws)
         mirrored = torch.randint(2, (self.examples,), generator=draws)
-        _, height, width, _ = self._images.shape
-        corners = (rows * height + dy) * width + dx
-        return torch.stack([rows, corners, mirrored]).to(self.device)
+        shifts = dy * (len(self._offsets) + 2 * self.pad) + dx
+        return torch.stack([rows, shifts, mirrored]).to(self.device)
 
-    def _cropped(self, corners: Tensor, mirrored: Tensor) -> Tensor:
+    def _padded(self, images: Tensor, rows: Tensor) -> Tensor:
+        """uint8 [M, H + 2 pad, W + 2 pad, C] on the device: the images of these rows."""
+        pad, (_, size, _, channels) = self.pad, images.shape
+        shape = (len(rows), size + 2 * pad, size + 2 * pad, channels)
+        padded = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        inner = padded[:, pad : pad + size, pad : pad + size]
+        # In pieces: one copy of the chosen rows would be as large as the set.
+        for target, chosen in zip(inner.split(4096), rows.split(4096), strict=True):
+            target.copy_(images[chosen])
+        if self.padding == "reflect" and pad:
+            _reflect(padded, pad)
+        return padded
+
+    def _cropped(self, lines: Tensor, corners: Tensor, mirrored: Tensor) -> Tensor:
         """The crops with these top left pixels: uint8 [B, H, W * C]."""
-        lines = corners.unsqueeze(1) + self._offsets  # [B, H]
-        pixels = self._lines.index_select(0, lines.flatten())
-        pixels = pixels.view(-1, *lines.shape[1:], pixels.shape[1])
+        starts = corners.unsqueeze(1) + self._offsets  # [B, H]
+        pixels = lines.index_select(0, starts.flatten())
+        pixels = pixels.view(-1, *starts.shape[1:], pixels.shape[1])
         if not self.flip:
             return pixels
         return pixels.gather(2, self._columns[mirrored].unsqueeze(1).expand_as(pixels))
+
+
+class Streamed(Batches):
+    """The same batches of a set that stays where it is; a thread reads two batches ahead."""
+
+    def _hold(self, images: Tensor, rows: Tensor) -> None:
+        self._source, self._rows = images, rows
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Batches.epoch`."""
+        plan = None if self.seed is None else self._plan(self.seed, epoch)
+        order = self._rows if plan is None else self._rows[plan[0].cpu()]
+        chosen = list(parts(self.examples, self.batch_size, self.seed is not None, start))
+        for part, images in zip(chosen, self._ahead([order[part] for part in chosen])):
+            padded = self._padded(images, torch.arange(len(images)))
+            if plan is None:
+                pixels, labels = padded.flatten(2), self.labels[part]
+            else:
+                rows, shifts, mirrored = plan[:, part]
+                first = torch.arange(len(rows), device=self.device) * padded[0, ..., 0].numel()
+                lines = _lines(padded, self.pad)
+                pixels, labels = self._cropped(lines, first + shifts, mirrored), self.labels[rows]
+            yield normalised(pixels, self._mean, self._std), labels
+
+    def _ahead(self, wanted: list[Tensor]) -> Iterator[Tensor]:
+        """The images of each list of rows, read in another thread."""
+        pinned = self.device.type == "cuda"
+
+        def read(rows: Tensor) -> Tensor:
+            images = self._source[rows]
+            return images.pin_memory() if pinned else images
+
+        with ThreadPoolExecutor(1) as pool:
+            reading: deque[Future[Tensor]] = deque()
+            try:
+                for rows in wanted:
+                    reading.append(pool.submit(read, rows))
+                    if len(reading) > 2:
+                        yield reading.popleft().result()
+                while reading:
+                    yield reading.popleft().result()
+            finally:  # whoever takes only the first batches waits for no others
+                for future in reading:
+                    future.cancel()
+
+
+def _lines(padded: Tensor, pad: int) -> Tensor:
+    """Every line that a crop of [N, H + 2 pad, W + 2 pad, C] can have, a view: [pixels, W * C].
+
+    A line of any crop is W * C bytes that begin at some pixel.
+    """
+    _, _, width, channels = padded.shape
+    size, pixels = width - 2 * pad, padded.numel() // channels
+    return padded.as_strided((max(0, pixels - size + 1), size * channels), (channels, 1))
 
 
 def _reflect(padded: Tensor, pad: int) -> None:
@@ -160,60 +219,3 @@ def _reflect(padded: Tensor, pad: int) -> None:
     for rows in (padded, padded.transpose(1, 2)):
         rows[:, :pad] = rows[:, pad + 1 : 2 * pad + 1].flip(1)
         rows[:, -pad:] = rows[:, -2 * pad - 1 : -pad - 1].flip(1)
-
-
-@dataclass
-class Arrays:
-    """A set that fits into memory.
-
-    Attributes:
-        train, test: uint8 images [N, H, W, C] with H = W, and their int64 labels [N].
-        classes: number of classes; labels run from 0 to classes - 1.
-        mean, std: per channel, in units of 0..1.
-        pad: padding of the random crop in training, in pixels.
-        flip: whether training mirrors images.
-    """
-
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    classes: int
-    mean: Sequence[float]
-    std: Sequence[float]
-    pad: int
-    flip: bool
-
-    @property
-    def examples(self) -> int:
-        """Number of training examples, before any are held out."""
-        return len(self.train[0])
-
-    @property
-    def size(self) -> int:
-        """Height and width of an image."""
-        return self.train[0].shape[1]
-
-    @property
-    def channels(self) -> int:
-        """Channels of an image."""
-        return self.train[0].shape[3]
-
-    def batches(
-        self,
-        train_rows: Tensor,
-        valid_rows: Tensor,
-        *,
-        batch_size: int,
-        seed: int,
-        device: torch.device,
-        workers: int,  # noqa: ARG002 -- there is nothing for them to do
-        augment: bool,
-        padding: str,
-    ) -> tuple[Batches, Batches, Batches]:
-        """Training, validation and test batches; the rows are indices into ``train``."""
-        part = partial(Batches, mean=self.mean, std=self.std, batch_size=batch_size, device=device)
-        pad, flip = (self.pad, self.flip) if augment else (0, False)
-        return (
-            part(*self.train, seed=seed, pad=pad, padding=padding, flip=flip, rows=train_rows),
-            part(*self.train, rows=valid_rows),
-            part(*self.test),
-        )

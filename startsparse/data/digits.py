@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from startsparse.data.batches import Arrays
+from startsparse.data.arrays import Arrays
 
 SIZE = 32
 

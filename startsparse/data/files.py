@@ -13,7 +13,8 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from startsparse.atomic import replacing
@@ -21,6 +22,9 @@ from startsparse.errors import UserError
 
 CHUNK = 1 << 20  # bytes read at a time
 TIMEOUT = 30  # seconds without an answer
+
+# what PIL raises on a damaged file, or on one that would fill the memory
+_DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -170,10 +174,26 @@ def old_dtypes() -> Iterator[None]:
         yield
 
 
-def open_rgb(path: str | Path) -> Image.Image:
-    """The decoded image as RGB, grey ones included; raises `UserError` where it is damaged."""
+def open_image(path: str | Path, mode: str = "RGB", *, upright: bool = False) -> Image.Image:
+    """The decoded image as ``mode``: "RGB", or "L" for grey; raises `UserError` if it is damaged.
+
+    16 bits become 8. Transparent pixels are white. ``upright`` turns a photo as its EXIF says.
+    """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on a damaged file
+            image.load()
+            image = ImageOps.exif_transpose(image) if upright else image
+            if image.mode.startswith("I"):  # what PIL calls 16 bits; it would cut them off at 255
+                wide = np.asarray(image).astype(np.int64)
+                image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert(mode)
+    except _DAMAGED as error:
         raise UserError(f"{path}: cannot be decoded as an image ({reason(error)})") from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of an upright image; raises `UserError` if it is damaged."""
+    return open_image(path, upright=True).size

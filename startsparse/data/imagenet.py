@@ -1,6 +1,6 @@
 """ImageNet from folders of JPEGs, decoded by worker processes while the device trains."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class _Reader(Dataset):
                 seed = seeding.derive(self.seed, f"augment/{row}", self.epoch)
                 torch.default_generator.manual_seed(seed)
                 try:
-                    image = files.open_rgb(self.samples[row][0])
+                    image = files.open_image(self.samples[row][0])
                 except UserError as error:
                     return error
                 pixels[position] = np.asarray(self.transform(image))
@@ -63,7 +63,7 @@ class FolderBatches:
         device: of the batches, which come from pinned memory if it is a GPU.
         seed: of the order and the augmentation.
         train: reshuffle in every epoch; otherwise plain order.
-        augment: random resized crop and flip; otherwise the centre.
+        augment: random resized crop, and with ``flip`` a mirrored half; otherwise the centre.
         workers: processes that decode; 0: none, this process does it.
     """
 
@@ -77,6 +77,7 @@ class FolderBatches:
         seed: int,
         train: bool,
         augment: bool,
+        flip: bool,
         workers: int,
     ) -> None:
         self.samples = samples
@@ -87,7 +88,8 @@ class FolderBatches:
         self.seed = seed
         self.train = train
         self.workers = workers
-        self.transform = _augmented() if augment else _centred()
+        self.mean, self.std = MEAN, STD
+        self.transform = _augmented(flip) if augment else _centred()
         self._mean = (torch.tensor(MEAN) * 255).repeat(SIZE).to(device)
         self._std = (torch.tensor(STD) * 255).repeat(SIZE).to(device)
 
@@ -122,10 +124,10 @@ class FolderBatches:
             yield normalised(pixels.flatten(2), self._mean, self._std), labels
 
 
-def _augmented() -> Any:
+def _augmented(flip: bool) -> Any:
     from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop
 
-    return Compose([RandomResizedCrop(SIZE), RandomHorizontalFlip()])
+    return Compose([RandomResizedCrop(SIZE), *[RandomHorizontalFlip()] * flip])
 
 
 def _centred() -> Any:
@@ -143,6 +145,9 @@ class Folders:
     classes: int
     channels: int = 3
     size: int = SIZE
+    held_out: tuple[str, ...] = ("valid",)
+    class_names: tuple[str, ...] = ()
+    content: str = ""
 
     @property
     def examples(self) -> int:
@@ -151,17 +156,18 @@ class Folders:
 
     def batches(
         self,
-        train_rows: Tensor,
-        valid_rows: Tensor,
+        rows: Mapping[str, Tensor],
         *,
         batch_size: int,
         seed: int,
         device: torch.device,
         workers: int,
         augment: bool,
+        flip: bool,
         padding: str,  # noqa: ARG002 -- its crops lie inside the image
+        memory: float,  # noqa: ARG002 -- it is always read from the disk
     ) -> tuple[FolderBatches, FolderBatches, FolderBatches]:
-        """Training, validation and test batches; the rows are indices into ``train``."""
+        """Training, validation and test batches; ``rows`` of ``train``."""
 
         def part(samples: list[Sample], rows: Tensor, train: bool, augment: bool) -> FolderBatches:
             return FolderBatches(
@@ -172,12 +178,13 @@ class Folders:
                 seed=seed,
                 train=train,
                 augment=augment,
+                flip=flip,
                 workers=workers,
             )
 
         return (
-            part(self.train, train_rows, True, augment),
-            part(self.train, valid_rows, False, False),
+            part(self.train, rows["train"], True, augment),
+            part(self.train, rows["valid"], False, False),
             part(self.test, torch.arange(len(self.test)), False, False),
         )
 

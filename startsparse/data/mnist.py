@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from startsparse.data import files
-from startsparse.data.batches import Arrays
+from startsparse.data.arrays import Arrays
 from startsparse.data.files import File
 
 SIZE = 32

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from startsparse.atomic import replacing
 from startsparse.data import files
-from startsparse.data.batches import Arrays
+from startsparse.data.arrays import Arrays
 from startsparse.data.files import File
 from startsparse.errors import UserError
 
@@ -155,7 +155,7 @@ def _decode(paths: list[Path], name: str) -> np.ndarray:
 
 
 def _pixels(path: Path) -> np.ndarray:
-    image = files.open_rgb(path)
+    image = files.open_image(path)
     if image.size != (SIZE, SIZE):
         raise UserError(f"{path}: expected {SIZE} x {SIZE} pixels, found {image.size}")
     return np.asarray(image)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import startsparse
 from startsparse.atomic import replacing
 from startsparse.errors import UserError
 
@@ -45,7 +46,7 @@ def built(dtype: torch.dtype) -> Path:
     texts = [(path.name, path.read_bytes()) for path in sources]
     key = repr((command, torch.__version__, texts))
     digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
-    path = _cache() / f"{_SCALARS[dtype]}-{digest}.so"
+    path = startsparse.cache_folder() / f"{_SCALARS[dtype]}-{digest}.so"
     if not path.exists():
         if not shutil.which(command[0]):
             reason = f"there is no C++ compiler {command[0]} (set CXX, or install g++)"
@@ -88,8 +89,3 @@ def _run(command: list[str]) -> None:
         lines = [line for line in done.stderr.splitlines() if "error" in line]
         reason = lines[0].strip() if lines else f"exit code {done.returncode}"
         raise NoCompilerError(f"{command[0]} cannot build the sparse kernels: {reason}")
-
-
-def _cache() -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return Path(os.environ.get("STARTSPARSE_CACHE") or home / "startsparse")

@@ -6,7 +6,8 @@ csr          the same with the weights of layers as compressed sparse rows of we
 onnx         for other programs, with a batch of any size; onnxruntime has to agree with PyTorch
 
 Their metadata says what the network is: ``network`` (JSON, what `startsparse.models.build` takes),
-``set``, ``density`` (of the run) and ``test_accuracy``.
+``set``, ``density`` (of the run), ``test_accuracy``, and for images ``images``, how they are
+prepared (JSON of `startsparse.data.Images`).
 """
 
 import json
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from startsparse import checkpoint, models
 from startsparse.atomic import replacing
+from startsparse.data import Images
 from startsparse.errors import UserError
 from startsparse.export.compact import keep_units, resize
 from startsparse.masks import sparse_layers
@@ -103,7 +105,8 @@ def load_csr(path: Path) -> dict[str, Tensor]:
 def load(path: Path, adjacency: Tensor | None = None) -> nn.Module:
     """The network of a file of --format safetensors or csr, in evaluation mode.
 
-    A compacted network equals its original in that mode only.
+    A compacted network equals its original in that mode only. Its attribute ``images`` is a
+    `startsparse.data.Images`, the classes and how an image becomes its input; None without images.
 
     Args:
         adjacency: of the graph, for a gcn; without it that network cannot be called.
@@ -113,7 +116,10 @@ def load(path: Path, adjacency: Tensor | None = None) -> nn.Module:
     """
     state, facts = _read(path)
     state = _from_csr(state, facts) if facts["format"] == "csr" else state
-    return rebuild(json.loads(facts["network"]), state, path, adjacency)
+    model = rebuild(json.loads(facts["network"]), state, path, adjacency)
+    images = Images.from_json(facts["images"]) if "images" in facts else None
+    object.__setattr__(model, "images", images)  # neither a tensor nor a module
+    return model
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Facts]:

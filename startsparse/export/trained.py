@@ -48,12 +48,13 @@ def read_run(folder: Path) -> Trained:
     options, name, arch = _read_options(folder / "options.yaml")
     state, source = _tested_state(folder, options.get("select", "best"))
     weights = [tensor for tensor in state.values() if tensor.dim() > 1]
-    shape = data.SHAPES[name]
+    shape, images = data.SHAPES[name], runs.images(folder)
+    size = images.size if images else shape.size
     network = {
         "arch": arch,
         "classes": len(weights[-1]),
-        "channels": weights[0].shape[1] // (1 if weights[0].dim() > 2 else shape.size**2),
-        "size": shape.size,
+        "channels": weights[0].shape[1] // (1 if weights[0].dim() > 2 else size**2),
+        "size": size,
         "width": options.get("width", 0),
         "resnet_type": options.get("resnet_type", ""),
         "imagenet": name == "imagenet",
@@ -66,9 +67,9 @@ def read_run(folder: Path) -> Trained:
         "set": name,
         "density": repr(footprint.density(model)),
         "test_accuracy": repr(result["test_accuracy"]),
+        **({"images": images.to_json()} if images else {}),
     }
     nodes = 1 if adjacency is None else len(adjacency)
-    size = network["size"]
     return Trained(model, source, facts, (nodes, network["channels"], size, size))
 
 
