@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from startsparse.data import DIGITS, NOT_FETCHED, OWN_PARTS, SHAPES, WITHOUT_FILES
+from startsparse.data import DIGITS, NOT_FETCHED, OWN_PARTS, SHAPES, WITH_SUMS, WITHOUT_FILES
 from startsparse.fields import Condition
 from startsparse.models import MODELS
 from startsparse.optimizers import OPTIMIZERS
@@ -30,6 +30,9 @@ MODULAR = Condition(lambda o: o.set == "modular-addition", "without --set modula
 FILES = Condition(lambda o: o.set not in WITHOUT_FILES, "with --set {o.set}, which has no files")
 FETCHED = Condition(
     lambda o: o.set not in NOT_FETCHED, "with --set {o.set}, which is not downloaded"
+)
+SUMS = Condition(
+    lambda o: o.set in WITH_SUMS, "with --set {o.set}, for which no checksums are published"
 )
 HELD_OUT = Condition(
     lambda o: o.set not in OWN_PARTS, "with --set {o.set}, which has a validation part of its own"
@@ -77,8 +80,9 @@ class Meaning:
             "save_every",
         ),
         "data": (
-            *("set", "data", "image_size", "channels", "mirror", "valid_split", "workers"),
-            *("augment", "flip", "padding", "data_memory", "modulus", "train_fraction"),
+            *("set", "data", "image_size", "channels", "mirror", "checksum", "valid_split"),
+            *("workers", "augment", "flip", "padding", "data_memory", "modulus"),
+            "train_fraction",
         ),
         "network": ("arch", "width", "init"),
         "random mask": (

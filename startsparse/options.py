@@ -59,6 +59,9 @@ class Options(Meaning):
     """3: images of --set folder in colour; 1: in grey"""
     mirror: Annotated[str, default_is("none"), counts(on.FETCHED)] = ""
     """URL of a folder to download from instead of the data set's own site"""
+    checksum: Annotated[bool, counts(on.SUMS)] = True
+    """Compare files with the published MD5 sums; --no-checksum takes a re-encoded copy of mnist,
+    cifar10, cifar100 or tiny-imagenet. What is downloaded is always compared"""
     valid_split: Annotated[float, counts(on.HELD_OUT)] = 0.1
     """Share of the training set held out for validation; graphs and modular-addition have a
     validation part of their own"""

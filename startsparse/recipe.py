@@ -105,6 +105,7 @@ def load_data(options: Options, device: torch.device) -> data.Data:
             options.set,
             root=data.data_root(options.data),
             mirror=options.mirror,
+            checksum=options.checksum,
             batch_size=options.batch_size,
             valid_split=options.valid_split,
             seed=options.seed,
@@ -186,5 +187,7 @@ def finish(
     key = {"images": images.content} if images and images.content else {}
     facts = key | result | trainer.costs()
     summary = report.summary(density, table, facts, trainer.clock.read())
+    if not trainer.options.checksum:  # behind seconds, as an option
+        summary["checksum"] = False
     run.finish(summary)
     log.info("%s", report.text(summary, run.folder))

@@ -63,6 +63,7 @@ def text(summary: dict[str, Any], folder: Path) -> str:
         f"{summary['training_flops_share']:.4f} of dense",
         **({"FLOPs of the search": f"{search:.4g} before training"} if search else {}),
         "seconds": f"{summary['seconds']:.0f}",
+        **({} if summary.get("checksum", True) else {"checksums": "not compared"}),
         "run folder": str(folder.resolve()),
         "picture": str(folder.resolve() / "curves.png"),
     }

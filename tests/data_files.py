@@ -96,7 +96,8 @@ def pack_tar(root: Path, folder: str, name: str) -> File:
 def _write_cifar(root: Path, spec: cifar.Spec, key: bytes, train: int, test: int) -> Tiny:
     train *= len(spec.train)
     images = pixels(train, 32, 32, 3), pixels(test, 32, 32, 3, seed=1)
-    labels = cycle(train, spec.classes), cycle(test, spec.classes)
+    classes = len(spec.class_names)
+    labels = cycle(train, classes), cycle(test, classes)
     written = {}
     for part, files in enumerate((spec.train, spec.test)):
         size = len(labels[part]) // len(files)
@@ -111,10 +112,18 @@ def _write_cifar(root: Path, spec: cifar.Spec, key: bytes, train: int, test: int
             if key == b"fine_labels":
                 content[b"coarse_labels"] = [99] * size  # a loader must not take these
             written[file.name] = put(root / spec.folder / file.name, python2_pickle(content))
+    meta = {
+        b"num_cases_per_batch": train // len(spec.train),
+        spec.names_key.encode(): [b"class %d" % label for label in range(classes)],
+        b"num_vis": 3072,
+    }
     tiny = replace(
         spec,
         train=tuple(written[file.name] for file in spec.train),
         test=tuple(written[file.name] for file in spec.test),
+        meta=put(root / spec.folder / spec.meta.name, python2_pickle(meta)),
+        train_images=train // len(spec.train),
+        test_images=test,
         archive=pack_tar(root, spec.folder, spec.archive.name),
         url="http://127.0.0.1:9",  # nothing listens there: a test never reaches the real server
     )
@@ -153,7 +162,14 @@ def write_mnist(root: Path, train: int = 40, test: int = 10) -> Tiny:
             )
         )
         parts.append((np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None], labels))
-    spec = replace(mnist.MNIST, train=files[0], test=files[1], url="http://127.0.0.1:9")
+    spec = replace(
+        mnist.MNIST,
+        train=files[0],
+        test=files[1],
+        train_images=train,
+        test_images=test,
+        url="http://127.0.0.1:9",
+    )
     return Tiny(spec, partial(mnist.load, spec), *parts)
 
 

@@ -55,7 +55,7 @@ def test_the_archive_is_fetched_from_the_mirror_and_unpacked(cifar10):
     tiny, server, root = cifar10
     with serve(server) as url:
         assert matches(tiny.loader(root, url + "/"), tiny)
-    names = [file.name for file in (*tiny.spec.train, *tiny.spec.test)]
+    names = [file.name for file in (*tiny.spec.train, *tiny.spec.test, tiny.spec.meta)]
     kept = [f"{tiny.spec.folder}/{name}" for name in names]
     assert content(root) == sorted([*kept, tiny.spec.archive.name])
     assert matches(tiny.loader(root, nobody()), tiny)  # no network needed any more
@@ -258,6 +258,8 @@ def test_the_md5_tables_are_those_of_torchvision():
         assert spec.archive.md5 == published.tgz_md5
         assert [[file.name, file.md5] for file in spec.train] == published.train_list
         assert [[file.name, file.md5] for file in spec.test] == published.test_list
+        meta = {"filename": spec.meta.name, "key": spec.names_key, "md5": spec.meta.md5}
+        assert meta == published.meta
     resources = [(file.name, file.md5) for file in mnist.MNIST.train + mnist.MNIST.test]
     assert resources == datasets.MNIST.resources
     assert mnist.MNIST.url + "/" in datasets.MNIST.mirrors

@@ -1,7 +1,5 @@
 """Every loader on tiny files in the true format, and `load`: split, sizes, options."""
 
-import pickle
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +11,12 @@ from data_files import (
     loaded,
     write_cifar10,
     write_cifar100,
+    write_imagenet,
     write_mnist,
     write_tiny_imagenet,
 )
 
-from startsparse.data import SETS, SHAPES, Shape, data_root
+from startsparse.data import SETS, SHAPES, Shape, cifar, data_root
 from startsparse.errors import OptionError, UserError
 
 WRITE = {
@@ -74,7 +73,7 @@ def test_load(tmp_path, monkeypatch, name, classes, channels, size, pad, flip):
     plain = loaded(name, tmp_path, batch_size=5, valid_split=0.25, augment=False)
     assert (plain.train.pad, plain.train.flip) == (0, False)
     for padding, corners in (("zeros", {0}), ("reflect", {1})):  # all pixels are 1: what is added?
-        monkeypatch.setitem(SETS, name, lambda *_: white(tiny.loader(tmp_path, "")))
+        monkeypatch.setitem(SETS, name, lambda *_, **__: white(tiny.loader(tmp_path, "")))
         padded = loaded(name, tmp_path, batch_size=5, valid_split=0, padding=padding).train._images
         assert set(padded[:, 0, 0].flatten().tolist()) == corners
 
@@ -120,19 +119,23 @@ def test_normalised_digits_have_mean_0_and_deviation_1():
     assert (x.std() - 1).abs() < 0.01
 
 
-def test_what_numpy_says_of_old_pickles_is_not_shown(tmp_path, monkeypatch):
-    """NumPy 2.4.0 to 2.4.4 warn; here pickle.loads does."""
-    true = pickle.loads
-
-    def loads(data, **options):
-        warnings.warn("dtype(): align should be passed as Python or NumPy boolean", stacklevel=2)
-        return true(data, **options)
-
-    tiny = write_cifar10(tmp_path)
-    monkeypatch.setattr(pickle, "loads", loads)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tiny.loader(tmp_path, "")
+def test_every_set_of_images_names_its_classes(tmp_path):
+    cifar10, cifar100 = write_cifar10(tmp_path), write_cifar100(tmp_path)
+    for tiny, own in ((cifar10, cifar.CIFAR10), (cifar100, cifar.CIFAR100)):
+        meta = tmp_path / own.folder / own.meta.name
+        count = len(own.class_names)
+        assert tiny.loader(tmp_path).class_names == tuple(f"class {n}" for n in range(count))
+        meta.unlink()
+        assert tiny.loader(tmp_path).class_names == own.class_names
+    assert cifar.CIFAR10.class_names[::9] == ("airplane", "truck")
+    assert cifar.CIFAR100.class_names == tuple(str(number) for number in range(100))
+    digits = tuple(str(number) for number in range(10))
+    assert write_mnist(tmp_path).loader(tmp_path).class_names == digits
+    assert SETS["digits"](tmp_path).class_names == digits
+    wnids = ("n00000007", "n00000008", "n00000009")
+    assert write_tiny_imagenet(tmp_path).loader(tmp_path).class_names == wnids
+    write_imagenet(tmp_path)
+    assert SETS["imagenet"](tmp_path).class_names == ("n00000000", "n00000001")
 
 
 # The validation split

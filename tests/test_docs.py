@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from option_names import SCRIPTS, shown_names
+from PIL import Image
 
 import ER_DST.main
 import STR.main
@@ -54,9 +55,14 @@ def test_there_are_commands():
 
 
 @pytest.mark.parametrize(("folder", "command"), COMMANDS)
-def test_every_command_is_understood(folder, command, monkeypatch, capsys):
+def test_every_command_is_understood(folder, command, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT / folder)
     program, *argv = shlex.split(command)[1:]
+    if "DIR" in argv:  # images of one's own
+        for path in (tmp_path / "train" / name / "x.png" for name in ("cat", "dog")):
+            path.parent.mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(path)
+        argv[argv.index("DIR")] = str(tmp_path)
     if program == "-m":
         module = argv.pop(0)
         kind, default = MODULES[module]

@@ -48,6 +48,7 @@ def shared(set_, data, arch, decay):
         ),
         "--data-memory": ("", photos, f"with {set_} imagenet, which is always read so"),
         "--mirror": (f"{set_} cifar10", "", f"with {set_} digits, which is not downloaded"),
+        "--checksum": (f"{set_} mnist", "", f"with {set_} digits, for which no checksums are"),
         "--valid-split": ("", graph, f"with {set_} karate, which has a validation part"),
         "--workers": (photos, "", f"without {set_} imagenet"),
         "--augment": ("", numbers, f"with {set_} modular-addition, which has no images"),
@@ -158,7 +159,7 @@ OTHER = {
     "momentum": "0.5", "stop_updates": "0.5", "weight_scale": "2.5",
     "er_sparse_init": "0.4", "final_density": "0.01", "prune_rate": "0.3",
     "flow_preservation": "True", "lr_min": "0.001", "grasp_temperature": "100.0", "bfac": "0.1",
-    "modulus": "31",
+    "modulus": "31", "channels": "1",
 }  # fmt: skip
 
 

@@ -40,6 +40,7 @@ NEEDS = {  # what an option, or a value of one, counts beside
     "--sparse-function": ["--conv-type", "STRConv"],
     "network": ["--er-sparsity-file", "layers.json"],
     "str-induced-er": ["--er-sparsity-file", "layers.json"],
+    "folder": ["--data", "."],
     "mask-ref": ["--target-expt-name", "some-run"],
 }
 

@@ -263,7 +263,8 @@ def test_the_process_ends_with_code_2_and_one_line(tmp_path):
     "path", sorted((ROOT / "STR/configs").rglob("*.yaml")), ids=lambda p: p.name
 )
 def test_every_config_is_complete_and_goes_around(path, tmp_path):
-    options = script.parse(script.STROptions, script.CONFIGS, ["--config", str(path)])
+    data = ["--data", str(tmp_path)] if path.name == "folder.yaml" else []
+    options = script.parse(script.STROptions, script.CONFIGS, ["--config", str(path), *data])
     assert options.set in path.name or path.parent.name == "largescale"
     copy = tmp_path / "copy.yaml"
     copy.write_text(script.runs.write_yaml(options))
@@ -276,7 +277,8 @@ def test_every_config_is_complete_and_goes_around(path, tmp_path):
 @pytest.mark.parametrize("name", sorted(IMAGES))
 def test_configs_of_images_warm_up(name):
     """Without, the dense network learns less at first, and sparse ones seem to be better."""
-    options = script.parse(script.STROptions, script.CONFIGS, ["--set", name])
+    data = ["--data", str(ROOT)] if name == "folder" else []
+    options = script.parse(script.STROptions, script.CONFIGS, ["--set", name, *data])
     assert options.warmup_length == (5 if options.epochs >= 100 else 1)
 
 

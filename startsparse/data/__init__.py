@@ -43,6 +43,7 @@ __all__ = [
     "SETS",
     "SHAPES",
     "WITHOUT_FILES",
+    "WITH_SUMS",
     "AnyBatches",
     "Arrays",
     "Batches",
@@ -105,22 +106,24 @@ class Source(NamedTuple):
         shape: as published; `Data.shape` is that of the files.
         files: "published": fetched where they are missing; "own": the user's; "none": the set is
             computed, or comes with a package.
+        sums: whether MD5 sums are published.
         own_parts: whether it has its own validation part, so that none is held out.
     """
 
     load: Loader
     shape: Shape
     files: Literal["published", "own", "none"] = "published"
+    sums: bool = False
     own_parts: bool = False
 
 
 _SOURCES = {
     "digits": Source(digits.load, Shape(10, 3, 32), "none"),
-    "mnist": Source(partial(mnist.load, mnist.MNIST), Shape(10, 1, 32)),
-    "cifar10": Source(partial(cifar.load, cifar.CIFAR10), Shape(10, 3, 32)),
-    "cifar100": Source(partial(cifar.load, cifar.CIFAR100), Shape(100, 3, 32)),
+    "mnist": Source(partial(mnist.load, mnist.MNIST), Shape(10, 1, 32), sums=True),
+    "cifar10": Source(partial(cifar.load, cifar.CIFAR10), Shape(10, 3, 32), sums=True),
+    "cifar100": Source(partial(cifar.load, cifar.CIFAR100), Shape(100, 3, 32), sums=True),
     "tiny-imagenet": Source(
-        partial(tiny_imagenet.load, tiny_imagenet.TINY_IMAGENET), Shape(200, 3, 64)
+        partial(tiny_imagenet.load, tiny_imagenet.TINY_IMAGENET), Shape(200, 3, 64), sums=True
     ),
     "folder": Source(folder.load, Shape(10, 3, 32), "own"),  # its shape is that of the images
     "imagenet": Source(imagenet.load, Shape(1000, 3, 224), "own"),
@@ -155,13 +158,16 @@ WITHOUT_FILES = tuple(name for name, source in _SOURCES.items() if source.files 
 NOT_FETCHED = tuple(name for name, source in _SOURCES.items() if source.files != "published")
 """Sets that are never downloaded."""
 
+WITH_SUMS = tuple(name for name, source in _SOURCES.items() if source.sums)
+"""Sets with published MD5 sums; their loaders take ``checksum``."""
+
 
 @dataclass(frozen=True)
 class Images:
     """How the images of a set become the input of a network, and what its outputs mean.
 
     Attributes:
-        class_names: in the order of the logits; () where they have no names.
+        class_names: in the order of the logits.
         mean, std: per channel, in units of 0..1; an input is (pixel / 255 - mean) / std.
         size: height and width.
         channels: 3, or 1 for grey.
@@ -227,6 +233,7 @@ def load(
     *,
     root: Path,
     mirror: str = "",
+    checksum: bool = True,
     batch_size: int,
     valid_split: float,
     seed: int,
@@ -248,6 +255,8 @@ def load(
         name: a key of `SETS`.
         root: folder of all sets (see `data_root`).
         mirror: URL of a folder with the set's archive or files; "": the published one.
+        checksum: compare the files of `WITH_SUMS` with the published MD5 sums; those that are
+            fetched always are.
         batch_size: examples per step; a graph is always one batch.
         valid_split: fraction of the training set to hold out, in [0, 1). Which examples are held
             out depends on ``seed`` alone. Of no effect on `OWN_PARTS`.
@@ -272,6 +281,7 @@ def load(
     own: dict[str, dict] = {
         "folder": {"image_size": image_size, "channels": channels},
         "modular-addition": {"modulus": modulus, "train_fraction": train_fraction},
+        **{known: {"checksum": checksum} for known in WITH_SUMS},
     }
     source = SETS[name](root, mirror, **own.get(name, {}))
     rows = {}

@@ -28,25 +28,25 @@ class Arrays:
     Attributes:
         train, valid, test: images and labels; None: the part is held out of ``train``.
         classes: number of classes; labels run from 0 to classes - 1.
+        class_names: their names, in the order of the labels.
         pad: padding of the random crop in training, in pixels.
         flip: whether training may mirror images.
         mean, std: per channel, in units of 0..1.
         moments: int64 [N, 2, C], sum and sum of squares of the pixels of each image in ``train``,
             where mean and std are those of the images trained on.
-        class_names: in the order of the labels.
         content: a key of the images, where no published checksum is one.
     """
 
     train: Part
     test: Part | None
     classes: int
+    class_names: tuple[str, ...]
     pad: int
     flip: bool
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
     moments: Tensor | None = None
     valid: Part | None = None
-    class_names: tuple[str, ...] = ()
     content: str = ""
 
     @property

@@ -31,6 +31,7 @@ def load(root: Path, mirror: str = "") -> Arrays:  # noqa: ARG001 -- the set nee
         train=(images[train], labels[train]),
         test=(images[test], labels[test]),
         classes=10,
+        class_names=tuple("0123456789"),
         mean=(0.305,) * 3,
         std=(0.324,) * 3,
         pad=4,

@@ -1,13 +1,13 @@
 """Files of a data set: fetched where missing, checked by MD5 if known, never half-written."""
 
 import hashlib
+import posixpath
+import shutil
 import tarfile
 import tempfile
 import urllib.request
-import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -44,12 +44,13 @@ def reason(error: Exception) -> str:
 
 
 def read(path: Path, md5: str) -> bytes:
-    """The bytes of ``path``; raises `UserError` where their MD5 differs."""
+    """The bytes of ``path``; raises `UserError` where their MD5 is not ``md5``, if there is one."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from error
-    _compare(path, hashlib.md5(data).hexdigest(), md5)
+    if md5:
+        _compare(path, hashlib.md5(data).hexdigest(), md5)
     return data
 
 
@@ -69,7 +70,7 @@ def _compare(path: Path, found: str, expected: str) -> None:
     if found != expected:
         raise UserError(
             f"{path}: damaged or another file: expected MD5 {expected}, found {found}; "
-            "delete it and run again to fetch it"
+            "delete it and run again to fetch it, or use a re-encoded copy with --no-checksum"
         )
 
 
@@ -125,36 +126,58 @@ def present(root: Path, file: File, url: str, mirror: str) -> Path:
     return path
 
 
-def unpacked(root: Path, names: Sequence[str], archive: File, url: str, mirror: str) -> None:
+def unpacked(
+    root: Path,
+    names: Sequence[str],
+    archive: File,
+    url: str,
+    mirror: str,
+    *,
+    checksum: bool = True,
+    extra: Sequence[str] = (),
+) -> None:
     """Make sure that ``root/name`` exists for all ``names``, which ``archive`` holds.
 
     Existing files and folders are left alone. Missing ones come from ``root/archive.name``, which
     is fetched if missing, and stays. Each appears only complete.
+
+    Args:
+        names: files; those of a zip may be folders.
+        checksum: whether an archive that was there has to be the published one.
+        extra: files that nobody misses, unpacked with the others if the archive has them.
     """
-    missing = [name for name in names if not (root / name).exists()]
-    if not missing:
+    if all((root / name).exists() for name in names):
         return
     path = present(root, archive, url, mirror)
-    check(path, archive.md5)
+    if checksum:
+        check(path, archive.md5)
     try:
         with tempfile.TemporaryDirectory(dir=root, prefix="unpacking-") as folder:
-            _extract(path, folder)
-            for name in missing:
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                _move(Path(folder, name), root / name)
-    except OSError as error:
+            _extract(path, folder, [*names, *extra])
+            for name in (*names, *extra):
+                unpacked, target = Path(folder, name), root / name
+                if not target.exists() and (name in names or unpacked.exists()):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    _move(unpacked, target)
+    except Exception as error:  # a damaged archive raises anything
         raise UserError(f"{path}: cannot be unpacked in {root} ({reason(error)})") from error
 
 
-def _extract(path: Path, folder: str) -> None:
+def _extract(path: Path, folder: str, names: Sequence[str]) -> None:
+    """Unpack at least ``names`` into ``folder``, and nothing outside it."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
-            archive.extractall(folder)
-    else:
-        with tarfile.open(path) as archive:
-            # Python before 3.10.12 has no filter; the archive's MD5 was checked in any case.
-            archive.extraction_filter = getattr(tarfile, "data_filter", None)
-            archive.extractall(folder)
+            archive.extractall(folder)  # takes roots, drives and .. out of the names
+        return
+    # Only what is asked for: Python before 3.10.12 cannot filter links and names of a tar.
+    with tarfile.open(path) as archive:
+        for member in archive:
+            name = posixpath.normpath(member.name)
+            if name in names and (content := archive.extractfile(member)):
+                target = Path(folder, name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with content, target.open("wb") as file:
+                    shutil.copyfileobj(content, file)
 
 
 def _move(source: Path, target: Path) -> None:
@@ -164,14 +187,6 @@ def _move(source: Path, target: Path) -> None:
         # A folder cannot replace a folder; another process has unpacked the same one meanwhile.
         if not target.is_dir():
             raise
-
-
-@contextmanager
-def old_dtypes() -> Iterator[None]:
-    """Ignore the warning of NumPy 2.4.0 to 2.4.4 about the dtypes of old pickles."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
-        yield
 
 
 def open_image(path: str | Path, mode: str = "RGB", *, upright: bool = False) -> Image.Image:

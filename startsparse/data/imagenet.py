@@ -138,15 +138,15 @@ def _centred() -> Any:
 
 @dataclass
 class Folders:
-    """ImageNet on disk; the counterpart of `Arrays`."""
+    """ImageNet on disk; the counterpart of `Arrays`. ``class_names`` are those of the folders."""
 
     train: list[Sample]
     test: list[Sample]
     classes: int
+    class_names: tuple[str, ...]
     channels: int = 3
     size: int = SIZE
     held_out: tuple[str, ...] = ("valid",)
-    class_names: tuple[str, ...] = ()
     content: str = ""
 
     @property
@@ -203,7 +203,7 @@ def load(root: Path, mirror: str = "") -> Folders:  # noqa: ARG001 -- it is neve
             f"{root / 'imagenet'}: train and val have different class folders: {odd[0]} is in one "
             "of them only"
         )
-    return Folders(train, test, len(classes))
+    return Folders(train, test, len(classes), tuple(classes))
 
 
 def _list(folder: Path) -> tuple[list[Sample], list[str]]:

@@ -1,6 +1,9 @@
 """MNIST from its four gzipped IDX files."""
 
 import gzip
+import math
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,18 +15,24 @@ from torch import Tensor
 from startsparse.data import files
 from startsparse.data.arrays import Arrays
 from startsparse.data.files import File
+from startsparse.errors import UserError
 
 SIZE = 32
+DIGIT = 28  # height and width in the files
+BYTE = 8  # the type of a file's numbers
+CLASSES = 10
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Folder, URL and files of a set; ``train`` and ``test`` are (images, labels)."""
+    """Folder, URL, files and sizes of a set; ``train`` and ``test`` are (images, labels)."""
 
     folder: str
     url: str
     train: tuple[File, File]
     test: tuple[File, File]
+    train_images: int
+    test_images: int
 
 
 MNIST = Spec(
@@ -37,27 +46,35 @@ MNIST = Spec(
         File("t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3"),
         File("t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c"),
     ),
+    train_images=60_000,
+    test_images=10_000,
 )
 
 
-def load(spec: Spec, root: Path, mirror: str = "") -> Arrays:
+def load(spec: Spec, root: Path, mirror: str = "", *, checksum: bool = True) -> Arrays:
     """One channel, padded with black from 28 x 28 to 32 x 32.
 
     Files are read from ``root/spec.folder``; missing ones are fetched from ``mirror`` or
-    ``spec.url``. Raises `UserError` where one is missing or damaged.
+    ``spec.url``. Without ``checksum``, files that are there may be re-encoded ones. Raises
+    `UserError` where one is missing, damaged, or not of the published sizes.
     """
     folder = root / spec.folder
 
-    def part(images: File, labels: File) -> tuple[Tensor, Tensor]:
-        pixels, targets = (_read(folder, file, spec.url, mirror) for file in (images, labels))
-        margin = (SIZE - pixels.shape[1]) // 2
+    def part(images: File, labels: File, count: int) -> tuple[Tensor, Tensor]:
+        paths = [files.present(folder, file, spec.url, mirror) for file in (images, labels)]
+        pixels = _read(paths[0], images.md5 * checksum, (count, DIGIT, DIGIT))
+        targets = _read(paths[1], labels.md5 * checksum, (count,))
+        if targets.max() >= CLASSES:
+            raise _other(paths[1], f"label {int(targets.max())}, not 0 to {CLASSES - 1}")
+        margin = (SIZE - DIGIT) // 2
         pixels = F.pad(pixels, (margin, margin, margin, margin))
         return pixels.unsqueeze(3), targets.to(torch.int64)
 
     return Arrays(
-        train=part(*spec.train),
-        test=part(*spec.test),
-        classes=10,
+        train=part(*spec.train, spec.train_images),
+        test=part(*spec.test, spec.test_images),
+        classes=CLASSES,
+        class_names=tuple(map(str, range(CLASSES))),
         mean=(0.1307,),
         std=(0.3081,),
         pad=2,  # with the margin of 2 a digit can move by 4 and loses nothing
@@ -65,10 +82,22 @@ def load(spec: Spec, root: Path, mirror: str = "") -> Arrays:
     )
 
 
-def _read(folder: Path, file: File, url: str, mirror: str) -> Tensor:
+def _read(path: Path, md5: str, shape: tuple[int, ...]) -> Tensor:
     """An IDX file of bytes: 0, 0, type 8, number of dimensions; big-endian uint32 sizes; data."""
-    data = gzip.decompress(files.read(files.present(folder, file, url, mirror), file.md5))
-    dimensions = data[3]
-    shape = np.frombuffer(data, ">u4", count=dimensions, offset=4)
+    content = files.read(path, md5)
+    try:
+        data = gzip.decompress(content)
+        zero, kind, dimensions = struct.unpack_from(">HBB", data)
+        sizes = struct.unpack_from(f">{dimensions}I", data, 4)
+    except (OSError, EOFError, zlib.error, struct.error) as error:
+        raise _other(path, f"no gzipped IDX file ({files.reason(error)})") from error
+    if (zero, kind, sizes) != (0, BYTE, shape):
+        raise _other(path, f"type {kind} {list(sizes)}, not {BYTE} (bytes) {list(shape)}")
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions)
-    return torch.from_numpy(values.reshape(shape.tolist()).copy())
+    if len(values) != math.prod(shape):
+        raise _other(path, f"{len(values)} numbers, not {math.prod(shape)}")
+    return torch.from_numpy(values.reshape(shape).copy())
+
+
+def _other(path: Path, found: str) -> UserError:
+    return UserError(f"{path}: damaged or another file: {found}")

@@ -4,19 +4,18 @@ Revisiting Semi-Supervised Learning with Graph Embeddings (arXiv:1603.08861). A 
 features are the words in it, its class is its topic, and an edge is a citation.
 """
 
-import io
 import pickle
-from collections import defaultdict
-from copyreg import _reconstructor  # type: ignore[attr-defined]  # old pickles name it
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from startsparse.data import files
+from startsparse.data import files, pickles
 from startsparse.data.files import File
 from startsparse.data.graphs import NO_LABEL, Graph
 from startsparse.errors import UserError
@@ -105,45 +104,24 @@ def _expect(path: Path, what: str, found: int, expected: int) -> None:
 class _Csr:
     """Stands for scipy.sparse.csr_matrix: the attributes that its pickle sets, without its code."""
 
+    parts: Mapping[str, Any] = MappingProxyType({})
 
-_reconstruct = np.empty(0).__reduce__()[0]  # its module depends on the version of NumPy
-# Names of Python 2 and 3, of old and new NumPy and SciPy.
-_ALLOWED = {
+    def __setstate__(self, state: Any) -> None:
+        self.parts = dict(state)
+
+
+_CLASSES = {  # of old and new SciPy
     ("scipy.sparse.csr", "csr_matrix"): _Csr,
     ("scipy.sparse._csr", "csr_matrix"): _Csr,
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("collections", "defaultdict"): defaultdict,
-    ("__builtin__", "list"): list,
-    ("builtins", "list"): list,
-    ("__builtin__", "object"): object,
-    ("builtins", "object"): object,
-    ("copy_reg", "_reconstructor"): _reconstructor,
-    ("copyreg", "_reconstructor"): _reconstructor,
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Creates only arrays, matrices, lists and dicts, and refuses all other pickles."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return _ALLOWED[module, name]
-
-
 def _unpickled(path: Path) -> Any:
+    data = files.read(path, md5="")
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({files.reason(error)})") from error
-    try:
-        with files.old_dtypes():
-            return _Unpickler(io.BytesIO(data), encoding="latin1").load()
-    except Exception as error:  # a damaged pickle raises anything
-        raise _other(path, f"no pickle of a graph ({files.reason(error)})") from error
+        return pickles.loads(data, _CLASSES)
+    except pickle.UnpicklingError as error:
+        raise _other(path, f"no pickle of a graph ({error})") from error
 
 
 def _array(path: Path, value: Any, what: str, dimensions: int) -> np.ndarray:
@@ -151,7 +129,7 @@ def _array(path: Path, value: Any, what: str, dimensions: int) -> np.ndarray:
         raise _other(path, f"{what} are no numbers")
     if value.ndim != dimensions:
         raise _other(path, f"{what} have {value.ndim} dimensions, not {dimensions}")
-    return value
+    return np.asarray(value)
 
 
 def _features(path: Path, columns: int) -> Tensor:
@@ -161,7 +139,7 @@ def _features(path: Path, columns: int) -> Tensor:
     value = _unpickled(path)
     if not isinstance(value, _Csr):
         raise _other(path, f"a {type(value).__name__}, no csr_matrix")
-    parts = vars(value)
+    parts = value.parts
     arrays = [_array(path, parts.get(k), k, dimensions=1) for k in ("data", "indices", "indptr")]
     try:
         matrix = csr_matrix(tuple(arrays), shape=parts.get("_shape"))

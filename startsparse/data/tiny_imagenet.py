@@ -44,17 +44,18 @@ TINY_IMAGENET = Spec(
 )
 
 
-def load(spec: Spec, root: Path, mirror: str = "") -> Arrays:
+def load(spec: Spec, root: Path, mirror: str = "", *, checksum: bool = True) -> Arrays:
     """The set from ``root/spec.folder``, or from the archive in ``root``, or fetched.
 
     The test set is the part named ``val``: the labels of the part named ``test`` were never
     published. Labels number the classes in alphabetical order. ``root/<folder>.npz`` caches the
-    decoded pixels, until the name, size or time of an image changes. Raises `UserError` where an
-    image is missing or damaged.
+    decoded pixels, until the name, size or time of an image changes. Without ``checksum`` an
+    archive that is there may be a re-encoded one. Raises `UserError` where an image is missing or
+    damaged.
     """
-    files.unpacked(root, [spec.folder], spec.archive, spec.url, mirror)
+    files.unpacked(root, [spec.folder], spec.archive, spec.url, mirror, checksum=checksum)
     folder = root / spec.folder
-    train, test = _list(folder, spec)
+    train, test, names = _list(folder, spec)
     cache = root / f"{spec.folder}.npz"
     fingerprint = _fingerprint(folder, train + test)
     pixels = _cached(cache, fingerprint)
@@ -67,6 +68,7 @@ def load(spec: Spec, root: Path, mirror: str = "") -> Arrays:
         train=(images[: len(train)], labels[: len(train)]),
         test=(images[len(train) :], labels[len(train) :]),
         classes=spec.classes,
+        class_names=names,
         mean=(0.4802, 0.4481, 0.3975),
         std=(0.2770, 0.2691, 0.2821),
         pad=4,
@@ -74,8 +76,8 @@ def load(spec: Spec, root: Path, mirror: str = "") -> Arrays:
     )
 
 
-def _list(folder: Path, spec: Spec) -> tuple[Listing, Listing]:
-    """The images of the training and the test set, in a fixed order."""
+def _list(folder: Path, spec: Spec) -> tuple[Listing, Listing, tuple[str, ...]]:
+    """The images of the training and the test set, in a fixed order; the names of the classes."""
     names = sorted(_lines(folder / "wnids.txt"))
     classes = {name: label for label, name in enumerate(names)}
     train = [
@@ -104,7 +106,7 @@ def _list(folder: Path, spec: Spec) -> tuple[Listing, Listing]:
                 f"{folder}: incomplete: expected {expected} {what}, found {found}; "
                 "delete the folder and run again to fetch it"
             )
-    return train, test
+    return train, test, tuple(classes)
 
 
 def _lines(path: Path) -> list[str]:
