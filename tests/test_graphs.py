@@ -15,6 +15,7 @@ from graph_files import python2_csr, python2_defaultdict, write_planetoid
 from scipy.sparse import csr_matrix
 from script_runs import Crash, crashing, same, weights
 
+from ER_DST import main as dynamic
 from startsparse import data, models, parallel, scores
 from startsparse.data import SETS, SHAPES, Shape
 from startsparse.data.graphs import NO_LABEL, GraphBatches, karate
@@ -351,6 +352,11 @@ def test_the_configs_are_those_of_the_paper_but_for_more_steps(name):
     assert (options.arch, options.optimizer, options.lr) == ("gcn", "adam", 0.01)
     steps = 200 if name == "karate" else 1000  # the paper's 200 are too few for sparse networks
     assert (options.weight_decay, options.epochs * options.passes) == (5e-4, steps)
+    if name in ("cora", "citeseer"):
+        moving = dynamic.parse(dynamic.DSTOptions, dynamic.CONFIGS, ["--set", name])
+        for same in ("arch", "width", "optimizer", "lr", "lr_policy", "weight_decay", "passes"):
+            assert getattr(moving, same) == getattr(options, same)
+        assert (moving.method, moving.er_sparse_init, moving.final_density) == ("GraNet", 0.5, 0.1)
 
 
 @pytest.mark.parametrize("pruner", PRUNER_NAMES)
