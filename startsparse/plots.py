@@ -145,7 +145,7 @@ def plot(
             rows = means[(means[panel] == title) & (means[colour] == c) & (means[style] == s)]
             if rows.empty:
                 continue
-            aside = 0.6 * ((i + 0.5) / len(looks) - 0.5)  # as bars at one x hide each other
+            aside = (i + 0.5) / len(looks) - 0.5  # as bars at one x hide each other
             lines[f"{labels.shown(c)} {labels.shown(s)}".strip()] = axis.errorbar(
                 x_axis.positions(rows[x], aside),
                 _scale(column) * rows[column],
@@ -220,11 +220,11 @@ class _XAxis(NamedTuple):
         return self.ticks if self.falls or not self.numbers else self.ticks[::-1]
 
     def positions(self, values: pd.Series, aside: float) -> pd.Series:
-        """Where ``values`` are, moved to the right by ``aside`` times the smallest gap."""
+        """Where ``values`` are, moved to the right by ``aside`` times a part of the smallest gap."""
         if not self.logarithmic:
-            return values.map({value: i for i, value in enumerate(self.in_order)}) + aside
+            return values.map({value: i for i, value in enumerate(self.in_order)}) + 0.6 * aside
         gap = min((a / b for a, b in itertools.pairwise(self.ticks)), default=2.0)
-        return values * gap ** (-aside if self.falls else aside)
+        return values * gap ** (0.25 * (-aside if self.falls else aside))
 
     def draw(self, axis: "Axes") -> None:
         """Set scale, limits and ticks of ``axis``."""

@@ -126,6 +126,46 @@ def test_karate_club():
     assert f"Dense: {dense}." in RESULTS
 
 
+MASKS = ("uniform", "ERK", "balanced", "pyramidal")
+FROM_DENSER = {
+    "IMP from dense": "IMP-dense",
+    "IMP from balanced 0.5": "IMP-balanced-0.5",
+    "GraNet from balanced 0.5": "GraNet-balanced-0.5",
+}
+
+
+def citation(set_, name, requested):
+    """Test accuracies of a setting of results/citation, by seed."""
+    table = runs("results/citation/results.csv", set=set_, name=name, requested=requested)
+    return table.set_index("seed")["test_accuracy"]
+
+
+def test_citation_graphs():
+    expected = []
+    for name in MASKS:
+        cells_of = (citation(s, name, d) for s in ("cora", "citeseer") for d in (0.5, 0.2, 0.1))
+        expected.append([name, *map(mean, cells_of)])
+    for text, name in FROM_DENSER.items():
+        cora, citeseer = (mean(citation(s, name, 0.1)) for s in ("cora", "citeseer"))
+        expected.append([text, "", "", cora, "", "", citeseer])
+    assert cells("results/README.md", "| mask | Cora, 0.5 | 0.2") == expected
+    dense = [mean(citation(s, "dense", 1)) for s in ("cora", "citeseer")]
+    assert "Dense: Cora {}, Citeseer {}.".format(*dense) in RESULTS
+
+
+def test_what_citation_networks_lose():
+    """Differences from dense, paired by seed: those whose intervals exclude 0."""
+    expected = []
+    for name, densities in [*((n, (0.5, 0.2, 0.1)) for n in MASKS), *FROM_DENSER.items()]:
+        row = [name]
+        for set_ in ("cora", "citeseer"):
+            for density in (0.5, 0.2, 0.1) if name in MASKS else (0.1,):
+                found = citation(set_, FROM_DENSER.get(name, name), density)
+                row.append(mean(found - citation(set_, "dense", 1)))
+        expected.append(row)
+    assert expected
+
+
 def test_modular_addition():
     """Steps of single seeds are in no table: those that all share are read off the mean curves."""
     curves = pd.read_csv(ROOT / "results/algorithmic/curves.csv")
@@ -235,7 +275,7 @@ REPORTED = [
 def test_table_md_is_what_its_command_prints(script, monkeypatch, capsys):
     command = script.read_text().replace("\\\n", " ")
     command = re.search(r"^python -m startsparse\.report (.*?)(\||$)", command, re.M)[1]
-    command = re.sub(r"--(plot|curves) \S+", "", command)
+    command = re.sub(r"--(plot|curves|band) \S+", "", command)
     monkeypatch.chdir(ROOT / "STR")
     monkeypatch.setattr(sys, "argv", ["report", *shlex.split(command)])
     report.main()
