@@ -1,8 +1,17 @@
 """When the options that all scripts share count: one `fields.Condition` for each reason."""
 
+from pathlib import Path
 from typing import ClassVar
 
-from startsparse.data import DIGITS, NOT_FETCHED, OWN_PARTS, SHAPES, WITH_SUMS, WITHOUT_FILES
+from startsparse.data import (
+    DIGITS,
+    NOT_FETCHED,
+    OWN_PARTS,
+    SHAPES,
+    WITH_SUMS,
+    WITHOUT_FILES,
+    folder,
+)
 from startsparse.fields import Condition
 from startsparse.models import MODELS
 from startsparse.optimizers import OPTIMIZERS
@@ -35,7 +44,8 @@ SUMS = Condition(
     lambda o: o.set in WITH_SUMS, "with --set {o.set}, for which no checksums are published"
 )
 HELD_OUT = Condition(
-    lambda o: o.set not in OWN_PARTS, "with --set {o.set}, which has a validation part of its own"
+    lambda o: o.set not in OWN_PARTS and not (o.set == "folder" and folder.whole(Path(o.data))),
+    "with --set {o.set}, which has a validation part of its own",
 )
 BATCHES = Condition(
     lambda o: not SHAPES[o.set].nodes, "with --set {o.set}: the graph is always one batch"

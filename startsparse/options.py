@@ -63,8 +63,8 @@ class Options(Meaning):
     """Compare files with the published MD5 sums; --no-checksum takes a re-encoded copy of mnist,
     cifar10, cifar100 or tiny-imagenet. What is downloaded is always compared"""
     valid_split: Annotated[float, counts(on.HELD_OUT)] = 0.1
-    """Share of the training set held out for validation; graphs and modular-addition have a
-    validation part of their own"""
+    """Share of the training set held out for validation, and as much for the test of a --set folder
+    without test; graphs and modular-addition have a validation part of their own"""
     workers: Annotated[int, counts(on.IMAGENET)] = 4
     """Processes that decode images (imagenet only; small sets are held on the device)"""
     augment: Annotated[bool, counts(on.IMAGES)] = True

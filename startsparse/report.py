@@ -76,6 +76,22 @@ def half_width(values: Sequence[float]) -> float:
     return stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
 
 
+def paired(
+    runs: pd.DataFrame, others: pd.DataFrame, column: str = "test_accuracy"
+) -> tuple[float, float]:
+    """Mean and 95 % half-width of the differences of two settings, paired by seed.
+
+    Seeds that only one of them has do not count; NaN without a common one. Runs of one seed share
+    split, order and, where layers agree, weights and masks, so that their difference varies less
+    than they do.
+    """
+    both = [table.set_index("seed")[column].astype(float) for table in (runs, others)]
+    differences = (both[0] - both[1]).dropna().tolist()
+    return (
+        (float(np.mean(differences)), half_width(differences)) if differences else (np.nan, np.nan)
+    )
+
+
 def summarise(results: pd.DataFrame, by: Sequence[str], of: Sequence[str]) -> pd.DataFrame:
     """One row per setting ``by``: number of runs, and mean and 95 % half-width of each ``of``.
 

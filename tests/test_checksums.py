@@ -27,6 +27,7 @@ from file_server import content, serve
 from option_names import SCRIPTS
 from script_runs import ROOT
 
+from startsparse import runs
 from startsparse.commandline import parse
 from startsparse.data import SETS
 from startsparse.errors import OptionError, UserError
@@ -298,5 +299,9 @@ def test_a_run_records_it(run, tmp_path, monkeypatch, caplog):
     assert "checksum" not in json.loads((plain / "summary.json").read_text())
     table = pd.read_csv(tmp_path / "a/results.csv")
     assert table["checksum"].tolist() == [True, False]
+    assert table["images"].isna().tolist() == [True, False]
+    assert [bool(runs.images(f).content) for f in (plain, folder)] == [False, True]
+    other = run(*argv, "--name", "again", "--no-checksum")
+    assert runs.images(other) == runs.images(folder)
     with pytest.raises(OptionError, match="^--checksum: True, but the run .* with False$"):
         script.main([*argv, "--resume", str(folder), "--checksum", "True"])

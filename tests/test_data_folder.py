@@ -100,6 +100,12 @@ def test_parts_that_are_missing_are_held_out_of_train(tmp_path, parts, sizes):
     assert torch.equal(load(tmp_path).test.labels, found.test.labels)
 
 
+def test_a_share_of_nothing_has_no_effect(tmp_path):
+    images(tmp_path, ("train", "val", "test"))
+    with pytest.raises(OptionError, match=r"--valid-split: has no effect with --set folder, which"):
+        st.main(["--set", "folder", "--data", str(tmp_path), "--valid-split", "0.2"])
+
+
 def test_two_parts_held_out_need_a_share(tmp_path):
     images(tmp_path, ("train", "val"))
     with pytest.raises(UserError, match="--valid-split: 0.0 of 16 examples is not one"):

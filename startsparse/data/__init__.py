@@ -308,9 +308,9 @@ def load(
         shape = replace(shape, nodes=source.nodes, adjacency=source.adjacency)
     images = None
     if isinstance(source, Arrays | Folders) and isinstance(train, Batches | FolderBatches):
-        images = Images(
-            source.class_names, train.mean, train.std, shape.size, shape.channels, source.content
-        )
+        content = source.content if checksum else source.key()
+        names = source.class_names
+        images = Images(names, train.mean, train.std, shape.size, shape.channels, content)
     return Data(Repeated(train, passes) if passes > 1 else train, valid, test, shape, images)
 
 

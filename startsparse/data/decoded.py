@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import startsparse
+from startsparse import threads
 from startsparse.atomic import replacing, write_text
 from startsparse.data import files
 from startsparse.errors import UserError
@@ -132,7 +132,7 @@ def _bytes(path: Path) -> bytes:
 def _parallel(function: Callable[[T], R], items: Sequence[T], what: str) -> Iterator[R]:
     """The values of ``function``, in order, with a bar. Threads: PIL works outside the lock."""
     bar = tqdm(total=len(items), desc=what, unit=" images", disable=None)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+    with ThreadPoolExecutor(threads.cores()) as pool, bar:
         # In pieces: all at once would be held in memory where the reader is slower.
         for first in range(0, len(items), 1024):
             for value in pool.map(function, items[first : first + 1024]):
@@ -180,7 +180,8 @@ def _decode(
             raise UserError(
                 "; ".join(damaged[:_NAMED])
                 + f"; and {more} more" * (more > 0)
-                + "; delete what is damaged, and bring all to one size with --image-size"
+                + "; delete what is damaged"
+                + ", and bring all to one size with --image-size" * (not form.resize)
             )
 
     if store is None:

@@ -144,6 +144,11 @@ def load(root: Path, mirror: str = "", *, image_size: int = 0, channels: int = 3
     )
 
 
+def whole(root: Path) -> bool:
+    """Whether all parts are there, so that none is held out of ``train``."""
+    return all((root / part).is_dir() for part in PARTS)
+
+
 def shape(root: Path, image_size: int, channels: int) -> tuple[int, int, int]:
     """Classes, channels, and height and width of the images; from names and one image.
 
