@@ -220,7 +220,7 @@ class _XAxis(NamedTuple):
         return self.ticks if self.falls or not self.numbers else self.ticks[::-1]
 
     def positions(self, values: pd.Series, aside: float) -> pd.Series:
-        """Where ``values`` are, moved to the right by ``aside`` times a part of the smallest gap."""
+        """Where ``values`` are, moved to the right by a part, ``aside``, of the smallest gap."""
         if not self.logarithmic:
             return values.map({value: i for i, value in enumerate(self.in_order)}) + 0.6 * aside
         gap = min((a / b for a, b in itertools.pairwise(self.ticks)), default=2.0)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The GCN of Kipf and Welling on Cora and Citeseer, 1,000 steps, five seeds: dense and in random
 # masks, pruned iteratively (IMP, magnitude) to density 0.1 from dense and from a balanced mask, and
-# by GraNet from that mask. 160 runs, about 25 minutes on two cores. Then, in longer/, dense and
-# balanced masks of 0.1 with 5,000 steps, 20 runs. Running it again resumes, and skips what is
+# by GraNet from that mask, 160 runs. Then, in longer/, dense and balanced masks of 0.1 with 5,000
+# steps, 20 runs. About 25 minutes on two cores. Running it again resumes, and skips what is
 # finished. SETS=cora runs only one of the two.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -59,3 +59,10 @@ python -m startsparse.report ../results/citation/results.csv --by requested name
   | tee ../results/citation/table.md
 python -m startsparse.report ../results/citation/longer/results.csv --by name set \
   --of density valid_accuracy test_accuracy | tee ../results/citation/longer/table.md
+{ # words of which no hidden unit knows, in the tested networks of density 0.1
+  echo run,dead_words
+  for run in ../{STR,ER_DST}/runs/citation/0.1/*/*/seed-?; do
+    if [[ $run == *-5000/* ]]; then continue; fi
+    echo "$run,$(grep ^hidden "$run/density.csv" | cut -d , -f 8)"
+  done
+} > ../results/citation/dead_words.csv
