@@ -11,7 +11,7 @@ import startsparse.threads  # noqa: F401 - before torch
 
 import torch
 
-from startsparse import data, er, masks, models, parallel, recipe, runs
+from startsparse import data, er, flops, masks, models, parallel, recipe, runs
 from startsparse.commandline import parse
 from startsparse.effective import replace_layers
 from startsparse.processes import run_script
@@ -82,8 +82,8 @@ def network(options: STROptions, shape: data.Shape) -> tuple[torch.nn.Module, di
 
 def watched(model: torch.nn.Module) -> dict[str, float]:
     """What TensorBoard shows per layer."""
-    table = masks.density_table(model)
-    values = {f"density/{row.layer}": row.density for row in table.itertuples()}
+    densities = {**flops.densities(model), "total": masks.density(model)}
+    values = {f"density/{name}": density for name, density in densities.items()}
     return values | {f"threshold/{name}": t for name, t in thresholds(model).items()}
 
 

@@ -2,7 +2,8 @@
 
 `torch.utils.flop_counter` gives the dense cost of each layer; at density d a layer costs d times
 that. Only convolutions and linear layers count: the rest is about one percent. In a small graph
-network, the products with the adjacency matrix, which do not count either, can be a tenth.
+network, the products with the adjacency matrix, which do not count either, can be a tenth. Zeros of
+an input (`SparseRows`) count, though they cost nothing.
 """
 
 from collections.abc import Mapping

@@ -26,6 +26,7 @@ LABELS = {
     "lr": "learning rate",
     "arch": "network",
     "set": "data set",
+    "name": "setting",
 }
 DENSITIES = {"density", "requested", "er_sparse_init", "final_density", "sparsity"}
 

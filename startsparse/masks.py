@@ -11,6 +11,7 @@ That costs one multiply per step, and nothing in the forward pass.
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -139,13 +140,20 @@ def active(layer: SparseLayer) -> Tensor:
     return torch.ones_like(layer.weight, dtype=torch.bool) if mask is None else mask
 
 
+def density(model: nn.Module) -> float:
+    """Active weights of all weights, of the layers that can be sparse together."""
+    masks = [active(layer) for layer in sparse_layers(model).values()]
+    kept = torch.stack([torch.count_nonzero(mask) for mask in masks]).sum().item()
+    return kept / sum(mask.numel() for mask in masks)
+
+
 def density_table(model: nn.Module, requested: Mapping[str, float] | None = None) -> pd.DataFrame:
     """One row per layer and a last one, ``total``.
 
     Columns: layer, shape, weights, requested (density), kept, density, dead_outputs (units without
     an incoming edge) and dead_inputs (units without an outgoing one).
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, layer in sparse_layers(model).items():
         edges = active(layer).flatten(2).sum(2) if layer.weight.dim() > 2 else active(layer).int()
         rows.append(
@@ -159,10 +167,10 @@ def density_table(model: nn.Module, requested: Mapping[str, float] | None = None
                 "dead_inputs": int((edges.sum(0) == 0).sum()),
             }
         )
-    table = pd.DataFrame(rows)
-    total = table[["weights", "kept", "dead_outputs", "dead_inputs"]].sum()
-    target = (table["requested"] * table["weights"]).sum() / total["weights"]
-    table.loc[len(table)] = {"layer": "total", "shape": "", "requested": target, **total}
+    counted = ("weights", "kept", "dead_outputs", "dead_inputs")
+    total = {name: sum(row[name] for row in rows) for name in counted}
+    target = sum(row["requested"] * row["weights"] for row in rows) / total["weights"]
+    table = pd.DataFrame([*rows, {"layer": "total", "shape": "", "requested": target, **total}])
     table.insert(5, "density", table["kept"] / table["weights"])
     return table
 

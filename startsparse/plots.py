@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # matplotlib is slow to import, and needed when a run has fin
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -108,7 +109,9 @@ def _plain_ticks(axis: "Axis", highest: float = np.inf) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def plot(means: pd.DataFrame, by: Sequence[str], column: str, path: Path) -> None:
+def plot(
+    means: pd.DataFrame, by: Sequence[str], column: str, path: Path, *, band: str = ""
+) -> None:
     """Draw a `startsparse.report.summarise`-d table: means with error bars of 95 %.
 
     A single run has no bar. The bar of two runs, 12.7 standard errors, does not stretch the axis.
@@ -120,6 +123,7 @@ def plot(means: pd.DataFrame, by: Sequence[str], column: str, path: Path) -> Non
             side, numbers in their order. Columns of one value count too.
         column: the column to plot; an accuracy is shown in percent.
         path: its suffix is one of `SUFFIXES`.
+        band: a value of the colour; its mean and interval are a grey band across each panel.
     """
     from matplotlib.figure import Figure
 
@@ -129,8 +133,10 @@ def plot(means: pd.DataFrame, by: Sequence[str], column: str, path: Path) -> Non
         values = [" ".join(map(labels.shown, row)) for row in means[by[3:]].to_numpy()]
         means, by = means.assign(**{name: values}), [*by[:3], name]
     x, colour, panel, style = (*by, *["_"] * 4)[:4]
-    panels = list(dict.fromkeys(means[panel]))
-    figure = Figure(figsize=(2.5 + 5.5 * len(panels), 6), layout="constrained")
+    panels, limits = list(dict.fromkeys(means[panel])), means
+    in_band = (means[colour].map(labels.shown) == band) & bool(band)
+    means, across = means[~in_band], means[in_band]
+    figure = Figure(figsize=(2.5 + 4 * len(panels), 5), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     x_axis, looks = _x_axis(means[x]), _looks(means[colour], means[style])
     lines = {}
@@ -139,7 +145,7 @@ def plot(means: pd.DataFrame, by: Sequence[str], column: str, path: Path) -> Non
             rows = means[(means[panel] == title) & (means[colour] == c) & (means[style] == s)]
             if rows.empty:
                 continue
-            aside = 0.6 * ((i + 0.5) / len(looks) - 0.5)  # as bars at one x hide each other
+            aside = (i + 0.5) / len(looks) - 0.5  # as bars at one x hide each other
             lines[f"{labels.shown(c)} {labels.shown(s)}".strip()] = axis.errorbar(
                 x_axis.positions(rows[x], aside),
                 _scale(column) * rows[column],
@@ -149,16 +155,27 @@ def plot(means: pd.DataFrame, by: Sequence[str], column: str, path: Path) -> Non
                 lw=1.2,
                 capsize=2,
             )
+        for row in across[across[panel] == title].index:
+            lines[band] = _band(axis, across.loc[[row]], column)
         what = f"{labels.words(panel)}: " if panel != "_" else ""
         axis.set(title=f"{what}{labels.shown(title)}", xlabel=labels.label(x))
         axis.grid(alpha=0.3)
         x_axis.draw(axis)
     axes[0].set_ylabel(labels.label(column))
-    _y_limits(axes[0], means, column)
+    _y_limits(axes[0], limits, column)
     title = ",\n".join(labels.words(name) for name in (colour, style) if name != "_")
     if title:
         figure.legend(lines.values(), lines, loc="outside right upper", title=title, fontsize=8)
     save(figure, path)
+
+
+def _band(axis: "Axes", row: pd.DataFrame, column: str) -> "Line2D":
+    """A mean and its interval across ``axis``; returns the line of the mean."""
+    middle = _scale(column) * row[column].iloc[0]
+    down, up = bars(row, column)[:, 0]
+    if np.isfinite([down, up]).all():
+        axis.axhspan(middle - down, middle + up, color="0.85", zorder=0)
+    return axis.axhline(middle, color="0.4", lw=1.2, zorder=1)
 
 
 def _scale(column: str) -> int:
@@ -203,11 +220,11 @@ class _XAxis(NamedTuple):
         return self.ticks if self.falls or not self.numbers else self.ticks[::-1]
 
     def positions(self, values: pd.Series, aside: float) -> pd.Series:
-        """Where ``values`` are, moved to the right by ``aside`` times the smallest gap."""
+        """Where ``values`` are, moved to the right by a part, ``aside``, of the smallest gap."""
         if not self.logarithmic:
-            return values.map({value: i for i, value in enumerate(self.in_order)}) + aside
+            return values.map({value: i for i, value in enumerate(self.in_order)}) + 0.6 * aside
         gap = min((a / b for a, b in itertools.pairwise(self.ticks)), default=2.0)
-        return values * gap ** (-aside if self.falls else aside)
+        return values * gap ** (0.25 * (-aside if self.falls else aside))
 
     def draw(self, axis: "Axes") -> None:
         """Set scale, limits and ticks of ``axis``."""
@@ -235,7 +252,7 @@ def _x_axis(values: pd.Series) -> _XAxis:
 
 
 def _y_limits(axis: "Axes", means: pd.DataFrame, column: str) -> None:
-    """Set limits around means and intervals, but not those of two runs; accuracies end at 100 %."""
+    """Set limits around means and intervals, but not those of two runs."""
     scale, half = _scale(column), means[f"{column}_ci95"].fillna(0)
     if "runs" in means:
         half = half.mask(means["runs"] < 3, 0)
@@ -245,7 +262,8 @@ def _y_limits(axis: "Axes", means: pd.DataFrame, column: str) -> None:
         return
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1
     if scale == 100:
-        axis.set_ylim(max(0, min(low - room, low - 2)), 101)
+        room = max(room, 2)
+        axis.set_ylim(max(0, low - room), min(101, high + room))
     elif column in labels.DENSITIES and 0 < values.min() < 0.1:
         axis.set(yscale="log", ylim=(values.min() / 1.5, 1.5 * high))
         _plain_ticks(axis.yaxis)

@@ -235,6 +235,9 @@ class ReportOptions:
     plot: Path | None = None
     """Picture (.png, .pdf or .svg) of the last column --of; --by gives axis, colours, panels, line
     styles, in this order"""
+    band: Annotated[str, default_is("none")] = ""
+    """Value of the second --by whose mean and interval the picture shows as a band across it, as
+    dense"""
     curves: Path | None = None
     """Picture of training and validation accuracy against the epoch, means of each setting; a CSV
     beside it has their numbers"""
@@ -246,13 +249,17 @@ def main() -> None:
     for name in ("plot", "curves"):
         if getattr(options, name):
             plots.check_suffix(f"--{name}", getattr(options, name))
+    if options.band and not options.plot:
+        raise OptionError("--band: goes with --plot")
     table, by = read(options)
     means = summarise(table, by, options.of)
     print(markdown(means, options.of, options.digits))
     if options.plot:
         if not by:
             raise OptionError("--plot: all runs have one setting; name an axis with --by")
-        plots.plot(means, by, options.of[-1], options.plot)
+        if options.band and options.band not in map(labels.shown, means[(*by, "runs")[1]]):
+            raise OptionError(f"--band: no setting is called '{options.band}' in the second --by")
+        plots.plot(means, by, options.of[-1], options.plot, band=options.band)
     if options.curves:
         folders = [results.folder(options.results, run) for run in table["run"]]
         points = curves(table.assign(run=folders), by)

@@ -24,7 +24,7 @@ from startsparse.clock import Clock
 from startsparse.data import AnyBatches, Data
 from startsparse.engine.compute import Compute
 from startsparse.errors import UserError
-from startsparse.masks import density_table, keep_inside
+from startsparse.masks import density, keep_inside
 from startsparse.method import Method
 from startsparse.options import Options
 from startsparse.phases import Phase, Position
@@ -264,7 +264,6 @@ class Trainer(Learner, Generic[S]):
         processes.all_copy_rank_0(self.model)
         self.ledger.count(first + steps, phase.method)
         trained, valid = means(self.sums), self.evaluate(self.data.valid)
-        total = density_table(self.model).iloc[-1]
         row: dict[str, Any] = {
             "epoch": len(self.history) + 1,
             "phase": phase.name,
@@ -273,7 +272,7 @@ class Trainer(Learner, Generic[S]):
             "train_accuracy": trained["accuracy"],
             "valid_loss": valid["loss"],
             "valid_accuracy": valid["accuracy"],
-            "density": float(total["density"]),
+            "density": density(self.model),
             "training_flops": self.costs()["training_flops"],
             **self.clock.read(),
         }

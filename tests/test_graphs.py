@@ -15,6 +15,7 @@ from graph_files import python2_csr, python2_defaultdict, write_planetoid
 from scipy.sparse import csr_matrix
 from script_runs import Crash, crashing, same, weights
 
+from ER_DST import main as dynamic
 from startsparse import data, models, parallel, scores
 from startsparse.data import SETS, SHAPES, Shape
 from startsparse.data.graphs import NO_LABEL, GraphBatches, karate
@@ -113,7 +114,7 @@ def test_dropout_is_before_both_layers_and_in_training_only():
 def test_the_graph_is_not_in_checkpoints_but_goes_where_the_network_goes():
     model, x, _ = small_gcn()
     assert list(model.state_dict()) == ["hidden.weight", "classifier.weight"]
-    assert model.float().graph.dtype == torch.float32
+    assert model.float().graph_values.dtype == torch.float32
     model.eval()
     with torch.autocast("cpu", torch.bfloat16):  # no sparse product in bf16
         low = model(x.float())
@@ -209,8 +210,8 @@ def test_planetoid_is_what_its_files_say(tmp_path, monkeypatch, name, missing):
     assert (rows == 0).sum() == missing == small.labels.count(NO_LABEL)
     for part in ("train", "valid", "test"):
         ((x, labels),) = getattr(graph, part).epoch(0)
-        assert x.shape == (spec.nodes, spec.features, 1, 1)
-        np.testing.assert_allclose(x.flatten(1), small.features / np.maximum(rows, 1), rtol=1e-6)
+        assert x.shape == (spec.nodes, spec.features)
+        np.testing.assert_allclose(x.dense, small.features / np.maximum(rows, 1), rtol=1e-6)
         nodes = getattr(small, part)
         expected = [small.labels[n] if n in nodes else NO_LABEL for n in range(spec.nodes)]
         assert labels.tolist() == expected
@@ -239,7 +240,8 @@ def test_other_pickles_of_the_same_are_read_alike(tmp_path):
     )
     put(folder / "ind.cora.tx", old[2:])
     after = small.loader(tmp_path)
-    assert torch.equal(before.features, after.features) and torch.equal(before.labels, after.labels)
+    assert torch.equal(before.features.dense, after.features.dense)
+    assert torch.equal(before.labels, after.labels)
     assert torch.equal(before.adjacency.to_dense(), after.adjacency.to_dense())
 
 
@@ -350,6 +352,11 @@ def test_the_configs_are_those_of_the_paper_but_for_more_steps(name):
     assert (options.arch, options.optimizer, options.lr) == ("gcn", "adam", 0.01)
     steps = 200 if name == "karate" else 1000  # the paper's 200 are too few for sparse networks
     assert (options.weight_decay, options.epochs * options.passes) == (5e-4, steps)
+    if name in ("cora", "citeseer"):
+        moving = dynamic.parse(dynamic.DSTOptions, dynamic.CONFIGS, ["--set", name])
+        for same in ("arch", "width", "optimizer", "lr", "lr_policy", "weight_decay", "passes"):
+            assert getattr(moving, same) == getattr(options, same)
+        assert (moving.method, moving.er_sparse_init, moving.final_density) == ("GraNet", 0.5, 0.1)
 
 
 @pytest.mark.parametrize("pruner", PRUNER_NAMES)

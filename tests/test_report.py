@@ -274,6 +274,36 @@ def test_a_single_point(figures, tmp_path, numbers):
     assert low < drawn(figures[0].axes[0])[0][0] < high
 
 
+def test_a_setting_as_a_band(figures, tmp_path):
+    """In each panel that of its own row, and no point; no column of the axis for it."""
+    table = means(
+        [1, 0.5, 0.2, 1, 0.5], [0.8, 0.7, 0.6, 0.5, 0.4], [0.02, 0.01, 0.01, np.nan, 0.01], name=""
+    )
+    table["name"] = ["dense", "ERK", "ERK", "dense", "ERK"]
+    table["set"] = ["cora"] * 3 + ["citeseer"] * 2
+    by = ["x", "name", "set"]
+    plots.plot(table, by, "test_accuracy", tmp_path / "a.png", band="dense")
+    left, right = figures[0].axes
+    (span,) = left.patches
+    assert span.get_xy()[1] == pytest.approx(78) and span.get_height() == pytest.approx(4)
+    assert not right.patches  # of a single run
+    for axis, middle, points in ((left, 80, [70, 60]), (right, 50, [40])):
+        assert drawn(axis)[1].tolist() == pytest.approx(points) and len(axis.containers) == 1
+        horizontal = [line for line in axis.lines if len(set(line.get_ydata())) == 1]
+        assert middle in [line.get_ydata()[0] for line in horizontal]
+        assert drawn(axis)[2] == ["0.5", "0.2"]
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["ERK", "dense"]
+    assert left.get_ylim() == pytest.approx((39 - 2.15, 82 + 2.15))
+
+
+def test_a_band_that_is_none_is_named(told, tmp_path):
+    rows = rows_of((1, 0.9, {}), (1, 0.5, {"lr": 0.01}))
+    with pytest.raises(OptionError, match=r"^--band: goes with --plot$"):
+        told(rows, "--band", "dense")
+    with pytest.raises(OptionError, match=r"^--band: no setting is called 'dense'"):
+        told(rows, "--by", "lr", "name", "--band", "dense", "--plot", str(tmp_path / "a.png"))
+
+
 def test_five_options_are_told_apart(figures, tmp_path):
     table = means([1, 1, 2, 2], [0.1, 0.2, 0.3, 0.4], a="a", b="b", c=["c", "d"] * 2, d=[1, 2] * 2)
     plots.plot(table, ["x", "a", "b", "c", "d"], "test_accuracy", tmp_path / "a.png")

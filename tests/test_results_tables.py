@@ -126,6 +126,94 @@ def test_karate_club():
     assert f"Dense: {dense}." in RESULTS
 
 
+MASKS = ("uniform", "ERK", "balanced", "pyramidal")
+FROM_DENSER = {
+    "IMP from dense": "IMP-dense",
+    "IMP from balanced 0.5": "IMP-balanced-0.5",
+    "GraNet from balanced 0.5": "GraNet-balanced-0.5",
+}
+
+
+def citation(set_, name, requested):
+    """Test accuracies of a setting of results/citation, by seed."""
+    table = runs("results/citation/results.csv", set=set_, name=name, requested=requested)
+    return table.set_index("seed")["test_accuracy"]
+
+
+def test_citation_graphs():
+    expected = []
+    for name in MASKS:
+        cells_of = (citation(s, name, d) for s in ("cora", "citeseer") for d in (0.5, 0.2, 0.1))
+        expected.append([name, *map(mean, cells_of)])
+    for text, name in FROM_DENSER.items():
+        cora, citeseer = (mean(citation(s, name, 0.1)) for s in ("cora", "citeseer"))
+        expected.append([text, "", "", cora, "", "", citeseer])
+    assert cells("results/README.md", "| mask | Cora, 0.5 | 0.2") == expected
+    dense = [mean(citation(s, "dense", 1)) for s in ("cora", "citeseer")]
+    assert "Dense: Cora {}, Citeseer {}.".format(*dense) in RESULTS
+
+
+def lost(set_, name, requested):
+    """Half of the 95 % interval, and mean, of the difference from dense, paired by seed."""
+    found = 100 * (citation(set_, name, requested) - citation(set_, "dense", 1))
+    assert len(found) == 5 and found.notna().all()
+    return t.ppf(0.975, 4) * found.std() / 5**0.5, found.mean()
+
+
+def test_where_citation_graphs_fall_below_dense():
+    """The highest density whose interval lies below 0; and what pruning to 0.1 costs."""
+    expected = []
+    for set_ in ("cora", "citeseer"):
+        row = [set_.capitalize()]
+        for name in MASKS:
+            losses = {density: lost(set_, name, density) for density in (0.5, 0.2, 0.1)}
+            density = next(d for d, (half, mean_) in losses.items() if mean_ + half < 0)
+            half, mean_ = losses[density]
+            row.append(f"{density:g} ({mean_:.1f} ± {half:.1f})")
+        expected.append(row)
+    assert cells("results/README.md", "| below dense from | uniform") == expected
+    for set_ in ("cora", "citeseer"):
+        for name in FROM_DENSER.values():
+            half, mean_ = lost(set_, name, 0.1)
+            assert abs(mean_) < half
+            assert f"{mean_:.1f} ± {half:.1f}" in RESULTS
+    worst = {name: [-lost(s, name, 0.1)[1] for s in ("cora", "citeseer")] for name in MASKS}
+    assert {f"{loss:.0f}" for loss in worst["balanced"]} == {"7"}
+    thin = worst["uniform"] + worst["pyramidal"]
+    assert "balanced ones lose 7 points" in RESULTS
+    assert f"and a single one, {min(thin):.0f} to {max(thin):.0f}." in RESULTS
+    for set_ in ("cora", "citeseer"):  # every ratio is below at 0.2
+        for name in MASKS:
+            half, mean_ = lost(set_, name, 0.2)
+            assert mean_ + half < 0
+
+
+def test_words_that_citation_networks_do_not_use():
+    table = pd.read_csv(ROOT / "results/citation/dead_words.csv")
+    table[["set", "name"]] = table["run"].str.extract(r"/0\.1/(\w+)/([^/]+)/")
+    table["share"] = 100 * table["dead_words"] / table["set"].map({"cora": 1433, "citeseer": 3703})
+    share = table.groupby(["name", "set"])["share"].mean()
+    pruned = pd.concat([share["IMP-dense"], share["GraNet-balanced-0.5"]])
+    balanced = share["balanced"]
+    text = (
+        "leave {:.0f} to {:.0f} % of the words without a weight, IMP from dense and GraNet {:.0f}"
+    )
+    ends = [balanced.min(), balanced.max(), pruned.min(), pruned.max()]
+    assert (text + " to {:.0f} % (").format(*ends) in RESULTS
+
+
+def test_longer_training_of_citation_graphs():
+    values = {}
+    for set_ in ("cora", "citeseer"):
+        for name in ("balanced", "dense"):
+            at = {"set": set_, "name": f"{name}-5000"}
+            table = runs("results/citation/longer/results.csv", **at).set_index("seed")
+            values[set_, name] = table["test_accuracy"]
+            assert len(table) == 5 and mean(table["test_accuracy"]) in RESULTS
+        half = report.half_width(difference := values[set_, "balanced"] - values[set_, "dense"])
+        assert f"{100 * difference.mean():.1f} ± {100 * half:.1f}" in RESULTS
+
+
 def test_modular_addition():
     """Steps of single seeds are in no table: those that all share are read off the mean curves."""
     curves = pd.read_csv(ROOT / "results/algorithmic/curves.csv")
@@ -235,7 +323,7 @@ REPORTED = [
 def test_table_md_is_what_its_command_prints(script, monkeypatch, capsys):
     command = script.read_text().replace("\\\n", " ")
     command = re.search(r"^python -m startsparse\.report (.*?)(\||$)", command, re.M)[1]
-    command = re.sub(r"--(plot|curves) \S+", "", command)
+    command = re.sub(r"--(plot|curves|band) \S+", "", command)
     monkeypatch.chdir(ROOT / "STR")
     monkeypatch.setattr(sys, "argv", ["report", *shlex.split(command)])
     report.main()

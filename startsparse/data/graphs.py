@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from startsparse.data.rows import halves
+from startsparse.sparse_rows import SparseRows
 
 NO_LABEL = -100
 """Label of a node without a label in this part; `F.cross_entropy` ignores it."""
@@ -18,7 +20,7 @@ class GraphBatches:
     """One part of a graph; an epoch is one step, on all nodes.
 
     Args:
-        features: float32 [N, F], of all nodes of the graph.
+        features: float32 [N, F], of all nodes of the graph, dense or sparse.
         labels: int64 [N]; `NO_LABEL` for a node that has none.
         nodes: int64 [M], the nodes of this part.
         device: where the graph lies.
@@ -28,7 +30,11 @@ class GraphBatches:
     """
 
     def __init__(
-        self, features: Tensor, labels: Tensor, nodes: Tensor, device: torch.device
+        self,
+        features: Tensor | SparseRows,
+        labels: Tensor,
+        nodes: Tensor,
+        device: torch.device,
     ) -> None:
         visible = torch.full_like(labels, NO_LABEL)
         visible[nodes] = labels[nodes]
@@ -39,10 +45,16 @@ class GraphBatches:
         """Steps of one epoch."""
         return 1
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: ARG002
-        """Features [N, F, 1, 1] and labels [N] of all nodes; `NO_LABEL` outside the part."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, Tensor]]:  # noqa: ARG002
+        """Features and labels [N] of all nodes; `NO_LABEL` outside the part.
+
+        Dense features are [N, F, 1, 1], sparse ones `SparseRows` [N, F].
+        """
         if start == 0:
-            yield self.features[:, :, None, None], self.labels
+            features = self.features
+            if isinstance(features, Tensor):
+                features = features[:, :, None, None]
+            yield features, self.labels
 
 
 @dataclass
@@ -50,7 +62,7 @@ class Graph:
     """A graph with features and classes of its nodes; the counterpart of `Arrays`.
 
     Attributes:
-        features: float32 [N, F].
+        features: float32 [N, F], dense, or `SparseRows` where most are 0.
         labels: int64 [N], from 0 to classes - 1; `NO_LABEL` for a node that has none.
         edges: int64 [2, E] of nodes that are joined, in either direction. Repeated edges count
             once; edges of a node with itself do not count.
@@ -60,7 +72,7 @@ class Graph:
         size: for a network, a node is an image of one pixel with F channels.
     """
 
-    features: Tensor
+    features: Tensor | SparseRows
     labels: Tensor
     edges: Tensor
     classes: int

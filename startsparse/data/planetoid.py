@@ -19,6 +19,7 @@ from startsparse.data import files, pickles
 from startsparse.data.files import File
 from startsparse.data.graphs import NO_LABEL, Graph
 from startsparse.errors import UserError
+from startsparse.sparse_rows import SparseRows
 
 URL = "https://github.com/kimiyoung/planetoid/raw/master/data"
 
@@ -76,13 +77,11 @@ def load(spec: Spec, root: Path, mirror: str = "") -> Graph:
     if (y == NO_LABEL).any():
         raise _other(paths["y"], "a training node without a label")
 
-    features = torch.zeros(spec.nodes, spec.features)
     labels = torch.full((spec.nodes,), NO_LABEL)
-    features[: len(allx)], features[index] = allx, tx
     labels[: len(allx)], labels[index] = ally, ty
     valid = torch.arange(spec.train, spec.train + spec.valid)
     graph = Graph(
-        features=features / features.sum(1, keepdim=True).clamp(min=1e-12),
+        features=_rows(spec, (torch.arange(len(allx)), allx), (index, tx)),
         labels=labels,
         edges=_edges(paths["graph"], spec.nodes),
         classes=spec.classes,
@@ -134,7 +133,7 @@ def _array(path: Path, value: Any, what: str, dimensions: int) -> np.ndarray:
 
 
 def _features(path: Path, columns: int) -> Tensor:
-    """float32 [N, columns] of a pickled csr_matrix."""
+    """float32 sparse COO [N, columns] of a pickled csr_matrix."""
     from scipy.sparse import csr_matrix  # slow to import, and seldom needed
 
     value = _unpickled(path)
@@ -148,10 +147,29 @@ def _features(path: Path, columns: int) -> Tensor:
     except (ValueError, TypeError) as error:
         raise _other(path, f"no csr_matrix ({files.reason(error)})") from error
     _expect(path, "features", matrix.shape[1], columns)
-    features = torch.from_numpy(matrix.toarray().astype(np.float32))
-    if not (features.isfinite() & (features >= 0)).all():
+    coo = matrix.tocoo()
+    places = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
+    values = torch.from_numpy(coo.data.astype(np.float32))
+    if not (values.isfinite() & (values >= 0)).all():
         raise _other(path, "a feature that is negative or not finite")
-    return features
+    return torch.sparse_coo_tensor(places, values, coo.shape, check_invariants=True).coalesce()
+
+
+def _rows(spec: Spec, *parts: tuple[Tensor, Tensor]) -> SparseRows:
+    """Features [nodes, features], each divided by the sum of its row.
+
+    Args:
+        parts: nodes [M] and their features, sparse [M, features]; other nodes have none.
+    """
+    stored = [(nodes[part.indices()[0]], part.indices()[1]) for nodes, part in parts]
+    rows, columns = (torch.cat(both) for both in zip(*stored))
+    values = torch.cat([part.values() for _, part in parts])
+    sums = torch.zeros(spec.nodes).index_add_(0, rows, values).clamp(min=1e-12)
+    places, values = torch.stack([rows, columns]), values / sums[rows]
+    shape = spec.nodes, spec.features
+    return SparseRows(
+        torch.sparse_coo_tensor(places, values, shape, check_invariants=True).coalesce()
+    )
 
 
 def _classes(path: Path, columns: int) -> Tensor:

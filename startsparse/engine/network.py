@@ -23,6 +23,7 @@ from startsparse.engine.layers import Product
 from startsparse.engine.lowering import lower
 from startsparse.engine.single import SingleImage
 from startsparse.masks import SparseLayer, can_be_sparse
+from startsparse.sparse_rows import SparseRows
 
 FEW = 4  # images up to which inference is faster one by one
 
@@ -67,8 +68,10 @@ class SparseForm:
         self.program.sparse.clear()
         self.program.sparse.update(names)
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor | SparseRows) -> Tensor:
         """[B, C, H, W] -> logits [B, classes], as the model in the mode that it is in."""
+        if isinstance(images, SparseRows):
+            images = images.dense[:, :, None, None]
         few = len(images) <= FEW and not torch.is_grad_enabled() and not self.model.training
         if not few or not self.entered:
             self._compute_effective()

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from startsparse.errors import UserError
 from startsparse.masks import SparseLayer, sparse_layers
+from startsparse.sparse_rows import symmetric_product
 from startsparse.traced import module_name, source_of
 
 _SMALLEST = 0.01  # size of a unit relative to those it stands for; rounding grows by its inverse
@@ -173,11 +174,9 @@ class _Analysis:
                     self.values[key] = one, value
         self.values[node] = one, constants + others
 
-    def _matmul(self, node: fx.Node) -> None:
-        if source_of(node).op != "get_attr":
-            raise UserError(f"--compact: {node}: a product of two maps")
-        # A sum over nodes keeps zeros, and no other constants.
-        stream, constants = self.values[source_of(node, 1)]
+    def _graph_product(self, node: fx.Node) -> None:
+        """A sum over nodes keeps zeros, and no other constants."""
+        stream, constants = self.values[source_of(node)]
         self.values[node] = stream, torch.where(constants == 0, constants, torch.nan)
 
     def _flatten(self, node: fx.Node) -> None:
@@ -316,9 +315,9 @@ _MODULES: dict[str, tuple[type[nn.Module], ...]] = {
 _FUNCTIONS: dict[str | Callable, str] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), "add"),
-    **dict.fromkeys((operator.matmul, torch.matmul, torch.Tensor.matmul, "matmul"), "matmul"),
     **dict.fromkeys((torch.flatten, "flatten"), "flatten"),
     **dict.fromkeys((torch.mean, "mean"), "mean"),
     operator.getitem: "slice",
+    symmetric_product: "graph_product",
     **dict.fromkeys((F.dropout, "to"), "same"),
 }

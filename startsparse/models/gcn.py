@@ -1,22 +1,34 @@
 """The graph convolutional network of Kipf and Welling (2017, arXiv:1609.02907)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from startsparse.sparse_rows import symmetric_product
+
+fx.wrap("symmetric_product")  # a traced network has it as one function
+
+_PARTS = {
+    "starts": Tensor.crow_indices,
+    "columns": Tensor.col_indices,
+    "values": Tensor.values,
+}
 
 
 class GCN(nn.Module):
     """Z = A relu(A X W0) W1, the logits of equation 9, with dropout before both layers.
 
     A = D^-1/2 (adjacency + I) D^-1/2 is `renormalised`. The input is the features of all nodes, (N,
-    features) or anything that flattens to it; the output is (N, classes) logits. As in the paper,
-    there are no biases.
+    features), anything that flattens to it, or `SparseRows`; the output is (N, classes) logits. As
+    in the paper, there are no biases.
 
     Args:
         adjacency: float32 sparse COO [N, N], symmetric with diagonal 0; with None the network has
             its layers, but no forward pass.
     """
 
-    graph: Tensor
+    graph_starts: Tensor
+    graph_columns: Tensor
+    graph_values: Tensor
 
     def __init__(
         self, features: int, classes: int, adjacency: Tensor | None, *, width: int = 16
@@ -25,9 +37,12 @@ class GCN(nn.Module):
         self.dropout = nn.Dropout(0.5)
         self.hidden = nn.Linear(features, width, bias=False)
         self.classifier = nn.Linear(width, classes, bias=False)
-        graph = None if adjacency is None else renormalised(adjacency)
-        # It belongs to the data, not to the weights, so it is not in checkpoints.
-        self.register_buffer("graph", graph, persistent=False)
+        graph = None if adjacency is None else renormalised(adjacency).to_sparse_csr()
+        # In parts, as a CSR tensor cannot be copied or pickled with its module. They belong to the
+        # data, not to the weights, so they are not in checkpoints.
+        for name in ("starts", "columns", "values"):
+            part = None if graph is None else _PARTS[name](graph)
+            self.register_buffer(f"graph_{name}", part, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, ...) -> (N, classes)."""
@@ -35,9 +50,9 @@ class GCN(nn.Module):
         return self._mixed(self.classifier(self.dropout(hidden)))
 
     def _mixed(self, units: Tensor) -> Tensor:
-        """A times ``units`` [N, U], in the precision of A: there is no sparse product in bf16."""
-        with torch.autocast(self.graph.device.type, enabled=False):
-            return self.graph @ units.to(self.graph.dtype)
+        """A times ``units`` [N, U]."""
+        graph = self.graph_starts, self.graph_columns, self.graph_values
+        return symmetric_product(units, *graph)
 
 
 def renormalised(adjacency: Tensor) -> Tensor:
