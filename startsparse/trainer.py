@@ -121,7 +121,7 @@ class Trainer(Learner, Generic[S]):
         if not self._path.exists():
             return
         state = checkpoint.load(self._path, self.device)
-        if "clock" not in state:
+        if not {"ledger", "clock"} <= state.keys():
             raise UserError(f"{self._path}: an older version wrote it; start the run anew")
         checkpoint.load_model(self.model, state, self._path)
         self.optimizer.load_state_dict(state["optimizer"])

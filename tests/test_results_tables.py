@@ -330,7 +330,8 @@ def test_table_md_is_what_its_command_prints(script, monkeypatch, capsys):
     assert capsys.readouterr().out == (script.parent / "table.md").read_text()
 
 
-def test_the_picture_of_the_first_page_is_drawn_from_the_tables(tmp_path):
+def test_the_picture_of_the_first_page_is_drawn_from_the_tables(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "results"))  # as for a program that lies there
     runpy.run_path(str(ROOT / "results/picture.py"))["draw"](tmp_path / "picture.png")
     drawn, committed = (imread(path) for path in (tmp_path / "picture.png", ROOT / PICTURE))
     assert drawn.shape == committed.shape
