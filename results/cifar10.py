@@ -6,6 +6,7 @@ curves.csv, the epochs of all runs, whose folders must be there.
 
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,8 +40,10 @@ TARGETS = (0.6, 0.65, 0.7, 0.75, 0.8)
 
 
 def read() -> pd.DataFrame:
-    """The rows of results.csv, with the time and accuracy columns as numbers."""
-    return results.numbers(results.read(HERE / "results.csv"))
+    """The rows of results.csv, with accuracies in percent."""
+    table = results.numbers(results.read(HERE / "results.csv"))
+    accuracies = [name for name in table.columns if name.endswith("_accuracy")]
+    return table.assign(**{name: 100 * table[name] for name in accuracies})
 
 
 def named(table: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -52,17 +55,15 @@ def mean(table: pd.DataFrame, name: str, column: str = "test_accuracy") -> tuple
     """Mean and 95 % half-width over the seeds of a setting; NaN without runs."""
     rows = named(table, name)
     values = rows[column].astype(float).tolist() if len(rows) else []
-    return (float(np.mean(values)), report.half_width(values)) if values else (np.nan, np.nan)
+    return (fmean(values), report.half_width(values)) if values else (np.nan, np.nan)
 
 
-def cell(mean_and_half: tuple[float, float], scale: float = 100, digits: int = 1) -> str:
+def cell(mean_and_half: tuple[float, float]) -> str:
     """``mean ± half``; "" without runs."""
     value, half = mean_and_half
     if np.isnan(value):
         return ""
-    return f"{scale * value:.{digits}f}" + (
-        "" if np.isnan(half) else f" ± {scale * half:.{digits}f}"
-    )
+    return f"{value:.1f}" + ("" if np.isnan(half) else f" ± {half:.1f}")
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -192,11 +193,11 @@ SPEEDS = {
 }
 
 SECTIONS = {
-    "E1 Random masks": random_masks,
-    "E2 Sparse to sparse": sparse_to_sparse,
-    "E3 Drop and grow": drop_and_grow,
-    "E4 Strong lottery tickets": tickets,
-    "E5 Width": widths,
+    "E1": ("Random masks", random_masks),
+    "E2": ("Sparse to sparse", sparse_to_sparse),
+    "E3": ("Drop and grow", drop_and_grow),
+    "E4": ("Strong lottery tickets", tickets),
+    "E5": ("Width", widths),
 }
 
 
@@ -207,15 +208,15 @@ def line(axis: "Axes", table: pd.DataFrame, points: dict[float, str], **look: ob
     """Means with intervals against x; ``points`` maps x to the name of the runs."""
     found = {x: mean(table, name) for x, name in points.items() if len(named(table, name))}
     if found:
-        values = 100 * np.array(list(found.values()))
+        values = np.array(list(found.values()))
         axis.errorbar(list(found), values[:, 0], values[:, 1], capsize=3, **look)
 
 
 def band(axis: "Axes", table: pd.DataFrame, name: str, label: str, colour: str = "grey") -> None:
     """A setting without an x of its own: its mean, and its interval as a band."""
     value, half = mean(table, name)
-    axis.axhline(100 * value, color=colour, lw=1.2, ls="--", label=label)
-    axis.axhspan(100 * (value - half), 100 * (value + half), color=colour, alpha=0.2, lw=0)
+    axis.axhline(value, color=colour, lw=1.2, ls="--", label=label)
+    axis.axhspan(value - half, value + half, color=colour, alpha=0.2, lw=0)
 
 
 def density_axis(axis: "Axes", ticks: tuple[float, ...]) -> None:
@@ -257,7 +258,7 @@ def draw_methods(axis: "Axes", table: pd.DataFrame) -> None:
     rows = [row for row in rows if not np.isnan(row[1])][::-1]
     for y, (label, value, half) in enumerate(rows):
         colour = "C3" if "stays" in label else "black" if "not pruned" in label else "C0"
-        axis.errorbar(100 * value, y, xerr=100 * half, fmt="o", color=colour, ms=5, capsize=3)
+        axis.errorbar(value, y, xerr=half, fmt="o", color=colour, ms=5, capsize=3)
     axis.set_yticks(range(len(rows)), [label for label, *_ in rows])
     axis.set_xlabel("test accuracy (%)")
     axis.grid(alpha=0.3)
@@ -302,7 +303,7 @@ def draw_final(axis: "Axes", table: pd.DataFrame) -> None:
         if points:
             x, y, half = np.array(points).T
             look = {"fmt": "*" if label == "dense" else "osD^v"[i - 1], "color": f"C{i}"}
-            axis.errorbar(x, 100 * y, 100 * half, ms=5, lw=1, capsize=2, label=label, **look)
+            axis.errorbar(x, y, half, ms=5, lw=1, capsize=2, label=label, **look)
     axis.set(xlabel="CPU seconds of 15 epochs", ylabel="test accuracy (%)", xlim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
@@ -322,12 +323,17 @@ def draw_progress(axis: "Axes", curves: pd.DataFrame) -> None:
 
 
 PICTURES = {
-    "random-masks": draw_random_masks,
-    "sparse-to-sparse": draw_methods,
-    "drop-and-grow": draw_drop_and_grow,
-    "tickets": draw_tickets,
-    "widths": draw_widths,
+    "E1": ("random-masks", draw_random_masks),
+    "E2": ("sparse-to-sparse", draw_methods),
+    "E3": ("drop-and-grow", draw_drop_and_grow),
+    "E4": ("tickets", draw_tickets),
+    "E5": ("widths", draw_widths),
 }
+
+
+def begun(table: pd.DataFrame, experiment: str) -> bool:
+    """Whether a run of the experiment has finished."""
+    return bool(table["name"].str.startswith(experiment).any())
 
 
 def collect_curves(table: pd.DataFrame) -> pd.DataFrame:
@@ -343,7 +349,11 @@ def collect_curves(table: pd.DataFrame) -> pd.DataFrame:
 
 def text(table: pd.DataFrame, curves: pd.DataFrame) -> str:
     """table.md: the tables of all experiments."""
-    sections = {title: section(table) for title, section in SECTIONS.items()}
+    sections = {
+        f"{experiment} {title}": section(table)
+        for experiment, (title, section) in SECTIONS.items()
+        if begun(table, experiment)
+    }
     sections["E7 Time"] = times(curves)
     return "\n".join(f"## {title}\n\n{section}" for title, section in sections.items())
 
@@ -356,7 +366,9 @@ def main() -> None:
         write_text(path, collect_curves(table).to_csv(index=False, float_format="%.6g"))
     curves = pd.read_csv(path)
     write_text(HERE / "table.md", text(table, curves))
-    for name, picture in PICTURES.items():
+    for experiment, (name, picture) in PICTURES.items():
+        if not begun(table, experiment):
+            continue
         figure = Figure(figsize=(6.6, 4.4), layout="constrained")
         picture(figure.subplots(), table)
         plots.save(figure, HERE / f"{name}.png")

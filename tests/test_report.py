@@ -383,3 +383,13 @@ def test_the_options_name_what_the_table_calls_text():
     names = {field.name for kind in SCRIPTS for field in dataclasses.fields(kind)}
     assert results.TEXT - {"run"} <= names
     assert {field.name for field in dataclasses.fields(Options)} >= {"seed", "name"}
+
+
+def test_differences_are_paired_by_seed():
+    """By hand: 1 and 3 for the seeds that both have; 12.706 is Student's t for one degree."""
+    one = pd.DataFrame({"seed": [3, 1, 2], "test_accuracy": [9.0, 5.0, 7.0]})
+    other = pd.DataFrame({"seed": [1, 2, 4], "test_accuracy": [4.0, 4.0, 0.0]})
+    value, half = report.paired(one, other)
+    assert value == 2
+    assert half == pytest.approx(12.706 * 2**0.5 / 2**0.5, rel=1e-4)
+    assert all(map(np.isnan, report.paired(one, other[2:])))

@@ -134,6 +134,44 @@ FROM_DENSER = {
 }
 
 
+def cifar10(name, column="test_accuracy"):
+    """A column of a setting of results/cifar10-jpeg, by seed."""
+    return runs("results/cifar10-jpeg/results.csv", name=name).set_index("seed")[column]
+
+
+def test_random_masks_on_cifar10():
+    dense, expected = cifar10("E1-vgg11-dense"), []
+    for ratio in ("ERK", "balanced", "uniform"):
+        masks = [cifar10(f"E1-vgg11-{ratio}-{density}") for density in (0.2, 0.1, 0.05, 0.02)]
+        expected.append([ratio, *map(mean, masks)])
+        expected.append([f"{ratio}, minus dense", *(mean(mask - dense) for mask in masks)])
+    assert cells("results/README.md", "| random mask | 0.2 | 0.1") == expected
+    assert f"Dense: {mean(dense)}." in RESULTS
+    for density in (0.1, 0.05, 0.02):
+        ahead = cifar10(f"E1-vgg11-balanced-{density}") - cifar10(f"E1-vgg11-ERK-{density}")
+        assert f"{mean(ahead)} at {density}" in RESULTS
+    shares = [
+        cifar10(f"E1-vgg11-{ratio}-0.05", "training_flops_share").mean()
+        for ratio in ("balanced", "ERK")
+    ]
+    assert "{:.2f} of dense training at 0.05, where ERK takes {:.2f}".format(*shares) in RESULTS
+    costs = [
+        cifar10(name, "cpu_seconds").mean()
+        for name in ("E1-vgg11-dense", "E1-vgg11-ERK-0.2", "E1-vgg11-ERK-0.02")
+    ]
+    assert (
+        "{:.0f} CPU seconds, ERK masks of 0.2 and 0.02 {:.0f} and {:.0f}".format(*costs) in RESULTS
+    )
+
+
+def test_the_tables_of_cifar10_are_of_its_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "results"))
+    module = runpy.run_path(str(ROOT / "results/cifar10.py"))
+    folder = ROOT / "results/cifar10-jpeg"
+    text = module["text"](module["read"](), pd.read_csv(folder / "curves.csv"))
+    assert text == (folder / "table.md").read_text()
+
+
 def citation(set_, name, requested):
     """Test accuracies of a setting of results/citation, by seed."""
     table = runs("results/citation/results.csv", set=set_, name=name, requested=requested)
