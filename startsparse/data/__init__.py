@@ -258,8 +258,9 @@ def load(
         checksum: compare the files of `WITH_SUMS` with the published MD5 sums; those that are
             fetched always are.
         batch_size: examples per step; a graph is always one batch.
-        valid_split: fraction of the training set to hold out, in [0, 1). Which examples are held
-            out depends on ``seed`` alone. Of no effect on `OWN_PARTS`.
+        valid_split: fraction of the training set to hold out for validation, in [0, 1), and as much
+            for the test of a folder without one. Which examples are held out depends on ``seed``
+            alone. Of no effect on `OWN_PARTS`.
         seed: of the run.
         device: the device of the batches.
         workers: processes that decode images; only ImageNet needs any.

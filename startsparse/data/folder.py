@@ -15,13 +15,8 @@ from startsparse.errors import OptionError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 PARTS = ("train", "val", "test")
-_OTHER_NAMES = (
-    "training",
-    "valid",
-    "validation",
-    "dev",
-    "testing",
-)  # of parts, that we do not read
+# names of parts elsewhere: refused, as a part that is ignored would be missed by nobody
+_OTHER_NAMES = ("training", "valid", "validation", "dev", "testing")
 
 
 @dataclass(frozen=True)
