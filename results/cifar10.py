@@ -1,7 +1,7 @@
 """Tables and pictures of results/cifar10-jpeg, from its results.csv and the run folders.
 
 ``python results/cifar10.py`` writes table.md and the pictures. With ``--curves`` it first writes
-curves.csv, the epochs of all runs, whose folders must be there.
+curves.csv, the epochs of the runs whose folders are there.
 """
 
 import sys
@@ -336,14 +336,22 @@ def begun(table: pd.DataFrame, experiment: str) -> bool:
     return bool(table["name"].str.startswith(experiment).any())
 
 
-def collect_curves(table: pd.DataFrame) -> pd.DataFrame:
-    """The epochs of all runs, of which each row of results.csv names its folder."""
+def collect_curves(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """The epochs of all runs in the table; those of runs whose folders are gone stay as they are.
+
+    Args:
+        path: of curves.csv, which may be missing.
+    """
     columns = ["epoch", "valid_accuracy", "density", "training_flops", "cpu_seconds"]
+    old = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["name", "seed"])
     parts = []
     for row in table.to_dict("records"):
-        folder = results.folder(HERE / "results.csv", row["run"])
-        epochs = pd.read_csv(folder / "epochs.csv")[columns]
-        parts.append(epochs.assign(name=row["name"], seed=row["seed"])[["name", "seed", *columns]])
+        file = results.folder(HERE / "results.csv", row["run"]) / "epochs.csv"
+        if file.exists():
+            setting = {"name": row["name"], "seed": row["seed"]}
+            parts.append(pd.read_csv(file)[columns].assign(**setting)[["name", "seed", *columns]])
+        else:
+            parts.append(old[(old["name"] == row["name"]) & (old["seed"] == row["seed"])])
     return pd.concat(parts)
 
 
@@ -363,7 +371,7 @@ def main() -> None:
     table = read()
     path = HERE / "curves.csv"
     if "--curves" in sys.argv[1:]:
-        write_text(path, collect_curves(table).to_csv(index=False, float_format="%.6g"))
+        write_text(path, collect_curves(table, path).to_csv(index=False, float_format="%.6g"))
     curves = pd.read_csv(path)
     write_text(HERE / "table.md", text(table, curves))
     for experiment, (name, picture) in PICTURES.items():

@@ -6,7 +6,8 @@
 #   results/cifar10-jpeg/run.sh --set cifar10
 #
 # Two runs at the same time, each in one thread. Running it again resumes, and skips what is
-# finished. EXPERIMENTS="E1 E3" runs only these; results/README.md says what they are.
+# finished. EXPERIMENTS="E1 E3" runs only these. CONTINUE=1 also skips what results.csv has, for a
+# checkout without the run folders.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
@@ -17,6 +18,7 @@ run() { # package, name, further options: a line for each seed
   local package=$1 name=$2 seed
   shift 2
   for seed in 1 2 3; do
+    if [[ -n ${CONTINUE:-} ]] && grep -q ",$name,$seed," "$here/results.csv"; then continue; fi
     echo "$package" --config configs/cifar10-narrow.yaml "${data[@]}" --seed $seed --name "$name" \
       "$@" --log-dir runs/cifar10-jpeg --result-dir "$here" --resume auto
   done
