@@ -87,9 +87,10 @@ def random_masks(table: pd.DataFrame) -> str:
     dense = cell(mean(table, "E1-vgg11-dense"))
     small = [["dense", cell(mean(table, "E1-resnet20-dense"))]]
     small += [[f"ERK {d}", cell(mean(table, f"E1-resnet20-ERK-{d}"))] for d in (0.2, 0.05)]
-    return f"Dense VGG11: {dense}.\n\n{markdown(head, rows + differences)}\n" + markdown(
-        ["ResNet20", "test accuracy"], small
-    )
+    text = f"Dense VGG11: {dense}.\n\n{markdown(head, rows + differences)}"
+    if any(accuracy for _, accuracy in small):
+        text += "\n" + markdown(["ResNet20", "test accuracy"], small)
+    return text
 
 
 def sparse_to_sparse(table: pd.DataFrame) -> str:

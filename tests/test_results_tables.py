@@ -142,11 +142,14 @@ def cifar10(name, column="test_accuracy"):
 def test_random_masks_on_cifar10():
     dense, expected = cifar10("E1-vgg11-dense"), []
     for ratio in ("ERK", "balanced", "uniform"):
-        masks = [cifar10(f"E1-vgg11-{ratio}-{density}") for density in (0.2, 0.1, 0.05, 0.02)]
+        masks = [cifar10(f"E1-vgg11-{ratio}-{density}") for density in (0.5, 0.2, 0.1, 0.05, 0.02)]
         expected.append([ratio, *map(mean, masks)])
         expected.append([f"{ratio}, minus dense", *(mean(mask - dense) for mask in masks)])
-    assert cells("results/README.md", "| random mask | 0.2 | 0.1") == expected
+    assert cells("results/README.md", "| random mask | 0.5 | 0.2") == expected
     assert f"Dense: {mean(dense)}." in RESULTS
+    points = [mean(dense - cifar10(f"E1-vgg11-ERK-{d}"), digits=0).split()[0] for d in (0.5, 0.05)]
+    text = "by {} point at 0.5 and {} at 0.05 with ERK".format(*points)
+    assert text in " ".join((ROOT / "README.md").read_text().split())
     for density in (0.1, 0.05, 0.02):
         ahead = cifar10(f"E1-vgg11-balanced-{density}") - cifar10(f"E1-vgg11-ERK-{density}")
         assert f"{mean(ahead)} at {density}" in RESULTS
