@@ -144,7 +144,7 @@ class Trainer(Learner, Generic[S]):
             Interrupted: on SIGINT or SIGTERM, after a checkpoint was saved.
             NonFiniteLoss: the last good checkpoint stays.
         """
-        with self.stop:
+        with self.stop, self.clock:
             while self.position.phase < len(phases):
                 processes.all_copy_rank_0(self.model)
                 phase = phases[self.position.phase]

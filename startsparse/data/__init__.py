@@ -309,8 +309,9 @@ def load(
         shape = replace(shape, nodes=source.nodes, adjacency=source.adjacency)
     images = None
     if isinstance(source, Arrays | Folders) and isinstance(train, Batches | FolderBatches):
-        content = source.content if checksum else source.key()
-        names = source.class_names
+        content, names = source.content, source.class_names
+        if isinstance(source, Arrays) and not (checksum or content):
+            content = source.key()
         images = Images(names, train.mean, train.std, shape.size, shape.channels, content)
     return Data(Repeated(train, passes) if passes > 1 else train, valid, test, shape, images)
 
@@ -343,7 +344,8 @@ def _split(examples: int, share: float, seed: int, held_out: Sequence[str]) -> d
     """Rows to train on, and those of the parts held out, a ``share`` for each; all ascending."""
     count = round(examples * share)
     if count == 0 and held_out and (share > 0 or "test" in held_out):
-        raise UserError(f"--valid-split: {share} of {examples} examples is not one example")
+        missing = "; the test part is missing and needs some" * ("test" in held_out)
+        raise UserError(f"--valid-split: {share} of {examples} examples is not one{missing}")
     if len(held_out) * count >= examples:
         raise UserError(f"--valid-split: {share} leaves no training example of {examples}")
     order = torch.randperm(examples, generator=seeding.generator(seed, "valid-split"))

@@ -154,10 +154,6 @@ class Folders:
         """Number of training examples, before any are held out."""
         return len(self.train)
 
-    def key(self) -> str:
-        """None: there are no published checksums of its images."""
-        return ""
-
     def batches(
         self,
         rows: Mapping[str, Tensor],
