@@ -4,13 +4,14 @@
 # make bench   speed and memory, as ratios measured in one run on this machine
 # make lint    ruff, mypy and clang-format
 # make sanitize   check the kernels for wrong addresses and undefined behaviour, a few minutes
+# make torture   try each promise of docs/reliability.md with many inputs, hours
 # VENV=DIR     use (or make) another environment
 
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 
-.PHONY: demo quick test bench lint sanitize
+.PHONY: demo quick test bench lint sanitize torture
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.startsparse
@@ -30,6 +31,9 @@ lint: $(VENV)/.startsparse-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror startsparse/engine/*.cpp startsparse/engine/*.h benchmarks/*.cpp
+
+torture: $(VENV)/.startsparse-dev
+	cd tests && $(BIN)/python -m torture
 
 sanitize: $(VENV)/.startsparse-dev
 	$(BIN)/python tests/sanitize.py

@@ -1,0 +1,1 @@
+"""Promises of docs/reliability.md, each tried with many inputs: `make torture`."""
