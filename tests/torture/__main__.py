@@ -19,7 +19,8 @@ def main() -> int:
     given = parser.parse_args()
     for name in given.names:
         if not any(name in (p.name, p.name.partition(".")[0]) for p in promises):
-            parser.error(f"no promise is called {', '.join(p.name for p in promises)}")
+            known = ", ".join(promise.name for promise in promises)
+            parser.error(f"no promise is called {name}; there are {known}")
     broken = 0
     print("| promise | check | cases | faults | seconds |\n| --- | --- | --- | --- | --- |")
     for one in promises:
