@@ -1,37 +1,20 @@
 """Standardising: right to the last bits of float32, against exact arithmetic."""
 
-import math
-from fractions import Fraction
-
 import numpy as np
 import pytest
 import torch
+from standardised import assert_close, exact
 
 from startsparse.errors import UserError
 from startsparse.tabular import tables
 from startsparse.tabular.standard import standardise
 
 
-def exact(column, train):
-    """The standardised column in exact arithmetic, but for the root; floats."""
-    values = [Fraction(x) for x in column]
-    mean = sum(values[i] for i in train) / len(train)
-    variance = sum((values[i] - mean) ** 2 for i in train) / len(train)
-    if variance == 0:
-        return [float(x - mean) for x in values]
-    # an integer root with 80 bits more than needed, so that no size over- or underflows
-    scale = 1 << max(0, 200 + variance.denominator.bit_length() - variance.numerator.bit_length())
-    root = Fraction(math.isqrt(int(variance * scale * scale)), scale)
-    return [float((x - mean) / root) for x in values]
-
-
 def check(column, train):
     features = torch.tensor(column, dtype=torch.float64).unsqueeze(1)
     found, mean, scale = standardise(features, torch.tensor(train))
     assert found.dtype == torch.float32 and mean.dtype == scale.dtype == torch.float64
-    wanted = np.array(exact(column, train))
-    error = np.abs(found[:, 0].double().numpy() - wanted)
-    assert (error <= 2.0**-23 * np.maximum(np.abs(wanted), 1e-4)).all(), (error, wanted)
+    assert_close(found[:, 0].numpy(), exact(column, train))
 
 
 draw = np.random.default_rng(0)
