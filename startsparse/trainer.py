@@ -30,7 +30,15 @@ from startsparse.options import Options
 from startsparse.phases import Phase, Position
 from startsparse.runs import Run, selected_weights
 from startsparse.stopping import Interrupted, StopSignal
-from startsparse.training import Learner, evaluate, means, new_sums, train_epoch
+from startsparse.training import (
+    Learner,
+    NonFiniteLoss,
+    evaluate,
+    means,
+    new_sums,
+    require_finite,
+    train_epoch,
+)
 
 log = logging.getLogger("startsparse")
 
@@ -142,7 +150,7 @@ class Trainer(Learner, Generic[S]):
 
         Raises:
             Interrupted: on SIGINT or SIGTERM, after a checkpoint was saved.
-            NonFiniteLoss: the last good checkpoint stays.
+            NonFiniteLoss, NonFiniteNetwork: the last good checkpoint stays.
         """
         with self.stop, self.clock:
             while self.position.phase < len(phases):
@@ -190,11 +198,20 @@ class Trainer(Learner, Generic[S]):
         }
 
     def evaluate(self, batches: AnyBatches) -> dict[str, float]:
-        """Loss and accuracy of the network as it is; NaN where there are no examples."""
+        """Loss and accuracy of the network as it is; NaN where there are no examples.
+
+        Raises:
+            NonFiniteLoss: names the first bad layer.
+        """
         if not batches.examples:
             return {"loss": math.nan, "accuracy": math.nan}
         with self.compute.sparse():
-            return evaluate(self.model, self.compute, batches, self.autocast, self.device)
+            result = evaluate(self.model, self.compute, batches, self.autocast, self.device)
+        if not math.isfinite(result["loss"]):
+            first = next(batches.epoch(0), None)  # None: all batches are those of other processes
+            layer = self.first_bad_layer(first[0]) if first else ""
+            raise NonFiniteLoss(f"the loss of an evaluation is not finite{layer and f'; {layer}'}")
+        return result
 
     def decide(self) -> None:
         """Choose which layers compute sparsely, unless they were chosen at about this density."""
@@ -262,6 +279,7 @@ class Trainer(Learner, Generic[S]):
                 title=f"{phase.name} {position.epoch + 1}/{phase.epochs}",
             )
         processes.all_copy_rank_0(self.model)
+        require_finite(self.model, self.optimizer, f" after epoch {len(self.history) + 1}")
         self.ledger.count(first + steps, phase.method)
         trained, valid = means(self.sums), self.evaluate(self.data.valid)
         row: dict[str, Any] = {
@@ -312,6 +330,7 @@ class Trainer(Learner, Generic[S]):
         if done < steps and (self.stop.agreed or (every and done % every == 0)):
             self.position.step = done
             self.compute.switch(False, self.optimizer)
+            require_finite(self.model, self.optimizer, f" after step {step + 1}")
             self.save()
             if self.stop.agreed:
                 self._interrupt()

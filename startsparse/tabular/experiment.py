@@ -132,7 +132,7 @@ def run(members: Sequence[Member], options: TabularOptions) -> pd.DataFrame:
         any input to any output).
 
     Raises:
-        NonFiniteLoss: training diverged.
+        NonFiniteLoss, NonFiniteNetwork: training diverged.
     """
     recipe = batched.Recipe(options.optimizer, options.lr, options.weight_decay)
     rows, first_epoch, levels = [], 0, options.levels()
@@ -150,6 +150,8 @@ def run(members: Sequence[Member], options: TabularOptions) -> pd.DataFrame:
         else:
             batched.LOOPS[options.loop](models, parts, recipe, epochs, first_epoch)
         first_epoch += epochs
+        for model in models:
+            training.require_finite(model, when=f" at density {density:g}")
         rows += [measure(member, density) for member in present]
     return pd.DataFrame(rows)
 
