@@ -179,6 +179,16 @@ class Options(Meaning):
         """Whether the first masks draw each weight independently, so that their sizes vary."""
         return self.er_sampling == "bernoulli"
 
+    @property
+    def requested(self) -> float:
+        """The density requested at the end."""
+        return self.er_sparse_init
+
+    @property
+    def density_options(self) -> tuple[str, ...]:
+        """The fields that decide how many weights are left at the end, for messages."""
+        return ("er_sparse_init",)
+
     def default_name(self) -> str:
         """Name of a run without --name."""
         return f"{self.arch}-{self.er_sparse_method}-{self.er_sparse_init:g}"

@@ -22,6 +22,8 @@ from startsparse import checkpoint, flops, parallel, processes, schedules
 from startsparse.candidates import Candidates
 from startsparse.clock import Clock
 from startsparse.data import AnyBatches, Data
+from startsparse.effective import effective_layers
+from startsparse.emptied import Emptied
 from startsparse.engine.compute import Compute
 from startsparse.errors import UserError
 from startsparse.masks import density, keep_inside
@@ -55,6 +57,7 @@ class Trainer(Learner, Generic[S]):
         candidates: the best epoch of this phase, its rivals, and their weights.
         ledger: FLOPs of the network and of the training.
         clock: time of the training, with that before resumptions.
+        emptied: the layers without a weight.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Trainer(Learner, Generic[S]):
         self.ledger = flops.Ledger(model, torch.zeros(data.shape.input, device=self.device))
         self.stop = StopSignal()
         self.clock = Clock()
+        self.emptied = Emptied(model, options)
 
     @property
     def _path(self) -> Path:
@@ -151,7 +155,9 @@ class Trainer(Learner, Generic[S]):
         Raises:
             Interrupted: on SIGINT or SIGTERM, after a checkpoint was saved.
             NonFiniteLoss, NonFiniteNetwork: the last good checkpoint stays.
+            UserError: no layer has a weight left.
         """
+        self.emptied.check("at the start")
         with self.stop, self.clock:
             while self.position.phase < len(phases):
                 processes.all_copy_rank_0(self.model)
@@ -168,6 +174,7 @@ class Trainer(Learner, Generic[S]):
                 phase.then(self)
                 if self.position.phase + 1 == len(phases):
                     return
+                self.emptied.check(f"after {phase.name}")
                 following = self.position.phase + 1
                 self._start(following, phases[following].keeps_momentum)
 
@@ -280,6 +287,8 @@ class Trainer(Learner, Generic[S]):
             )
         processes.all_copy_rank_0(self.model)
         require_finite(self.model, self.optimizer, f" after epoch {len(self.history) + 1}")
+        if effective_layers(self.model):
+            self.emptied.check(f"after epoch {len(self.history) + 1}")
         self.ledger.count(first + steps, phase.method)
         trained, valid = means(self.sums), self.evaluate(self.data.valid)
         row: dict[str, Any] = {
@@ -325,6 +334,8 @@ class Trainer(Learner, Generic[S]):
     def after_step(self, method: Method, step: int) -> None:
         """Save if --save-every or a signal asks for it; the end of an epoch saves anyway."""
         super().after_step(method, step)
+        if method.moves_masks(step):
+            self.emptied.check(f"after step {step + 1}")
         steps, every = len(self.data.train), self.options.save_every
         done = step + 1 - self.position.epoch * steps
         if done < steps and (self.stop.agreed or (every and done % every == 0)):

@@ -1,6 +1,8 @@
 """What training cannot survive ends it with one line: NaN, infinity, and masks without a weight."""
 
+import json
 import math
+import re
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from slt_runs import MLP as SLT_MLP
 from torch import nn
 
 from startsparse import checkpoint
+from startsparse.errors import OptionError, UserError
+from startsparse.tabular.experiment import main as tabular_main
 from startsparse.trainer import Trainer
 from startsparse.training import NonFiniteLoss, NonFiniteNetwork, require_finite
 
@@ -84,3 +88,109 @@ def test_the_loss_of_an_evaluation_counts_too(run, monkeypatch):
     monkeypatch.setattr(Trainer, "evaluate", poisoned)
     with pytest.raises(NonFiniteLoss, match="evaluation is not finite; output of classifier"):
         run(*STR_MLP)
+
+
+# --- no weights -----------------------------------------------------------------------------------
+
+
+def emptied(caplog):
+    """(when, layers) of each warning of layers that became empty."""
+    found = [
+        re.search(r"warning: (.*) there is no weight left in (.*);", t) for t in caplog.messages
+    ]
+    return [(match[1], match[2].split(", ")) for match in found if match]
+
+
+MLP = ["--arch", "mlp", "--width", "8", "--sparse-compute", "off", "--batch-size", "64"]
+DST = [*MLP, "--set", "digits", "--sparse", "--epochs", "2", "--method", "GMP"]
+
+
+@few
+def test_pruning_in_training_warns_of_each_layer_that_it_empties_once(run_dst, caplog):
+    folder = run_dst(*DST, "--final-density", "0.0005", "--update-frequency", "1")
+    empty = set(read_densities(folder / "layers.json", 0.0))
+    found = emptied(caplog)
+    assert empty
+    assert sorted(name for _, names in found for name in names) == sorted(empty)
+    assert all(re.fullmatch(r"after step \d+", when) for when, _ in found)
+
+
+@few
+@pytest.mark.parametrize("method", ["GraNet", "GMP_uniform"])
+def test_growing_methods_say_the_same(run_dst, caplog, method):
+    folder = run_dst(*DST, "--method", method, "--final-density", "0.0005")
+    empty = set(read_densities(folder / "layers.json", 0.0))
+    assert {name for _, names in emptied(caplog) for name in names} == empty
+
+
+@few
+def test_a_level_that_empties_layers_is_named(run, caplog):
+    levels = ["--threshold-list", "0.1", "0.0005", "0.0004", "--final_prune_epoch", "1"]
+    run(*MLP, "--epochs", "1", "--warmup-length", "0", *levels)
+    found = emptied(caplog)
+    assert found[0][0] == "after level 1"
+    names = [name for _, layers in found for name in layers]
+    assert len(set(names)) == len(names)
+
+
+@few
+def test_levels_of_edge_popup_are_watched_too(run_slt, caplog):
+    run_slt(*SLT_MLP, "--batch-size", "64", "--sparsity", "0.0007", "--epochs", "1")
+    assert emptied(caplog) == [("after level 1", ["hidden.3", "hidden.6", "classifier"])]
+
+
+@few
+def test_a_layer_that_is_empty_from_the_start_is_named_once(run, caplog):
+    soft = ["--conv-type", "STRConv", "--sparse-function", "exp", "--sInit-value", "-2"]
+    run(*MLP, "--epochs", "2", "--warmup-length", "0", *soft, "--st-decay", "10")
+    assert any(
+        t.startswith("warning: hidden.0: 2.5e+04 weights expected, 0 kept") for t in caplog.messages
+    )
+    assert not emptied(caplog)
+
+
+@few
+@pytest.mark.parametrize("when", ["at the start", "after epoch 1"])
+def test_no_weight_at_all_is_an_error(run, monkeypatch, when):
+    soft = ["--conv-type", "STRConv", "--sparse-function", "exp", "--sInit-value"]
+    soft += ["2" if when == "at the start" else "-9"]
+    if when != "at the start":
+        monkeypatch.setattr("startsparse.trainer.require_finite", lambda model, *_: raise_to(model))
+    expected = f"--sInit-value or --st-decay: no weight is left {when}, all layers are empty"
+    with pytest.raises(UserError, match=expected):
+        run(*MLP, "--epochs", "1", "--warmup-length", "0", *soft)
+
+
+@torch.no_grad()
+def raise_to(model):
+    """Thresholds above all weights."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("threshold_logit"):
+            parameter.fill_(9)
+
+
+@pytest.mark.parametrize(("fixture", "argv", "message"), [
+    ("run", ["--er-sparse-init", "1e-9"], "--er-sparse-init: 1e-09 of"),
+    ("run", ["--threshold-list", "0.1", "1e-9"], "--threshold-list: 1e-09 of"),
+    ("run_dst", ["--sparse", "--final-density", "1e-9"], "--final-density: 1e-09 of"),
+    ("run_dst", ["--sparse", "--method", "DST", "--init-density", "1e-9"], "--init-density: 1e-09"),
+    ("run_slt", ["--sparsity", "1e-9"], "--sparsity: 1e-09 of"),
+])  # fmt: skip
+def test_a_density_below_one_weight_is_refused_before_data_is_read(
+    request, monkeypatch, fixture, argv, message
+):
+    monkeypatch.setattr("startsparse.recipe.load_data", pytest.fail)
+    with pytest.raises(OptionError, match=f"{message}.* weights is none; .* is one"):
+        request.getfixturevalue(fixture)("--arch", "mlp", *argv)
+
+
+def test_a_table_pruned_to_nothing_is_an_error(tmp_path):
+    argv = ["--densities", "1e-9", "--starts", "0.5", "--reset", "no", "--seeds", "1"]
+    argv += ["--width", "4", "--epochs", "1", "--final-epochs", "1"]
+    with pytest.raises(UserError, match="--densities: 1e-09 leaves no weight; ask for more"):
+        tabular_main([*argv, "--result-dir", str(tmp_path)])
+
+
+def read_densities(path, density):
+    """The layers of layers.json that have this density."""
+    return [name for name, row in json.loads(path.read_text()).items() if row["density"] == density]

@@ -24,6 +24,7 @@ from startsparse.atomic import write_text
 from startsparse.commandline import from_flags
 from startsparse.data import data_root
 from startsparse.data.rows import Rows
+from startsparse.errors import UserError
 from startsparse.masks import (
     attach_masks,
     density_table,
@@ -140,6 +141,8 @@ def run(members: Sequence[Member], options: TabularOptions) -> pd.DataFrame:
         present = [member for member in members if member.start >= density]
         for member in present:
             change_masks(member, density, level)
+            if not any(mask.any() for _, _, mask in masked_weights(member.model)):
+                raise UserError(f"--densities: {density:g} leaves no weight; ask for more")
         epochs = options.final_epochs if density == levels[-1] else options.epochs
         models, parts = [m.model for m in present], [m.train for m in present]
         forms = compute.sparse_forms(
