@@ -28,6 +28,7 @@ from ER_SLT.options import SLTOptions
 from ER_SLT.ticket import load_ticket, put_in_place
 from startsparse import data, er, flops, masks, parallel, recipe, runs, training
 from startsparse.commandline import from_values, glance, own_names, parse
+from startsparse.emptied import require_weights
 from startsparse.errors import OptionError, UserError
 from startsparse.processes import run_script
 from startsparse.trainer import Trainer
@@ -70,7 +71,7 @@ def train(options: SLTOptions) -> None:
         warn_of_small_logits(model, dataset.train, options)
         trainer = Trainer(model, dataset, options, run, devices, lambda: flops.densities(model))
         trainer.load()
-        recipe.show_densities(run, random_mask, "random_mask.csv")
+        recipe.show_densities(trainer, random_mask, "random_mask.csv")
         recipe.say_deviation(model, requested, options)
         warn_of_small_masks(model, options)
         trainer.run_phases(phases(options))
@@ -85,6 +86,7 @@ def train(options: SLTOptions) -> None:
 def plan(options: SLTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, float]]:
     """The network, not yet initialised, and each layer's density in the random mask."""
     model = recipe.build(options, shape)
+    require_weights(model, options)
     requested = er.requested_densities(model, options)
     sizes = {name: layer.weight.numel() for name, layer in masks.sparse_layers(model).items()}
     inside = sum(requested[name] * size for name, size in sizes.items()) / sum(sizes.values())
