@@ -211,7 +211,7 @@ def test_what_is_no_file(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     os.mkfifo(tmp_path / "pipe.csv")
     for name, why in (
-        ("folder", "Is a directory"), ("pipe", "no regular file"), ("none", "No such file"),
+        ("folder", "Is a directory"), ("pipe", "is a pipe or a device"), ("none", "No such file"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=rf"{name}.csv: cannot be read as CSV \({why}"):
             tables.load(str(tmp_path / f"{name}.csv"), label="y")

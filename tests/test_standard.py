@@ -66,4 +66,6 @@ def test_a_row_that_float32_cannot_place_is_refused():
         except UserError as error:
             said.append(str(error))
     assert 0 < len(said) < 20  # where the row is in the training part, the others are alike
-    assert said[0].startswith(r"column 'a\n': a value is further from those of the training rows")
+    assert said[0].startswith(
+        r"the table: column 'a\n': a value is further from those of the training rows"
+    )

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from startsparse.console import log
 from startsparse.data.files import reason
-from startsparse.errors import UserError
+from startsparse.errors import UserError, one_line
+from startsparse.reading import read_bytes
 
 SEPARATORS = ",;\t|"
 _PACKED = {
@@ -55,13 +56,7 @@ def quoted(text: str, longest: int = 60) -> str:
     """Text of a file for a message: on one line, cut where it is long, in quotes."""
     if len(text) > longest:
         text = text[: longest - 3] + "..."
-    return f"'{printable(text)}'"
-
-
-def printable(text: str) -> str:
-    """Text on one line: a character that cannot be printed, as a line end, is written as Python
-    does, as in ``\\n``."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return f"'{one_line(text)}'"
 
 
 def read(path: Path, names: Collection[str], *, only: bool = False) -> Cells:
@@ -118,9 +113,7 @@ def counts_up(cells: list[str]) -> bool:
 
 def _text(path: Path) -> str:
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path}: cannot be read as CSV (no regular file)")
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read as CSV ({reason(error)})") from error
     for start, what in _PACKED.items():
