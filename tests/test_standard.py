@@ -1,10 +1,16 @@
 """Standardising: right to the last bits of float32, against exact arithmetic."""
 
+import dataclasses
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from standardised import assert_close, exact
 
+from startsparse.data import planetoid
+from startsparse.data.arrays import Arrays
 from startsparse.errors import UserError
 from startsparse.tabular import tables
 from startsparse.tabular.standard import standardise
@@ -69,3 +75,35 @@ def test_a_row_that_float32_cannot_place_is_refused():
     assert said[0].startswith(
         r"the table: column 'a\n': a value is further from those of the training rows"
     )
+
+
+@pytest.mark.parametrize("value", [1, 3, 13, 77, 200, 251])
+def test_a_constant_channel_of_images_is_divided_by_1(value):
+    """In float64 its variance came out as 1e-17 here, and other pixels were multiplied by 1e8."""
+    images = torch.full((7, 32, 32, 1), value, dtype=torch.uint8)
+    pixels = images.long().flatten(1)
+    moments = torch.stack([pixels.sum(1), pixels.square().sum(1)], 1).unsqueeze(2)
+    arrays = Arrays((images, torch.zeros(7)), None, 2, ("a", "b"), 0, False, moments=moments)
+    assert arrays.normalisation(torch.arange(7)) == ([value / 255], [1.0])
+
+
+def test_a_single_grey_step_in_many_images_has_its_deviation():
+    images = torch.full((70, 32, 32, 1), 200, dtype=torch.uint8)
+    images[0, 0, 0, 0] = 201
+    pixels = images.long().flatten(1)
+    moments = torch.stack([pixels.sum(1), pixels.square().sum(1)], 1).unsqueeze(2)
+    arrays = Arrays((images, torch.zeros(70)), None, 2, ("a", "b"), 0, False, moments=moments)
+    (mean,), (std,) = arrays.normalisation(torch.arange(70))
+    share = Fraction(1, 70 * 32 * 32)
+    assert mean == pytest.approx(float((200 + share) / 255), rel=1e-15)
+    assert std == pytest.approx(math.sqrt(share * (1 - share)) / 255, rel=1e-14)
+
+
+def test_features_of_a_node_are_divided_by_their_exact_sum():
+    """In float32 1e8 + 1 is 1e8, a thousand times."""
+    values = torch.tensor([1e8, *[1.0] * 1000], dtype=torch.float64)
+    sparse = values.unsqueeze(0).to_sparse()
+    spec = dataclasses.replace(planetoid.CORA, nodes=1, features=1001)
+    found = planetoid._rows(spec, (torch.tensor([0]), sparse))
+    wanted = (values / (1e8 + 1000)).float()
+    assert torch.equal(found.dense[0], wanted)
