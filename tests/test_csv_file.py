@@ -94,6 +94,8 @@ def test_numbers_to_the_last_bit(load):
         cells = map(form, numbers)
         table = load("a,y\n" + "".join(f"{cell},{i % 2}\n" for i, cell in enumerate(cells)))
         assert table.features[:, 0].tolist() == numbers
+    long = load(f"a,y\n1{5000 * '0'}e-5000,0\n1,0\n1.0,1\n1,1\n")  # int() refuses 5000 digits
+    assert long.features[:, 0].tolist() == [1, 1, 1, 1]
     truth = load("a,y\nTrue,0\nfalse,1\nTRUE,0\nFalse,1\n")
     assert truth.features[:, 0].tolist() == [1, 0, 1, 0]
 
