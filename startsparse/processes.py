@@ -13,10 +13,14 @@ In a single process all of this does nothing.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import functools
 import logging
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import ParamSpec, TypeVar
 
@@ -25,6 +29,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from startsparse import errors
+
+_PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,11 +44,13 @@ class World:
         rank: number of this process, from 0.
         size: number of processes.
         store: keys that they read and write without a collective; None in a single process.
+        parent: the process that started this one, torchrun; 0 in a single process.
     """
 
     rank: int = 0
     size: int = 1
     store: dist.Store | None = None
+    parent: int = 0
 
 
 _world = World()
@@ -72,6 +80,9 @@ def start() -> None:
     """Find the other processes, if torchrun started any; only rank 0 logs."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return
+    _world.parent = os.getppid()
+    if sys.platform == "linux":  # `is_orphan` notices it, but only in training
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     _world.store, _world.rank, _world.size = next(dist.rendezvous("env://"))
     # The others notice at once when a process ends, and wait for long while rank 0 downloads.
     timeout = datetime.timedelta(days=1)
@@ -79,17 +90,25 @@ def start() -> None:
     logging.getLogger("startsparse").disabled = _world.rank > 0
 
 
+def is_orphan() -> bool:
+    """Whether torchrun, which started this process, is gone: killed, as it ends it otherwise."""
+    return _world.parent != 0 and os.getppid() != _world.parent
+
+
 def _say_once(line: str) -> None:
     """Print why this process stops, unless another one has printed why all stop."""
     if _world.store is None:
         errors.say(line)
         return
-    with contextlib.suppress(dist.DistError):  # the process that printed it is gone
+    try:
         if _world.store.add("stopping", 1) == 1:
             errors.say(line)
             _world.store.set("printed", "")
         else:  # wait for it, as torchrun kills all others when one ends
             _world.store.wait(["printed"], datetime.timedelta(seconds=10))
+    except dist.DistError:  # the process that has the store is gone
+        if _world.rank == 0 and is_orphan():
+            errors.say(line)
 
 
 @contextlib.contextmanager
@@ -153,6 +172,11 @@ def all_reduce(sums: Tensor) -> Tensor:
         with _talking():
             dist.all_reduce(sums)
     return sums
+
+
+def all_agree(asked: bool) -> bool:
+    """Whether ``asked`` is true in any process."""
+    return bool(all_reduce(torch.tensor(float(asked))))
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ import torch
 from filelock import FileLock, Timeout
 
 import startsparse
-from startsparse import effects, processes, results
+from startsparse import effects, processes, results, stopping
 from startsparse.atomic import write_text
 from startsparse.commandline import read_values, read_yaml, run_folder, write_yaml
 from startsparse.console import log, number
@@ -80,6 +80,7 @@ class Run:
         except Timeout:
             raise UserError(f"--resume: {folder} is in use by another process") from None
         self._open.enter_context(_logging_to(folder / "log.txt"))
+        self._open.enter_context(stopping.advice(f"--resume {folder} continues"))
 
     def __enter__(self) -> "Run":
         return self

@@ -23,13 +23,13 @@ from startsparse.candidates import Candidates
 from startsparse.clock import Clock
 from startsparse.data import AnyBatches, Data
 from startsparse.engine.compute import Compute
-from startsparse.errors import UserError
+from startsparse.errors import Interrupted, UserError
 from startsparse.masks import density, keep_inside
 from startsparse.method import Method
 from startsparse.options import Options
 from startsparse.phases import Phase, Position
 from startsparse.runs import Run, selected_weights
-from startsparse.stopping import Interrupted, StopSignal
+from startsparse.stopping import StopSignal
 from startsparse.training import Learner, evaluate, means, new_sums, train_epoch
 
 log = logging.getLogger("startsparse")
@@ -85,7 +85,7 @@ class Trainer(Learner, Generic[S]):
         self.tables: dict[str, list[dict]] = {}
         self.candidates = Candidates(run.folder)
         self.ledger = flops.Ledger(model, torch.zeros(data.shape.input, device=self.device))
-        self.stop = StopSignal()
+        self.stop = StopSignal(alone=processes.world_size() == 1)
         self.clock = Clock()
 
     @property
@@ -141,10 +141,11 @@ class Trainer(Learner, Generic[S]):
         """Train through ``phases``, from the position where the run stands.
 
         Raises:
-            Interrupted: on SIGINT or SIGTERM, after a checkpoint was saved.
+            Interrupted: a signal came in an epoch, after a checkpoint was saved.
+            Stopped: a signal came elsewhere, where all is saved.
             NonFiniteLoss: the last good checkpoint stays.
         """
-        with self.stop, self.clock:
+        with self.clock:
             while self.position.phase < len(phases):
                 processes.all_copy_rank_0(self.model)
                 phase = phases[self.position.phase]
@@ -156,7 +157,9 @@ class Trainer(Learner, Generic[S]):
                         phase.epochs,
                     )
                 while self.position.epoch < phase.epochs:
-                    self._epoch(phase)
+                    self.decide()
+                    with self.stop:
+                        self._epoch(phase)
                 phase.then(self)
                 if self.position.phase + 1 == len(phases):
                     return
@@ -247,7 +250,6 @@ class Trainer(Learner, Generic[S]):
             )
             for step in range(steps)
         ]
-        self.decide()
         with self.compute.sparse(self.optimizer):
             train_epoch(
                 self,
@@ -288,6 +290,7 @@ class Trainer(Learner, Generic[S]):
         self.candidates.tidy()
         self.write_tables()
         self.run.record(row, self.watch())
+        self.stop.agree(processes.all_agree(bool(self.stop.received)))
         if self.stop.agreed:
             self._interrupt()
 
@@ -300,6 +303,8 @@ class Trainer(Learner, Generic[S]):
 
     def average_gradients(self, parameters: Sequence[nn.Parameter], examples: int) -> None:
         """Average them, and agree with all processes on stopping."""
+        if processes.is_orphan():  # torchrun is gone, which restarts and stops processes
+            self.stop.note(signal.SIGTERM)
         self.stop.agree(
             processes.all_average_gradients(parameters, examples, bool(self.stop.received))
         )

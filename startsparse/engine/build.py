@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import startsparse
+from startsparse import stopping
 from startsparse.atomic import replacing
 from startsparse.errors import UserError
 
@@ -84,8 +85,12 @@ def build(command: list[str], sources: Sequence[Path], path: Path) -> None:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line]
-        reason = lines[0].strip() if lines else f"exit code {done.returncode}"
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
+    stopping.adopt(process)
+    _, said = process.communicate()
+    if process.returncode:
+        lines = [line for line in said.splitlines() if "error" in line]
+        reason = lines[0].strip() if lines else f"exit code {process.returncode}"
         raise NoCompilerError(f"{command[0]} cannot build the sparse kernels: {reason}")
