@@ -56,8 +56,7 @@ def run_script(main: Callable[[], int | None], say: Callable[[str], None] = say)
         say(f"error: {one_line(str(error))}")
         sys.exit(error.exit_code)
     except stopping.Stopped:
-        say(f"error: {stopping.reason()}")
-        stopping.leave()
+        stopping.leave(say)
     except KeyboardInterrupt:
         say("error: interrupted")
         sys.exit(130)

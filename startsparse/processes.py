@@ -13,14 +13,10 @@ In a single process all of this does nothing.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import datetime
 import functools
 import logging
-import os
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import ParamSpec, TypeVar
 
@@ -28,9 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from startsparse import errors
-
-_PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
+from startsparse import errors, stopping
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -44,13 +38,11 @@ class World:
         rank: number of this process, from 0.
         size: number of processes.
         store: keys that they read and write without a collective; None in a single process.
-        parent: the process that started this one, torchrun; 0 in a single process.
     """
 
     rank: int = 0
     size: int = 1
     store: dist.Store | None = None
-    parent: int = 0
 
 
 _world = World()
@@ -80,19 +72,11 @@ def start() -> None:
     """Find the other processes, if torchrun started any; only rank 0 logs."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return
-    _world.parent = os.getppid()
-    if sys.platform == "linux":  # `is_orphan` notices it, but only in training
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     _world.store, _world.rank, _world.size = next(dist.rendezvous("env://"))
     # The others notice at once when a process ends, and wait for long while rank 0 downloads.
     timeout = datetime.timedelta(days=1)
     dist.init_process_group("gloo", None, timeout, _world.size, _world.rank, _world.store)
     logging.getLogger("startsparse").disabled = _world.rank > 0
-
-
-def is_orphan() -> bool:
-    """Whether torchrun, which started this process, is gone: killed, as it ends it otherwise."""
-    return _world.parent != 0 and os.getppid() != _world.parent
 
 
 def _say_once(line: str) -> None:
@@ -106,8 +90,8 @@ def _say_once(line: str) -> None:
             _world.store.set("printed", "")
         else:  # wait for it, as torchrun kills all others when one ends
             _world.store.wait(["printed"], datetime.timedelta(seconds=10))
-    except dist.DistError:  # the process that has the store is gone
-        if _world.rank == 0 and is_orphan():
+    except dist.DistError:  # torchrun, which has the store, is gone, or who printed it
+        if _world.rank == 0 and stopping.is_orphan():
             errors.say(line)
 
 

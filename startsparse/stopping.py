@@ -10,19 +10,23 @@ A program imports this module before all others: it imports nothing slow.
 
 import contextlib
 import dataclasses
+import math
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
-_PATIENCE = 3.0  # seconds that unwinding may take, where code keeps an exception to itself
+_PATIENCE = 3.0  # seconds that unwinding may take: a library may keep an exception to itself
+_AT_ONCE = 0.3  # seconds in which the handler ends a program that does not unwind
+_LOOK = 1.0  # seconds between two looks whether torchrun is still there
 _ECHO = 2.0  # seconds in which torchrun may send to its processes again what it was sent
 
 
@@ -74,27 +78,30 @@ class _Program:
 
     Attributes:
         before: signal -> its handler before `_install`; empty: nothing is done.
-        pipe: gets a byte for each signal; None in a program of somebody else, who may need it.
-        calls, bytes: signals that were handled, and that came. Python handles signals between two
-            instructions, and of several that came meanwhile only one.
+        pipe: gets a byte for each signal, for `_listen`. None in a program of somebody else, whose
+            handlers take over after the first signal, and on Windows.
         first: the signal that came first, and when; 0: none.
         unwinds: whether `Stopped` may be raised.
         notes: notes signals instead, if set.
         children: processes that end with this one.
         advice: how to go on, for a signal that comes now.
-        reason: the line that is printed.
+        parent: the process that started this one.
+        handled: whether the handler has been called.
+        reason: why the program stops, and how to go on.
+        said: whether that was printed.
     """
 
     before: dict[int, Any] = dataclasses.field(default_factory=dict)
     pipe: tuple[int, int] | None = None
-    calls: int = 0
-    bytes: int = 0
     first: tuple[int, float] = (0, 0.0)
     unwinds: bool = False
     notes: StopSignal | None = None
     children: set[subprocess.Popen] = dataclasses.field(default_factory=set)
     advice: str = ""
+    handled: bool = False
+    parent: int = 0
     reason: str = ""
+    said: bool = False
 
 
 _program = _Program()
@@ -104,11 +111,12 @@ def watch() -> None:
     """From now on, a signal ends this program with one line; to be called first of all."""
     if _program.before or not _install():
         return
-    if hasattr(os, "fork"):  # signals do not wake up files on Windows
+    _program.parent = os.getppid()
+    if hasattr(os, "fork"):  # Windows wakes up no pipes
         _program.pipe = os.pipe()
-        for end in _program.pipe:
-            os.set_blocking(end, False)
+        os.set_blocking(_program.pipe[1], False)
         signal.set_wakeup_fd(_program.pipe[1], warn_on_full_buffer=False)
+        threading.Thread(target=_listen, args=(_program.pipe[0],), daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -141,13 +149,15 @@ def requested() -> int:
     return _program.first[0]
 
 
-def reason() -> str:
-    """Why the program stops, and how to go on, for a line of its own."""
-    return _program.reason
+def is_orphan() -> bool:
+    """Whether torchrun has started this process and is gone, killed: it ends its processes."""
+    return _started_by_torchrun() and _program.parent not in (0, os.getppid())
 
 
-def leave() -> None:
-    """End the process, whose files are closed; other threads and children may be at work."""
+def leave(say: Callable[[str], None]) -> None:
+    """Say why, and end the process; other threads and children of it may be at work."""
+    _program.said = True
+    say(f"error: {_program.reason}")
     _end_children()
     if "multiprocessing" in sys.modules:
         for worker in sys.modules["multiprocessing"].active_children():
@@ -163,7 +173,7 @@ def _install() -> bool:
         return False
     heeded = [s for s in SIGNALS if signal.getsignal(s) not in (signal.SIG_IGN, None)]
     _program.before = {signum: signal.signal(signum, _handle) for signum in heeded}
-    _program.calls, _program.bytes, _program.first = 0, 0, (0, 0.0)
+    _program.first, _program.handled = (0, 0.0), False
     return True
 
 
@@ -174,46 +184,68 @@ def _uninstall() -> None:
 
 
 def _handle(signum: int, _frame: FrameType | None) -> None:
-    program, now = _program, time.monotonic()
-    program.calls += 1
-    program.bytes += _came()
-    first, since = program.first
-    echoes = "TORCHELASTIC_RUN_ID" in os.environ
-    if max(program.calls, program.bytes) > 1 and not (echoes and now - (since or now) < _ECHO):
-        _end_now(signum)
-    if first:
+    """The handler, which Python calls between two instructions of the main thread."""
+    program = _program
+    if program.handled:
+        if program.pipe is None:  # else `_listen` counts: of signals close together one comes here
+            _end_now(signum)
         return
-    program.first = signum, now
-    advice = program.advice and f"; {program.advice}"
-    program.reason = f"stopped by {signal.Signals(signum).name}{advice}"
-    if not (echoes or program.children):  # else `_handle` ends them at the second signal
+    program.handled = True
+    _note_first(signum)
+    if program.pipe is None:
         for number, handler in program.before.items():
-            signal.signal(number, signal.SIG_DFL if program.pipe else handler)
+            signal.signal(number, handler)
     if program.notes:
         program.notes.note(signum)
-    elif not program.unwinds:
-        _say()
-        leave()
-    else:
+    elif program.unwinds:
         _end_children()
-        threading.Thread(target=_lose_patience, daemon=True).start()
         raise Stopped(signum)
+    else:
+        leave(_say)
 
 
-def _came() -> int:
-    """How many signals came since the last call."""
-    if _program.pipe is None:
-        return 0
-    try:
-        return sum(byte in _program.before for byte in os.read(_program.pipe[0], 1024))
-    except BlockingIOError:
-        return 0
+def _listen(pipe: int) -> None:
+    """End the program at a second signal, or if it does not end itself: it may hang in a library.
+
+    A thread, as the main thread handles no signal while it is in a library. It also stops a process
+    of torchrun when torchrun is killed.
+    """
+    came, deadline = 0, math.inf
+    while True:
+        left = min(deadline - time.monotonic(), _LOOK if _started_by_torchrun() else math.inf)
+        ready, _, _ = select.select([pipe], [], [], None if left == math.inf else max(left, 0))
+        if time.monotonic() >= deadline:
+            if not _program.said:
+                _say(f"error: {_program.reason}")
+            _end_now(requested())
+        if not came and is_orphan():
+            os.kill(os.getpid(), signal.SIGTERM)
+        for signum in os.read(pipe, 1024) if ready else b"":
+            if signum not in _program.before:
+                continue
+            _note_first(signum)
+            came, (_, since) = came + 1, _program.first
+            now = time.monotonic()
+            if came > 1 and not (_started_by_torchrun() and now - since < _ECHO):
+                _end_now(signum)
+            if came == 1 and not _program.notes:
+                deadline = now + (_PATIENCE if _program.unwinds else _AT_ONCE)
+
+
+def _started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _note_first(signum: int) -> None:
+    if not _program.first[0]:
+        advice = _program.advice and f"; {_program.advice}"
+        _program.reason = f"stopped by {signal.Signals(signum).name}{advice}"
+        _program.first = signum, time.monotonic()
 
 
 def _end_now(signum: int) -> None:
     _end_children()
-    signal.signal(signum, signal.SIG_DFL)
-    os.kill(os.getpid(), signum)
+    os._exit(128 + signum)
 
 
 def _end_children() -> None:
@@ -221,17 +253,11 @@ def _end_children() -> None:
         process.terminate()
 
 
-def _lose_patience() -> None:
-    time.sleep(_PATIENCE)
-    _say()
-    leave()
-
-
-def _say() -> None:
-    """Print why the program ends, wherever it is: only the first of several processes does."""
+def _say(line: str) -> None:
+    """Print a line, wherever the program is; only the first of several processes does."""
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
-            os.write(2, f"error: {reason()}\n".encode())
+            os.write(2, f"{line}\n".encode())
 
 
 def _forget() -> None:

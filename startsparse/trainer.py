@@ -330,8 +330,6 @@ class Trainer(Learner, Generic[S]):
 
     def average_gradients(self, parameters: Sequence[nn.Parameter], examples: int) -> None:
         """Average them, and agree with all processes on stopping."""
-        if processes.is_orphan():  # torchrun is gone, which restarts and stops processes
-            self.stop.note(signal.SIGTERM)
         self.stop.agree(
             processes.all_average_gradients(parameters, examples, bool(self.stop.received))
         )
