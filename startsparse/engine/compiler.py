@@ -22,6 +22,9 @@ _ANSWER, _LIMIT = 30, 600  # seconds that the compiler has to tell its version, 
 class NoKernelsError(UserError):
     """The kernels are not there and cannot be built, or cannot be loaded."""
 
+    def __init__(self, reason: str):
+        super().__init__(one_line(reason))
+
 
 @dataclass(frozen=True)
 class Compiler:
@@ -91,6 +94,11 @@ def find_compiler() -> Compiler:
     return Compiler(words, digest.hexdigest())
 
 
+def one_line(text: str) -> str:
+    """``text`` without line breaks and control characters, which names of folders may have."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def split(variable: str) -> list[str]:
     """The words of an environment variable, as a shell splits them.
 
@@ -134,5 +142,5 @@ def _reason(code: int, said: bytes) -> str:
             raise OSError(number, os.strerror(number))
     lines = [line.strip() for line in text.splitlines() if "error" in line]
     if lines:
-        return "".join(c if c.isprintable() else "?" for c in lines[0][:200])
+        return lines[0][:200]
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
