@@ -20,14 +20,19 @@ log = logging.getLogger("startsparse")
 def already_done(options: Options, folder: Path | None) -> bool:
     """Whether the run in ``folder`` is finished; if so, print its result again.
 
+    A row that results.csv lacks is added.
+
     Raises:
-        OptionError: it is not finished, and could not add its result to results.csv.
+        OptionError: it is not finished, and could not write its files.
+        UserError: it is finished, and the row cannot be added.
     """
     done = None if folder is None or options.evaluate else runs.summary(folder)
     if done and folder:
         log.info("%s", report.text(done, folder))
+        if runs.add_missing_row_by_rank_0(options, folder, done):
+            log.info("%-20s %s", "row added to", runs.results_csv(options))
     elif not options.evaluate:
-        runs.check_results_by_rank_0(options)
+        runs.check_places_by_rank_0(options, folder)
     return bool(done)
 
 
@@ -135,7 +140,7 @@ def show_start(trainer: Trainer, requested: dict[str, float]) -> None:
     """Write the densities at the start to density.csv, and print them with their warnings."""
     trainer.decide()
     table = trainer.compute.columns(masks.density_table(trainer.model, requested))
-    show_densities(trainer.run, table, "density.csv")
+    show_densities(trainer, table, "density.csv")
     # Later masks are not as drawn.
     if requested and not trainer.history and not trainer.position.step:
         say_deviation(trainer.model, requested, trainer.options)
@@ -149,9 +154,10 @@ def say_deviation(model: torch.nn.Module, requested: dict[str, float], options: 
         log.warning("warning: %s%s", deviation, remedy)
 
 
-def show_densities(run: runs.Run, table: pd.DataFrame, name: str) -> None:
+def show_densities(trainer: Trainer, table: pd.DataFrame, name: str) -> None:
     """Write a `masks.density_table` as ``name`` in the run, and print it with its warnings."""
-    run.write_table(name, table)
+    trainer.run.write_table(name, table)
+    trainer.emptied.known = set(table.loc[table["kept"] == 0, "layer"])
     log.info("%s", masks.density_text(table))
     for line in masks.warnings(table):
         log.warning("warning: %s", line)
@@ -176,18 +182,18 @@ def finish(
         layers: layer -> density and more, for layers.json (default: the densities).
     """
     run, model = trainer.run, trainer.model
+    images = trainer.data.images
+    key = {"images": images.content} if images and images.content else {}
+    facts = key | result | trainer.costs()
+    table = masks.density_table(model, requested)
+    summary = report.summary(density, table, facts, trainer.clock.read())
+    if not trainer.options.checksum:  # behind seconds, as an option
+        summary["checksum"] = False
+    log.info("%s", report.text(summary, run.folder))  # first, whatever may fail from here on
     if effective_layers(model):
         checkpoint.save_by_rank_0(run.folder / runs.PLAIN_WEIGHTS, {"model": plain_state(model)})
-    table = masks.density_table(model, requested)
     run.write_table("density.csv", trainer.compute.columns(table))
     densities = {name: {"density": share} for name, share in flops.densities(model).items()}
     run.write_json("layers.json", layers or densities)
     plots.plot_run_by_rank_0(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
-    images = trainer.data.images
-    key = {"images": images.content} if images and images.content else {}
-    facts = key | result | trainer.costs()
-    summary = report.summary(density, table, facts, trainer.clock.read())
-    if not trainer.options.checksum:  # behind seconds, as an option
-        summary["checksum"] = False
     run.finish(summary)
-    log.info("%s", report.text(summary, run.folder))
