@@ -93,7 +93,7 @@ def test_cxx_may_be_several_words(kind, cache, tmp_path, monkeypatch):
         ("quote", 'CXX: no closing quotation in "g++ \'-O1"'),
         ("no program", "a compiler cannot be started (Exec format error)"),
         ("fails", "a compiler cannot build the kernels: x.cpp:1: error: no such thing"),
-        ("latin", "a compiler cannot build the kernels: error: \ufffd?[1m"),
+        ("latin", "a compiler cannot build the kernels: error: \ufffd\\x1b[1m"),
         ("killed", "a compiler cannot build the kernels: killed by signal 9"),
         ("hangs", "a compiler --version does not answer within 0.3 s (set CXX to another)"),
         ("hangs later", "a compiler has not built the kernels within 0.3 s (set CXX to another"),

@@ -20,7 +20,8 @@ from typing import TypeVar
 import torch
 
 import startsparse
-from startsparse.engine.compiler import Compiler, NoKernelsError, find_compiler, one_line, split
+from startsparse.engine.compiler import Compiler, NoKernelsError, find_compiler, split
+from startsparse.errors import one_line
 
 log = logging.getLogger("startsparse")
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import IO
 
 from startsparse import threads
-from startsparse.errors import UserError
+from startsparse.errors import UserError, one_line
 
 _ANSWER, _LIMIT = 30, 600  # seconds that the compiler has to tell its version, and to build
+_FULL = 1 << 24  # bytes: if a build has failed where fewer are left, that may be why
 
 
 class NoKernelsError(UserError):
@@ -61,7 +62,8 @@ class Compiler:
                 for process, said in [pair for pair in running if pair[0].poll() is not None]:
                     running.remove((process, said))
                     if process.returncode:
-                        reason = _reason(process.returncode, said.read_bytes())
+                        full = shutil.disk_usage(folder).free < _FULL
+                        reason = _reason(process.returncode, said.read_bytes(), full)
                         raise NoKernelsError(f"{self.words[0]} cannot build the kernels: {reason}")
                 if time.monotonic() > deadline:
                     took = f"has not built the kernels within {_LIMIT} s"
@@ -92,11 +94,6 @@ def find_compiler() -> Compiler:
         _kill(process)
     digest = hashlib.blake2b(repr((words, version)).encode(), digest_size=6)
     return Compiler(words, digest.hexdigest())
-
-
-def one_line(text: str) -> str:
-    """``text`` without line breaks and control characters, which names of folders may have."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def split(variable: str) -> list[str]:
@@ -135,10 +132,10 @@ def _kill(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def _reason(code: int, said: bytes) -> str:
+def _reason(code: int, said: bytes, full: bool) -> str:
     text = said.decode(errors="replace")
     for number in (errno.ENOSPC, errno.EDQUOT):
-        if os.strerror(number) in text:
+        if os.strerror(number) in text or full:  # then it could not even say so
             raise OSError(number, os.strerror(number))
     lines = [line.strip() for line in text.splitlines() if "error" in line]
     if lines:
