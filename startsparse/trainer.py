@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from startsparse import checkpoint, flops, parallel, processes, schedules
+from startsparse import checkpoint, flops, machine, parallel, processes, schedules
 from startsparse.candidates import Candidates
 from startsparse.clock import Clock
 from startsparse.data import AnyBatches, Data
@@ -148,6 +148,8 @@ class Trainer(Learner, Generic[S]):
         self.compute.restore(state["compute"])
         self.write_tables()
         log.info("resumed at epoch %d, step %d", len(self.history) + 1, self.position.step + 1)
+        if changed := machine.change(self.run.folder):
+            log.warning("warning: --resume: %s: it is another run in the last bits", changed)
 
     def run_phases(self, phases: list[Phase]) -> None:
         """Train through ``phases``, from the position where the run stands.
