@@ -182,8 +182,8 @@ OBJECTS = np.array([Runs()] * 8, dtype=object)
 CIFAR = {
     "no pickle of images (it asks for builtins.print)": pickle.dumps({"data": Runs()}),
     "no pickle of images (it has an array of dtype 'O8'": pickle.dumps({"data": OBJECTS}),
-    "no pickle of images (pickle data was truncated)": python2_pickle(IMAGES)[:-99],
-    "no pickle of images (Ran out of input)": b"",
+    "no pickle of images (pickle data was truncated or is damaged)": python2_pickle(IMAGES)[:-99],
+    "no pickle of images (pickle data was truncated or": b"",
     "a list, no dict": python2_pickle([1]),
     "has no 'data'": python2_pickle({b"labels": [3] * 8}),
     "has no 'labels'": python2_pickle({b"data": IMAGES[b"data"]}),

@@ -53,7 +53,16 @@ def load(spec: Spec, root: Path, mirror: str = "", *, checksum: bool = True) -> 
     archive that is there may be a re-encoded one. Raises `UserError` where an image is missing or
     damaged.
     """
-    files.unpacked(root, [spec.folder], spec.archive, spec.url, mirror, checksum=checksum)
+    pixels = 3 * SIZE**2 * (spec.train_images + 2 * spec.test_images)
+    files.unpacked(
+        root,
+        [spec.folder],
+        spec.archive,
+        spec.url,
+        mirror,
+        largest=pixels + (64 << 20),  # no image takes more as a JPEG; and the lists
+        checksum=checksum,
+    )
     folder = root / spec.folder
     train, test, names = _list(folder, spec)
     cache = root / f"{spec.folder}.npz"
@@ -83,7 +92,7 @@ def _list(folder: Path, spec: Spec) -> tuple[Listing, Listing, tuple[str, ...]]:
     train = [
         (path, label)
         for name, label in classes.items()
-        for path in sorted((folder / "train" / name / "images").glob("*.JPEG"))
+        for path in sorted((folder / "train" / name / "images").glob("[!.]*.JPEG"))
     ]
     annotations = folder / "val" / "val_annotations.txt"
     present = set((folder / "val" / "images").glob("*.JPEG"))
