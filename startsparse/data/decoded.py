@@ -4,7 +4,6 @@ import hashlib
 import json
 import sys
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -190,7 +189,7 @@ def _kept(store: Path, content: str, form: Form, count: int) -> Pixels | None:
         images = np.load(pixels, mmap_mode="c", allow_pickle=False)
         with np.load(sums, allow_pickle=False) as file:
             moments, crcs = file["moments"], file["crcs"]  # reading checks the CRCs of these
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except Exception:  # a damaged file raises anything
         return None
     shape = (count, form.size, form.size, form.channels)
     if (images.dtype, images.shape) != (np.uint8, shape) or not images.flags.c_contiguous:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import posixpath
+import shutil
 import tarfile
 import tempfile
 import urllib.request
@@ -197,7 +198,8 @@ def _extract(path: Path, folder: str, names: Sequence[str], largest: int) -> Non
                     assert content is not None  # for a file
                     target = Path(folder, name)
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(content.read())
+                    with target.open("wb") as written:
+                        shutil.copyfileobj(content, written)
         while bounded.read(CHUNK):  # the checksum of gzip comes last
             pass
 
