@@ -1,5 +1,7 @@
 """Sizes that cannot be: batches too small for BatchNorm, networks too large for the machine."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -90,7 +92,7 @@ def test_widths_that_no_machine_holds_are_refused_before_data_is_read(start, net
 def test_what_counts_is_the_memory_of_the_machine(start, monkeypatch):
     counted = 4 * (3072 * 16 + 16 + 2 * (16 * 16 + 16) + 16 * 10 + 10 + 3 * 2 * 16)
     for installed, error in ((counted, ReachedError), (counted - 1, OptionError)):
-        monkeypatch.setattr(memory, "installed", lambda: installed)  # noqa: B023
+        monkeypatch.setattr(recipe, "memory", SimpleNamespace(installed=lambda: installed))  # noqa: B023
         with pytest.raises(error):
             start("STR", "--arch", "mlp", "--width", "16")
 
