@@ -44,6 +44,7 @@ def train(options: DSTOptions) -> None:
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
         model, planned = plan(options, recipe.expected_shape(options))
+    runs.check_room_by_rank_0(options, folder, model)
     devices = parallel.choose_devices(options.multigpu)
     recipe.show_run(options, folder, model, devices)
     check_flow(model, planned, options)

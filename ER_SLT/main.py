@@ -25,11 +25,12 @@ from ER_SLT.levels import (
     warn_of_small_masks,
 )
 from ER_SLT.options import SLTOptions
-from ER_SLT.ticket import load_ticket, put_in_place
+from ER_SLT.stored import check_shapes, stored
+from ER_SLT.ticket import put_in_place
 from startsparse import data, er, flops, masks, parallel, recipe, runs, training
-from startsparse.commandline import from_values, glance, own_names, parse
+from startsparse.commandline import glance, own_names, parse
 from startsparse.emptied import require_weights
-from startsparse.errors import OptionError, UserError
+from startsparse.errors import OptionError
 from startsparse.processes import run_script
 from startsparse.trainer import Trainer
 
@@ -56,6 +57,7 @@ def train(options: SLTOptions) -> None:
     with torch.device("meta"):  # bad options are named before data or a device is touched
         planned, _ = plan(options, recipe.expected_shape(options))
 
+    runs.check_room_by_rank_0(options, folder, planned)
     devices = parallel.choose_devices(options.multigpu)
     recipe.show_run(options, folder, planned, devices)
     dataset = recipe.load_data(options, devices[0])
@@ -112,17 +114,11 @@ def evaluate(path: Path, argv: list[str]) -> None:
             the ticket says.
     """
     path = path / TICKET if path.is_dir() else path
-    try:
-        ticket = load_ticket(path)
-        stored, expected = ticket.description["options"], ticket.description["test_accuracy"]
-    except UserError as error:
-        raise OptionError(f"--evaluate: {error}") from None
-    except KeyError as missing:
-        raise OptionError(f"--evaluate: {path}: the ticket has no {missing}") from None
-    saved = from_values(SLTOptions, stored, path)
+    ticket, saved, expected = stored(path)
     options = parse(SLTOptions, CONFIGS, argv, saved)
     with own_names(SLTOptions):
         runs.check_same(options, saved, f"the ticket {path} was found")
+    check_shapes(ticket, options, path)
 
     device = parallel.choose_devices(options.multigpu)[0]
     dataset = recipe.load_data(options, device)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from startsparse import conditions as on
-from startsparse import data_flag, masks, processes, ratios, schedules
+from startsparse import data_flag, masks, names, processes, ratios, schedules
 from startsparse.conditions import Meaning
 from startsparse.data import OWN_PARTS, PADDINGS, SETS, SHAPES, data_root, modular
 from startsparse.engine.compute import MODES
@@ -245,6 +245,7 @@ class Options(Meaning):
     def check(self) -> None:
         """Raise `OptionError` for a value out of range or in conflict; names the option."""
         self.derive()
+        self._check_texts()
         self._check_ranges()
         if OPTIMIZERS[self.optimizer].momentum and self.nesterov and self.momentum == 0:
             raise OptionError("--nesterov: needs a --momentum above 0")
@@ -255,6 +256,10 @@ class Options(Meaning):
         self.check_evaluate()
         if self.er_sparse_method == "network" and not self.er_sparsity_file:
             raise OptionError("--er-sparse-method: network needs an --er-sparsity-file")
+
+    def _check_texts(self) -> None:
+        names.check(self)
+        names.check_name("--name", self.name)
 
     def _check_ranges(self) -> None:
         require_range(self, "er_sparse_init", low=0, high=1, open_low=True)

@@ -32,14 +32,19 @@ log = logging.getLogger("startsparse")
 def already_done(options: Options, folder: Path | None) -> bool:
     """Whether the run in ``folder`` is finished; if so, print its result again.
 
+    A row that results.csv lacks is added.
+
     Raises:
-        OptionError: it is not finished, and could not add its result to results.csv.
+        OptionError: it is not finished, and could not write its files.
+        UserError: it is finished, and the row cannot be added.
     """
     done = None if folder is None or options.evaluate else runs.summary(folder)
     if done and folder:
         log.info("%s", report.text(done, folder))
+        if runs.add_missing_row_by_rank_0(options, folder, done):
+            log.info("%-20s %s", "row added to", runs.results_csv(options))
     elif not options.evaluate:
-        runs.check_results_by_rank_0(options)
+        runs.check_places_by_rank_0(options, folder)
     return bool(done)
 
 
@@ -223,18 +228,18 @@ def finish(
         layers: layer -> density and more, for layers.json (default: the densities).
     """
     run, model = trainer.run, trainer.model
+    images = trainer.data.images
+    key = {"images": images.content} if images and images.content else {}
+    facts = key | result | trainer.costs()
+    table = masks.density_table(model, requested)
+    summary = report.summary(density, table, facts, trainer.clock.read())
+    if not trainer.options.checksum:  # behind seconds, as an option
+        summary["checksum"] = False
+    log.info("%s", report.text(summary, run.folder))  # first, whatever may fail from here on
     if effective_layers(model):
         checkpoint.save_by_rank_0(run.folder / runs.PLAIN_WEIGHTS, {"model": plain_state(model)})
-    table = masks.density_table(model, requested)
     run.write_table("density.csv", trainer.compute.columns(table))
     densities = {name: {"density": share} for name, share in flops.densities(model).items()}
     run.write_json("layers.json", layers or densities)
     plots.plot_run_by_rank_0(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
-    images = trainer.data.images
-    key = {"images": images.content} if images and images.content else {}
-    facts = key | result | trainer.costs()
-    summary = report.summary(density, table, facts, trainer.clock.read())
-    if not trainer.options.checksum:  # behind seconds, as an option
-        summary["checksum"] = False
     run.finish(summary)
-    log.info("%s", report.text(summary, run.folder))

@@ -41,6 +41,7 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
+from torch import nn
 
 import startsparse
 from startsparse import effects, processes, results
@@ -50,7 +51,10 @@ from startsparse.console import log, number
 from startsparse.data import Images
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import flag
+from startsparse.names import check_characters
+from startsparse.optimizers import OPTIMIZERS
 from startsparse.options import Options
+from startsparse.places import check_folder, check_room
 from startsparse.processes import by_rank_0
 
 # Options that may change when a run resumes: they do not affect the result.
@@ -163,17 +167,43 @@ class Run:
 
     @by_rank_0
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write summary.json and add the run to <result-dir>/results.csv."""
-        fields = dataclasses.asdict(self.options)
-        computed = {name: value for name, value in fields.items() if name not in FREE}
-        results.add(results_csv(self.options), [{"run": self.folder, **summary, **computed}])
+        """Write summary.json, and then add the run to <result-dir>/results.csv.
+
+        Raises:
+            UserError: the second failed; says how to make up for it.
+        """
         self.write_json("summary.json", summary)
+        try:
+            _add_row(self.options, self.folder, summary)
+        except UserError as error:
+            raise UserError(
+                f"{error}; the result is in {self.folder}/summary.json, and --resume "
+                f"{self.folder} adds it to the table once that can be written"
+            ) from None
 
 
 def summary(folder: Path) -> dict[str, Any] | None:
-    """The result of a finished run, else None."""
+    """The result of a finished run, else None.
+
+    Raises:
+        UserError: summary.json is damaged.
+    """
     path = folder / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or "test_accuracy" not in content:
+        raise UserError(f"{path}: is damaged; remove it, and --resume {folder} finishes the run")
+    return content
+
+
+def computed(options: Options) -> dict[str, Any]:
+    """The options that determine what a run computes, and its name."""
+    fields = dataclasses.asdict(options)
+    return {name: value for name, value in fields.items() if name not in FREE}
 
 
 def images(folder: Path) -> Images | None:
@@ -198,10 +228,57 @@ def results_csv(options: Options) -> Path:
     return Path(options.result_dir) / "results.csv"
 
 
+def _add_row(options: Options, folder: Path, summary: dict[str, Any]) -> None:
+    results.add(results_csv(options), [{"run": folder, **summary, **computed(options)}])
+
+
 @by_rank_0
-def check_results_by_rank_0(options: Options) -> None:
-    """Raise `OptionError` unless the row can be added, before training rather than after it."""
-    results.check(results_csv(options))
+def add_missing_row_by_rank_0(options: Options, folder: Path, summary: dict[str, Any]) -> bool:
+    """Add a finished run to <result-dir>/results.csv, unless it is there; whether it was missing.
+
+    Raises:
+        UserError: the table cannot be read or written.
+    """
+    if results.has(results_csv(options), folder):
+        return False
+    _add_row(options, folder, summary)
+    return True
+
+
+@by_rank_0
+def check_places_by_rank_0(options: Options, folder: Path | None) -> None:
+    """Raise `OptionError` unless a run can write its files, before training rather than after it.
+
+    Args:
+        folder: of the run to resume; None: a new one.
+    """
+    if folder is None:
+        check_folder("--log-dir", _base(options))
+    else:
+        check_folder("--resume", folder)
+    table = results_csv(options)
+    results.check(table)
+    check_characters("--log-dir", results.key(table, folder or _base(options)))
+
+
+@by_rank_0
+def check_room_by_rank_0(options: Options, folder: Path | None, model: nn.Module) -> None:
+    """Raise `OptionError` unless the disk has room for the checkpoints of a run.
+
+    These are two of weights and optimizer, as one replaces the other, and two of weights, for the
+    best epoch; a run to resume has one of each.
+
+    Args:
+        folder: of the run to resume; None: a new one.
+        model: the network, with or without data.
+    """
+    if options.evaluate:
+        return
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    trained = sum(parameter.nbytes for parameter in model.parameters())
+    whole = weights + OPTIMIZERS[options.optimizer].states * trained
+    places = "--log-dir" if folder is None else "--resume"
+    check_room(places, folder or _base(options), (whole + weights) * (2 if folder is None else 1))
 
 
 def source(options: Options, name: str) -> Path:
@@ -299,7 +376,7 @@ def _newest(options: Options) -> Path | None:
     for path in base.parent.glob("seed-*/options.yaml"):
         if str(read_values(path).get("seed")) == str(options.seed):
             number = path.parent.name.removeprefix(base.name).removeprefix("-")
-            runs.append((int(number) if number.isdigit() else 1, path.parent))
+            runs.append((int(number) if number.isdecimal() else 1, path.parent))
     return max(runs)[1] if runs else None
 
 
