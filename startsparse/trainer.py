@@ -264,8 +264,9 @@ class Trainer(Learner, Generic[S]):
     def _epoch(self, phase: Phase) -> None:
         options, position, steps = self.options, self.position, len(self.data.train)
         first = position.epoch * steps
-        rates = [
-            schedules.learning_rate(
+
+        def rate(step: int) -> float:
+            return schedules.learning_rate(
                 phase.lr_policy,
                 first + step,
                 phase.epochs * steps,
@@ -274,13 +275,12 @@ class Trainer(Learner, Generic[S]):
                 end=phase.lr_min,
                 warmup=self._warmup(phase) * steps,
             )
-            for step in range(steps)
-        ]
+
         with self.compute.sparse(self.optimizer):
             train_epoch(
                 self,
                 self.data.train,
-                rates.__getitem__,
+                rate,
                 self.sums,
                 # Epochs are numbered through the run, so that no two phases have the same order.
                 epoch=len(self.history),
@@ -298,7 +298,7 @@ class Trainer(Learner, Generic[S]):
         row: dict[str, Any] = {
             "epoch": len(self.history) + 1,
             "phase": phase.name,
-            "lr": rates[-1],
+            "lr": rate(steps - 1),
             "train_loss": trained["loss"],
             "train_accuracy": trained["accuracy"],
             "valid_loss": valid["loss"],
