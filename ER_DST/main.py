@@ -21,6 +21,7 @@ from ER_DST.options import DSTOptions
 from ER_DST.sparse_inits import find_snip, pruner_ratio
 from startsparse import data, er, flops, masks, parallel, recipe, runs
 from startsparse.commandline import own_names, parse
+from startsparse.emptied import require_weights
 from startsparse.errors import OptionError
 from startsparse.processes import run_script
 from startsparse.trainer import Trainer
@@ -73,6 +74,7 @@ def train(options: DSTOptions) -> None:
 def plan(options: DSTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, float]]:
     """The network, not yet initialised, and each layer's requested density ({}: not known yet)."""
     model = recipe.build(options, shape)
+    require_weights(model, options)
     if not options.sparse:
         return model, {}
     sizes = {name: layer.weight.numel() for name, layer in masks.sparse_layers(model).items()}

@@ -129,6 +129,16 @@ class SLTOptions(Options):
         return "with --er-sparse-init 1, a dense network"
 
     @property
+    def requested(self) -> float:
+        """The density of the ticket."""
+        return self.sparsity
+
+    @property
+    def density_options(self) -> tuple[str, ...]:
+        """The fields that decide how many weights are left at the end, for messages."""
+        return ("sparsity",)
+
+    @property
     def ranking(self) -> str:
         """One of `edge_popup.RANKINGS`."""
         return "global" if self.global_ranking else "layer"

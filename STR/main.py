@@ -14,6 +14,7 @@ import torch
 from startsparse import data, er, flops, masks, models, parallel, recipe, runs
 from startsparse.commandline import parse
 from startsparse.effective import replace_layers
+from startsparse.emptied import require_weights
 from startsparse.processes import run_script
 from startsparse.trainer import Trainer
 from STR.conv_types import CONV_TYPES
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def plan(options: STROptions, shape: data.Shape) -> tuple[torch.nn.Module, dict[str, float]]:
     """The network, not yet initialised, and each layer's requested density ({}: no mask)."""
     model = recipe.build(options, shape, options.resnet_type)
+    require_weights(model, options)
     return model, er.requested_densities(model, options) if options.masked else {}
 
 

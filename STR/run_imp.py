@@ -21,6 +21,7 @@ from startsparse.commandline import from_flags, named, parse
 from startsparse.data import SETS
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import Condition, choice, counts, default_is, normal
+from startsparse.numbers import Seed
 from startsparse.options import require_gpus, require_range
 from startsparse.places import check_file
 from startsparse.schedules import geometric
@@ -40,7 +41,7 @@ class SweepOptions:
     """YAML file of the runs"""
     set: Annotated[str, choice(("", *SETS)), default_is("the config's")] = ""
     """Data set"""
-    seeds: tuple[int, ...] = (1,)
+    seeds: tuple[Seed, ...] = (1,)
     """Seeds"""
     er_sparse_methods: tuple[str, ...] = ("balanced",)
     """Layer-wise ratios of the random masks; --er-sparse-method of main.py"""

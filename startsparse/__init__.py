@@ -16,7 +16,16 @@ def checkout() -> Path | None:
     return root if (root / "pyproject.toml").exists() else None
 
 
-def cache_folder() -> Path:
-    """Where what can be made again is kept: $STARTSPARSE_CACHE, or startsparse in the user's."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return Path(os.environ.get("STARTSPARSE_CACHE") or home / "startsparse")
+def cache_folder() -> Path | None:
+    """Where what can be made again is kept: $STARTSPARSE_CACHE, or startsparse in the user's.
+
+    None: the user has no home. The folder may not exist, and writing there may fail.
+    """
+    own = os.environ.get("STARTSPARSE_CACHE")
+    try:
+        if own:
+            return Path(own).expanduser().absolute()
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        return home.absolute() / "startsparse"
+    except RuntimeError:  # an account without a home
+        return None

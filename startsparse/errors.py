@@ -24,6 +24,11 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def one_line(text: str) -> str:
+    """The text with control characters and line breaks, which a bad value can hold, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def run_script(main: Callable[[], int | None], say: Callable[[str], None] = say) -> None:
     """Run ``main`` and leave the process; a `UserError` becomes one line and its exit code.
 
@@ -42,7 +47,7 @@ def run_script(main: Callable[[], int | None], say: Callable[[str], None] = say)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE, which Windows has not
     except UserError as error:
-        say(f"error: {error}")
+        say(f"error: {one_line(str(error))}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         say("error: interrupted")

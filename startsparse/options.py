@@ -23,6 +23,7 @@ from startsparse.fields import (
 )
 from startsparse.models import MODELS
 from startsparse.models.init import INITS
+from startsparse.numbers import Seed
 from startsparse.optimizers import OPTIMIZERS, decay_groups, make_optimizer
 
 
@@ -34,7 +35,7 @@ class Options(Meaning):
     """YAML file with options; the command line wins"""
     name: Annotated[str, default_is("the network and its density")] = ""
     """Name of the run"""
-    seed: int = 1
+    seed: Seed = 1
     """Seed of every random draw: split, weights, masks, order and augmentation of the data"""
     log_dir: str = "runs"
     """Folder that holds the run folders: <log-dir>/<config>/<name>/seed-<seed>"""
@@ -177,6 +178,16 @@ class Options(Meaning):
     def draws_singly(self) -> bool:
         """Whether the first masks draw each weight independently, so that their sizes vary."""
         return self.er_sampling == "bernoulli"
+
+    @property
+    def requested(self) -> float:
+        """The density requested at the end."""
+        return self.er_sparse_init
+
+    @property
+    def density_options(self) -> tuple[str, ...]:
+        """The fields that decide how many weights are left at the end, for messages."""
+        return ("er_sparse_init",)
 
     def default_name(self) -> str:
         """Name of a run without --name."""

@@ -140,7 +140,7 @@ def show_start(trainer: Trainer, requested: dict[str, float]) -> None:
     """Write the densities at the start to density.csv, and print them with their warnings."""
     trainer.decide()
     table = trainer.compute.columns(masks.density_table(trainer.model, requested))
-    show_densities(trainer.run, table, "density.csv")
+    show_densities(trainer, table, "density.csv")
     # Later masks are not as drawn.
     if requested and not trainer.history and not trainer.position.step:
         say_deviation(trainer.model, requested, trainer.options)
@@ -154,9 +154,10 @@ def say_deviation(model: torch.nn.Module, requested: dict[str, float], options: 
         log.warning("warning: %s%s", deviation, remedy)
 
 
-def show_densities(run: runs.Run, table: pd.DataFrame, name: str) -> None:
+def show_densities(trainer: Trainer, table: pd.DataFrame, name: str) -> None:
     """Write a `masks.density_table` as ``name`` in the run, and print it with its warnings."""
-    run.write_table(name, table)
+    trainer.run.write_table(name, table)
+    trainer.emptied.known = set(table.loc[table["kept"] == 0, "layer"])
     log.info("%s", masks.density_text(table))
     for line in masks.warnings(table):
         log.warning("warning: %s", line)

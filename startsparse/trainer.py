@@ -22,6 +22,8 @@ from startsparse import checkpoint, flops, parallel, processes, schedules
 from startsparse.candidates import Candidates
 from startsparse.clock import Clock
 from startsparse.data import AnyBatches, Data
+from startsparse.effective import effective_layers
+from startsparse.emptied import Emptied
 from startsparse.engine.compute import Compute
 from startsparse.errors import UserError
 from startsparse.masks import density, keep_inside
@@ -30,7 +32,15 @@ from startsparse.options import Options
 from startsparse.phases import Phase, Position
 from startsparse.runs import Run, selected_weights
 from startsparse.stopping import Interrupted, StopSignal
-from startsparse.training import Learner, evaluate, means, new_sums, train_epoch
+from startsparse.training import (
+    Learner,
+    NonFiniteLoss,
+    evaluate,
+    means,
+    new_sums,
+    require_finite,
+    train_epoch,
+)
 
 log = logging.getLogger("startsparse")
 
@@ -47,6 +57,7 @@ class Trainer(Learner, Generic[S]):
         candidates: the best epoch of this phase, its rivals, and their weights.
         ledger: FLOPs of the network and of the training.
         clock: time of the training, with that before resumptions.
+        emptied: the layers without a weight.
     """
 
     def __init__(
@@ -87,6 +98,7 @@ class Trainer(Learner, Generic[S]):
         self.ledger = flops.Ledger(model, torch.zeros(data.shape.input, device=self.device))
         self.stop = StopSignal()
         self.clock = Clock()
+        self.emptied = Emptied(model, options)
 
     @property
     def _path(self) -> Path:
@@ -142,8 +154,10 @@ class Trainer(Learner, Generic[S]):
 
         Raises:
             Interrupted: on SIGINT or SIGTERM, after a checkpoint was saved.
-            NonFiniteLoss: the last good checkpoint stays.
+            NonFiniteLoss, NonFiniteNetwork: the last good checkpoint stays.
+            UserError: no layer has a weight left.
         """
+        self.emptied.check("at the start")
         with self.stop, self.clock:
             while self.position.phase < len(phases):
                 processes.all_copy_rank_0(self.model)
@@ -160,6 +174,7 @@ class Trainer(Learner, Generic[S]):
                 phase.then(self)
                 if self.position.phase + 1 == len(phases):
                     return
+                self.emptied.check(f"after {phase.name}")
                 following = self.position.phase + 1
                 self._start(following, phases[following].keeps_momentum)
 
@@ -190,11 +205,20 @@ class Trainer(Learner, Generic[S]):
         }
 
     def evaluate(self, batches: AnyBatches) -> dict[str, float]:
-        """Loss and accuracy of the network as it is; NaN where there are no examples."""
+        """Loss and accuracy of the network as it is; NaN where there are no examples.
+
+        Raises:
+            NonFiniteLoss: names the first bad layer.
+        """
         if not batches.examples:
             return {"loss": math.nan, "accuracy": math.nan}
         with self.compute.sparse():
-            return evaluate(self.model, self.compute, batches, self.autocast, self.device)
+            result = evaluate(self.model, self.compute, batches, self.autocast, self.device)
+        if not math.isfinite(result["loss"]):
+            first = next(batches.epoch(0), None)  # None: all batches are those of other processes
+            layer = self.first_bad_layer(first[0]) if first else ""
+            raise NonFiniteLoss(f"the loss of an evaluation is not finite{layer and f'; {layer}'}")
+        return result
 
     def decide(self) -> None:
         """Choose which layers compute sparsely, unless they were chosen at about this density."""
@@ -262,6 +286,9 @@ class Trainer(Learner, Generic[S]):
                 title=f"{phase.name} {position.epoch + 1}/{phase.epochs}",
             )
         processes.all_copy_rank_0(self.model)
+        require_finite(self.model, self.optimizer, f" after epoch {len(self.history) + 1}")
+        if effective_layers(self.model):
+            self.emptied.check(f"after epoch {len(self.history) + 1}")
         self.ledger.count(first + steps, phase.method)
         trained, valid = means(self.sums), self.evaluate(self.data.valid)
         row: dict[str, Any] = {
@@ -307,11 +334,14 @@ class Trainer(Learner, Generic[S]):
     def after_step(self, method: Method, step: int) -> None:
         """Save if --save-every or a signal asks for it; the end of an epoch saves anyway."""
         super().after_step(method, step)
+        if method.moves_masks(step):
+            self.emptied.check(f"after step {step + 1}")
         steps, every = len(self.data.train), self.options.save_every
         done = step + 1 - self.position.epoch * steps
         if done < steps and (self.stop.agreed or (every and done % every == 0)):
             self.position.step = done
             self.compute.switch(False, self.optimizer)
+            require_finite(self.model, self.optimizer, f" after step {step + 1}")
             self.save()
             if self.stop.agreed:
                 self._interrupt()

@@ -22,7 +22,11 @@ struct Pixels {
       columns = std::exchange(blocks, 1);
     for (int64_t i = 0; i < lanes; i++) present[i] = i < last;
   }
-  Vec present_at(int64_t i) const { return Vec::loadu(present + i % lanes); }
+  // Zero for images that are not there, of which a product with zero would be NaN or infinite.
+  Vec only_present(const Vec& v, int64_t i) const {
+    const Vec zero(Scalar(0));
+    return Vec::blendv(zero, v, Vec::loadu(present + i % lanes) > zero);
+  }
   double count() const { return double(((blocks - 1) * lanes + last) * height * columns); }
   bool partial(int64_t n) const { return n + 1 == blocks && last < lanes; }
 };
@@ -116,7 +120,7 @@ inline void each_vector(const Pixels& p, F row, End end) {
         output.prefetch_line(c, n, h);
         return [&, from = y.row(n, h), partial = p.partial(n)](int64_t i, int64_t r, int64_t part) {
           Vec d = Vec::loadu(from + i) - centre;
-          if (partial) d = d * p.present_at(i);
+          if (partial) d = p.only_present(d, i);
           sum.part[r][part] = at::vec::fmadd(d, d, sum.part[r][part]);
         };
       },
@@ -139,13 +143,14 @@ template <bool with_residual, bool relu>
         Vec v = at::vec::fmadd(Vec::loadu(from + i), a, b);
         if (with_residual) v = v + Vec::loadu(other + i);
         if (relu) v = at::vec::maximum(v, zero);
-        if (partial) v = v * p.present_at(i);
+        if (partial) v = p.only_present(v, i);
         v.store(to + i);
       }
     }
 }
 
-// Where the gradient goes through: everywhere, where y * scale + shift > 0, or where z > 0.
+// Where the gradient goes through: everywhere, or not where y * scale + shift <= 0, or z <= 0. So
+// it goes through NaN, as PyTorch's.
 enum class Gate { open, by_y, by_z };
 
 template <Gate gate>
@@ -155,7 +160,7 @@ struct Gradient {
   Vec operator()(const Vec& d, const Vec& y, const Scalar* z) const {
     if (gate == Gate::open) return d;
     const Vec v = gate == Gate::by_z ? Vec::loadu(z) : at::vec::fmadd(y, a, b);
-    return Vec::blendv(zero, d, v > zero);
+    return Vec::blendv(d, zero, v <= zero);
   }
 };
 
@@ -183,8 +188,9 @@ template <Gate gate>
   return {sums.all, products.all};
 }
 
-// d_y = scale * g + (y - mean) * slope + constant, and d_residual = g. May be done in place.
-template <Gate gate>
+// d_y = scale * g, with `moved` + (y - mean) * slope + constant, and d_residual = g. May be done in
+// place.
+template <Gate gate, bool moved>
 [[gnu::noinline]] void gradient_channel(const Channel& d_z, const Channel& z, const Channel& y,
                                         Scalar mean, Scalar scale, Scalar shift, Scalar slope,
                                         Scalar constant, const Channel& d_y,
@@ -200,8 +206,8 @@ template <Gate gate>
       input.prefetch_line(c, n, h);
       for (int64_t i = 0; i < p.columns * lanes; i += width) {
         const Vec v = Vec::loadu(from + i), g = gradient(Vec::loadu(d + i), v, result + i);
-        Vec sum = at::vec::fmadd(a, g, at::vec::fmadd(v - centre, k, b));
-        if (partial) sum = sum * p.present_at(i);
+        Vec sum = moved ? at::vec::fmadd(a, g, at::vec::fmadd(v - centre, k, b)) : a * g;
+        if (partial) sum = p.only_present(sum, i);
         if (other) g.store(other + i);
         sum.store(to + i);
       }
@@ -261,10 +267,10 @@ EXPORTED(affine)
 
 // Backward of `affine`: d_y, d_residual, and d_gamma, d_beta and d_before [channels].
 //
-// g = d_z where z > 0 (everywhere without ReLU); d_beta = sum g; d_gamma = sum g * normalised y. In
-// mode batch y moves mean and deviation: d_y = scale * (g - d_beta / count - normalised y * d_gamma
-// / count); else d_y = scale * g. Without a z, y tells where it is positive; a residual with ReLU
-// needs it. d_y or d_residual may be d_z itself.
+// g = d_z, but 0 where z <= 0 (without ReLU d_z everywhere); d_beta = sum g; d_gamma = sum g *
+// normalised y. In mode batch y moves mean and deviation: d_y = scale * (g - d_beta / count -
+// normalised y * d_gamma / count); else d_y = scale * g. Without a z, y tells where it is positive;
+// a residual with ReLU needs it. d_y or d_residual may be d_z itself.
 void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, int64_t last, Map d_y,
                      Map d_residual, Scalar* d_gamma, Scalar* d_beta, Scalar* d_before) {
   const Pixels p(y, last,
@@ -275,9 +281,12 @@ void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, in
   const auto sums_of = !relu    ? gradient_sums<Gate::open>
                        : z.data ? gradient_sums<Gate::by_z>
                                 : gradient_sums<Gate::by_y>;
-  const auto apply = !relu    ? gradient_channel<Gate::open>
-                     : z.data ? gradient_channel<Gate::by_z>
-                              : gradient_channel<Gate::by_y>;
+  const bool moved = norm.mode == batch;
+  const auto apply =
+      !relu    ? moved ? gradient_channel<Gate::open, true> : gradient_channel<Gate::open, false>
+      : z.data ? moved ? gradient_channel<Gate::by_z, true> : gradient_channel<Gate::by_z, false>
+      : moved  ? gradient_channel<Gate::by_y, true>
+               : gradient_channel<Gate::by_y, false>;
   each_channel(y, [&](int64_t c) {
     const Channel d = d_z.channel(c), result = z.channel(c), from = y.channel(c);
     const Channel to = d_y.channel(c);
@@ -285,7 +294,7 @@ void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, in
     const auto [sum, product] = sums_of(d, result, from, mean, scale, shift, p, output, c);
     d_beta[c] = sum, d_gamma[c] = product * norm.inverse[c];
     double slope = 0, constant = 0;
-    if (norm.mode == batch) {
+    if (moved) {
       slope = -scale * norm.inverse[c] * d_gamma[c] / count;
       constant = -scale * sum / count;
     }
@@ -293,7 +302,7 @@ void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, in
     apply(d, result, from, mean, scale, shift, slope, constant, to, d_residual.channel(c), p, input,
           c);
     if (first) {  // y is the output of that ReLU
-      gradient_channel<Gate::by_z>(to, from, from, 0, 1, 0, 0, 0, to, {}, p, none, c);
+      gradient_channel<Gate::by_z, false>(to, from, from, 0, 1, 0, 0, 0, to, {}, p, none, c);
       d_before[c] = sum_of(to, p);
     }
   });

@@ -24,6 +24,7 @@ from startsparse.atomic import write_text
 from startsparse.commandline import from_flags
 from startsparse.data import data_root
 from startsparse.data.rows import Rows
+from startsparse.errors import UserError
 from startsparse.masks import (
     attach_masks,
     density_table,
@@ -132,7 +133,7 @@ def run(members: Sequence[Member], options: TabularOptions) -> pd.DataFrame:
         any input to any output).
 
     Raises:
-        NonFiniteLoss: training diverged.
+        NonFiniteLoss, NonFiniteNetwork: training diverged.
     """
     recipe = batched.Recipe(options.optimizer, options.lr, options.weight_decay)
     rows, first_epoch, levels = [], 0, options.levels()
@@ -140,6 +141,8 @@ def run(members: Sequence[Member], options: TabularOptions) -> pd.DataFrame:
         present = [member for member in members if member.start >= density]
         for member in present:
             change_masks(member, density, level)
+            if not any(mask.any() for _, _, mask in masked_weights(member.model)):
+                raise UserError(f"--densities: {density:g} leaves no weight; ask for more")
         epochs = options.final_epochs if density == levels[-1] else options.epochs
         models, parts = [m.model for m in present], [m.train for m in present]
         forms = compute.sparse_forms(
@@ -150,6 +153,8 @@ def run(members: Sequence[Member], options: TabularOptions) -> pd.DataFrame:
         else:
             batched.LOOPS[options.loop](models, parts, recipe, epochs, first_epoch)
         first_epoch += epochs
+        for model in models:
+            training.require_finite(model, when=f" at density {density:g}")
         rows += [measure(member, density) for member in present]
     return pd.DataFrame(rows)
 

@@ -12,6 +12,7 @@ from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
 from startsparse.fields import Truth, called, choice, default_is, flag
 from startsparse.models import INITS
+from startsparse.numbers import Seed
 from startsparse.optimizers import OPTIMIZERS
 from startsparse.options import require_distinct, require_range
 from startsparse.tabular import batched
@@ -44,7 +45,7 @@ class TabularOptions:
     """True: after each pruning, set all weights back to their initial values"""
     flow_preservation: tuple[Truth, ...] = (False,)
     """True: after each pruning, give an edge to every unit without an incoming or outgoing one"""
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    seeds: tuple[Seed, ...] = (1, 2, 3, 4, 5)
     """Seeds; each has its own split, weights, masks and order of the data"""
 
     width: int = 256
