@@ -78,7 +78,8 @@ def text(summary: dict[str, Any], folder: Path) -> str:
 def half_width(values: Sequence[float]) -> float:
     """Half of the 95 % confidence interval of a mean (Student's t); NaN for a single value."""
     n = len(values)
-    return stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
+    with np.errstate(invalid="ignore"):  # infinite values
+        return stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
 
 
 def paired(

@@ -97,6 +97,7 @@ def read_runs(path: Path) -> pd.DataFrame:
     Raises:
         UserError: it cannot be read, or has no column ``run``.
     """
+    path = real(path)
     table = read(path) if path.exists() else pd.DataFrame({"run": []}, dtype=str)
     if "run" not in table:
         raise UserError(f"{path}: has no column 'run', so it is no table of runs")

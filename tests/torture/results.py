@@ -308,8 +308,8 @@ def a_name(given, folder):
         assert not list(folder.iterdir())
         return
     with runs.open_run(options) as run:
-        depth = len(run.folder.relative_to(options.log_dir).parts)
-        assert ".." not in run.folder.parts and depth >= 3
+        inside = run.folder.relative_to(options.log_dir).parts
+        assert ".." not in inside and len(inside) >= 3
         run.finish({"test_accuracy": 0.5, "seconds": 1.0})
         options.resume = "auto"
         assert runs.find_run_by_rank_0(options) == run.folder
