@@ -1,7 +1,10 @@
 """Pictures of runs, of tables over settings, and of curves over epochs."""
 
 import itertools
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +13,7 @@ import pandas as pd
 
 from startsparse import labels
 from startsparse.atomic import replacing
-from startsparse.errors import OptionError, UserError
+from startsparse.errors import OptionError, UserError, say
 from startsparse.processes import by_rank_0
 
 if TYPE_CHECKING:  # matplotlib is slow to import, and needed when a run has finished
@@ -39,14 +42,33 @@ def check_suffix(option: str, path: Path) -> None:
 def save(figure: "Figure", path: Path, dpi: int = 120) -> None:
     """Write a picture in the format of its suffix, one of `SUFFIXES`; whole or not at all.
 
+    Characters that the font lacks are named in one line.
+
     Raises:
         UserError: it cannot be written.
     """
     try:
-        with replacing(path) as temporary:
+        with _missing_glyphs(path), replacing(path) as temporary:
             figure.savefig(temporary, dpi=dpi, format=path.suffix[1:].lower())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+@contextmanager
+def _missing_glyphs(path: Path) -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    lacking = set()
+    for warning in caught:
+        if found := re.match(r"Glyph (\d+) .*missing from", str(warning.message)):
+            lacking.add(chr(int(found[1])))
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    if lacking:
+        say(f"warning: {path}: the font of pictures has no {' '.join(sorted(lacking))}")
 
 
 @by_rank_0
