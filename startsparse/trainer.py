@@ -30,7 +30,7 @@ from startsparse.masks import density, keep_inside
 from startsparse.method import Method
 from startsparse.options import Options
 from startsparse.phases import Phase, Position
-from startsparse.runs import Run, selected_weights
+from startsparse.runs import Run, check_trained, computed, selected_weights
 from startsparse.stopping import StopSignal
 from startsparse.training import (
     Learner,
@@ -121,6 +121,7 @@ class Trainer(Learner, Generic[S]):
                 "compute": self.compute.state(),
                 "clock": self.clock.read(),
                 "images": self.data.images.to_json() if self.data.images else "",
+                "options": computed(self.options),
             },
         )
 
@@ -128,11 +129,12 @@ class Trainer(Learner, Generic[S]):
         """Continue from checkpoint.pt, if the run folder has one.
 
         Raises:
-            UserError: it does not fit, is damaged, or is of an older version.
+            UserError: it does not fit, is damaged, is of an older version, or of other options.
         """
         if not self._path.exists():
             return
         state = checkpoint.load(self._path, self.device)
+        check_trained(self.options, state.get("options", {}), self.run.folder)
         if not {"ledger", "clock"} <= state.keys():
             raise UserError(f"{self._path}: an older version wrote it; start the run anew")
         checkpoint.load_model(self.model, state, self._path)
