@@ -148,6 +148,10 @@ REFUSED = {
     "no column of that name": (lines("1,u", header="a,Y"), "has no column 'y'; it has 'a', 'Y'"),
     "no other column": ("y\nu\nv\n", "has no column but 'y'"),
     "a column without a name": (lines("1,2,u", header="a,,y"), "column 2 has no name; name it"),
+    "two indices of pandas": (
+        lines("0,0,2,u", header=",Unnamed: 0,a,y"),
+        r"column 2 has no name of its own \('Unnamed: 0' is pandas' word for none\); name it",
+    ),
     "an index with gaps": (lines("1,2,u", "3,4,u", header=",a,y"), "column 1 has no name; name it"),
     "a name twice": (
         lines("1,2,u", header="a, a,y"),
