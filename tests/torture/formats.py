@@ -246,7 +246,7 @@ VALUES = (
         "nan",
         "inf",
     ),
-    *("é\n", "x" * 100_000, "--seed=3", "../../x", "resnet18", "mlp", "digits", "1e-320", "010"),
+    *("é\n", "x" * 3_000, "--seed=3", "../../x", "resnet18", "mlp", "digits", "1e-320", "010"),
 )
 NAMES = (
     *(
@@ -286,4 +286,4 @@ def crafted_options(case, folder):
         options = parse(SLTOptions, CONFIGS, [], saved)
         check_shapes(ticket, options, path)
 
-    refused(read, naming="")
+    refused(read, naming="--")
