@@ -3,12 +3,15 @@
 cd ER_SLT && python main.py [--config FILE.yaml] [options]; --help lists them.
 """
 
+from startsparse import stopping  # before torch
+
+if __name__ == "__main__":
+    stopping.watch()
+
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import startsparse.threads  # noqa: F401 - before torch
 
 import torch
 from torch import nn
@@ -29,6 +32,7 @@ from ER_SLT.stored import check_shapes, stored
 from ER_SLT.ticket import put_in_place
 from startsparse import data, er, flops, masks, parallel, recipe, runs, training
 from startsparse.commandline import glance, own_names, parse
+from startsparse.emptied import require_weights
 from startsparse.errors import OptionError
 from startsparse.processes import run_script
 from startsparse.trainer import Trainer
@@ -56,6 +60,7 @@ def train(options: SLTOptions) -> None:
     with torch.device("meta"):  # bad options are named before data or a device is touched
         planned, _ = plan(options, recipe.expected_shape(options))
 
+    runs.check_room_by_rank_0(options, folder, planned)
     devices = parallel.choose_devices(options.multigpu)
     recipe.show_run(options, folder, planned, devices)
     dataset = recipe.load_data(options, devices[0])
@@ -70,7 +75,7 @@ def train(options: SLTOptions) -> None:
         warn_of_small_logits(model, dataset.train, options)
         trainer = Trainer(model, dataset, options, run, devices, lambda: flops.densities(model))
         trainer.load()
-        recipe.show_densities(run, random_mask, "random_mask.csv")
+        recipe.show_densities(trainer, random_mask, "random_mask.csv")
         recipe.say_deviation(model, requested, options)
         warn_of_small_masks(model, options)
         trainer.run_phases(phases(options))
@@ -85,6 +90,7 @@ def train(options: SLTOptions) -> None:
 def plan(options: SLTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, float]]:
     """The network, not yet initialised, and each layer's density in the random mask."""
     model = recipe.build(options, shape)
+    require_weights(model, options)
     requested = er.requested_densities(model, options)
     sizes = {name: layer.weight.numel() for name, layer in masks.sparse_layers(model).items()}
     inside = sum(requested[name] * size for name, size in sizes.items()) / sum(sizes.values())

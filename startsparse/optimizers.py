@@ -14,14 +14,16 @@ class Kind(NamedTuple):
     Attributes:
         make: takes groups of parameters and ``lr``; see ``momentum``.
         momentum: whether it takes ``momentum`` and ``nesterov``, too.
+        states: tensors that it keeps for each parameter, as large as that.
     """
 
     make: Callable[..., torch.optim.Optimizer]
     momentum: bool = False
+    states: int = 2
 
 
 OPTIMIZERS: dict[str, Kind] = {
-    "sgd": Kind(partial(torch.optim.SGD, fused=True), momentum=True),
+    "sgd": Kind(partial(torch.optim.SGD, fused=True), momentum=True, states=1),
     "adam": Kind(partial(torch.optim.Adam, fused=True)),
     "adamw": Kind(partial(torch.optim.AdamW, fused=True)),
 }
@@ -39,7 +41,7 @@ def make_optimizer(
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"no optimizer is called {name!r}; choose from {', '.join(OPTIMIZERS)}")
-    make, takes_momentum = OPTIMIZERS[name]
+    make, takes_momentum, _ = OPTIMIZERS[name]
     more = {"momentum": momentum, "nesterov": nesterov} if takes_momentum else {}
     return make(parameters, lr=lr, **more)
 

@@ -123,7 +123,8 @@ def _listed(path: Path, times: str) -> str | None:
 
 def _store(root: Path) -> Path | None:
     """The folder to keep pixels in; None if nothing can be written anywhere."""
-    for store in (root / STORE, startsparse.cache_folder() / "images"):
+    cache = startsparse.cache_folder()
+    for store in (root / STORE, *([cache / "images"] if cache else [])):
         try:
             store.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=store):
