@@ -68,7 +68,7 @@ def _equal(one, other) -> bool:
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
-        return list(one) == list(other) and all(_equal(one[k], other[k]) for k in one)
+        return one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
     if isinstance(one, tuple):
         return len(one) == len(other) and all(map(_equal, one, other))
     return one == other
