@@ -25,7 +25,8 @@ class TabularOptions:
     """Networks on tables that start sparse and are pruned further."""
 
     tables: tuple[str, ...] = ("breast-cancer",)
-    """breast-cancer, digits, ACSEmployment, ACSIncome, or the paths of .csv files"""
+    """breast-cancer, digits, ACSEmployment, ACSIncome, or the paths of .csv files (docs/data.md has
+    their rules)"""
     data: Annotated[str, default_is("$STARTSPARSE_DATA, else data/ of the checkout, or here")] = ""
     """Folder of the census files"""
     state: str = "AL"
