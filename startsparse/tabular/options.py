@@ -6,7 +6,7 @@ from typing import Annotated
 
 import yaml
 
-from startsparse import ratios, results
+from startsparse import names, ratios
 from startsparse.commandline import write_yaml
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
@@ -15,6 +15,7 @@ from startsparse.models import INITS
 from startsparse.numbers import Seed
 from startsparse.optimizers import OPTIMIZERS
 from startsparse.options import require_distinct, require_range
+from startsparse.places import check_file
 from startsparse.tabular import batched
 
 
@@ -88,6 +89,8 @@ class TabularOptions:
         for name in ("width", "epochs", "final_epochs"):
             require_range(self, name, low=1)
         require_range(self, "batch_size", low=2)  # BatchNorm
+        names.check_characters("--result-dir", self.result_dir)
+        self.result_dir = names.home("--result-dir", self.result_dir)
 
     def levels(self) -> list[float]:
         """Densities at which networks train, falling."""
@@ -101,7 +104,8 @@ def result_options(options: TabularOptions) -> str:
 
 def check_folder(folder: Path, options: TabularOptions) -> None:
     """Raise `OptionError` if ``folder`` cannot be written, or has results of other options."""
-    results.check(folder / "table.csv")
+    for name in ("results.csv", "table.md", "plot.png", "options.yaml"):
+        check_file("--result-dir", folder / name)
     file = folder / "results.csv"
     if file.exists():
         before = folder / "options.yaml"
