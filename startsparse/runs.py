@@ -27,26 +27,19 @@ import hashlib
 import itertools
 import json
 import logging
-import math
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-import startsparse
-from startsparse import effects, processes, results
+from startsparse import effects, machine, processes, results, stopping
 from startsparse.atomic import write_text
+from startsparse.boards import Boards
 from startsparse.commandline import read_values, read_yaml, run_folder, write_yaml
 from startsparse.console import log, number
 from startsparse.data import Images
@@ -77,7 +70,7 @@ class Run:
 
     def __init__(self, folder: Path, options: Options):
         self.folder, self.options = folder, options
-        self._boards: dict[str, Any] = {}
+        self._boards: Boards | None = None
         self._open = ExitStack()
         if processes.rank() > 0:
             return
@@ -86,6 +79,7 @@ class Run:
         except Timeout:
             raise UserError(f"--resume: {folder} is in use by another process") from None
         self._open.enter_context(_logging_to(folder / "log.txt"))
+        self._open.enter_context(stopping.advice(f"--resume {folder} continues"))
 
     def __enter__(self) -> "Run":
         return self
@@ -114,16 +108,10 @@ class Run:
 
         After a resumption, what the run had shown from ``step`` on disappears.
         """
-        if board not in self._boards:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            folder = self.folder / "tensorboard" / board
-            writer = SummaryWriter(folder, purge_step=step)
-            self._boards[board] = self._open.enter_context(writer)
-        for name, value in values.items():
-            if isinstance(value, int | float) and name != "epoch" and not math.isnan(value):
-                self._boards[board].add_scalar(name, value, step)
-        self._boards[board].flush()
+        if self._boards is None:
+            self._boards = Boards(self.folder / "tensorboard")
+            self._open.callback(self._boards.close)
+        self._boards.show(board, values, step)
 
     @by_rank_0
     def write_text(self, name: str, text: str) -> None:
@@ -364,29 +352,10 @@ def open_run(options: Options, folder: Path | None = None) -> Run:
     if folder is not None:
         return Run(folder, options)
     run = Run(_create_by_rank_0(_base(options)), options)
-    run.write_json("environment.json", environment())
+    run.write_json(machine.ENVIRONMENT, machine.environment())
     run.keep_sources()
     run.write_text("options.yaml", write_yaml(options))
     return run
-
-
-def environment() -> dict[str, Any]:
-    """Versions, git state, machine and command line."""
-    here = startsparse.checkout()
-    return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "startsparse": startsparse.__version__,
-        "git_commit": _git(here, "rev-parse", "HEAD"),
-        "git_changes": _git(here, "status", "--porcelain").splitlines(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "numpy": np.__version__,
-        "machine": platform.platform(),
-        "processes": processes.world_size(),
-        "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
 
 
 def _resumed(options: Options) -> Path | None:
@@ -441,18 +410,6 @@ def _create_by_rank_0(base: Path) -> Path:
             folder.mkdir()
             return folder
     raise AssertionError
-
-
-def _git(folder: Path | None, *command: str) -> str:
-    if folder is None:  # a repository around an installed package is another one
-        return ""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
 
 
 @contextmanager

@@ -18,20 +18,20 @@ import pandas as pd
 import torch
 from torch import nn
 
-from startsparse import checkpoint, flops, parallel, processes, schedules
+from startsparse import checkpoint, flops, machine, parallel, processes, schedules
 from startsparse.candidates import Candidates
 from startsparse.clock import Clock
 from startsparse.data import AnyBatches, Data
 from startsparse.effective import effective_layers
 from startsparse.emptied import Emptied
 from startsparse.engine.compute import Compute
-from startsparse.errors import UserError
+from startsparse.errors import Interrupted, UserError
 from startsparse.masks import density, keep_inside
 from startsparse.method import Method
 from startsparse.options import Options
 from startsparse.phases import Phase, Position
 from startsparse.runs import Run, check_trained, computed, selected_weights
-from startsparse.stopping import Interrupted, StopSignal
+from startsparse.stopping import StopSignal
 from startsparse.training import (
     Learner,
     NonFiniteLoss,
@@ -96,7 +96,7 @@ class Trainer(Learner, Generic[S]):
         self.tables: dict[str, list[dict]] = {}
         self.candidates = Candidates(run.folder)
         self.ledger = flops.Ledger(model, torch.zeros(data.shape.input, device=self.device))
-        self.stop = StopSignal()
+        self.stop = StopSignal(alone=processes.world_size() == 1)
         self.clock = Clock()
         self.emptied = Emptied(model, options)
 
@@ -150,17 +150,20 @@ class Trainer(Learner, Generic[S]):
         self.compute.restore(state["compute"])
         self.write_tables()
         log.info("resumed at epoch %d, step %d", len(self.history) + 1, self.position.step + 1)
+        if changed := machine.change(self.run.folder):
+            log.warning("warning: --resume: %s: it is another run in the last bits", changed)
 
     def run_phases(self, phases: list[Phase]) -> None:
         """Train through ``phases``, from the position where the run stands.
 
         Raises:
-            Interrupted: on SIGINT or SIGTERM, after a checkpoint was saved.
+            Interrupted: a signal came in an epoch, after a checkpoint was saved.
+            Stopped: a signal came elsewhere, where all is saved.
             NonFiniteLoss, NonFiniteNetwork: the last good checkpoint stays.
             UserError: no layer has a weight left.
         """
         self.emptied.check("at the start")
-        with self.stop, self.clock:
+        with self.clock:
             while self.position.phase < len(phases):
                 processes.all_copy_rank_0(self.model)
                 phase = phases[self.position.phase]
@@ -172,7 +175,9 @@ class Trainer(Learner, Generic[S]):
                         phase.epochs,
                     )
                 while self.position.epoch < phase.epochs:
-                    self._epoch(phase)
+                    self.decide()
+                    with self.stop:
+                        self._epoch(phase)
                 phase.then(self)
                 if self.position.phase + 1 == len(phases):
                     return
@@ -261,8 +266,9 @@ class Trainer(Learner, Generic[S]):
     def _epoch(self, phase: Phase) -> None:
         options, position, steps = self.options, self.position, len(self.data.train)
         first = position.epoch * steps
-        rates = [
-            schedules.learning_rate(
+
+        def rate(step: int) -> float:
+            return schedules.learning_rate(
                 phase.lr_policy,
                 first + step,
                 phase.epochs * steps,
@@ -271,14 +277,12 @@ class Trainer(Learner, Generic[S]):
                 end=phase.lr_min,
                 warmup=self._warmup(phase) * steps,
             )
-            for step in range(steps)
-        ]
-        self.decide()
+
         with self.compute.sparse(self.optimizer):
             train_epoch(
                 self,
                 self.data.train,
-                rates.__getitem__,
+                rate,
                 self.sums,
                 # Epochs are numbered through the run, so that no two phases have the same order.
                 epoch=len(self.history),
@@ -296,7 +300,7 @@ class Trainer(Learner, Generic[S]):
         row: dict[str, Any] = {
             "epoch": len(self.history) + 1,
             "phase": phase.name,
-            "lr": rates[-1],
+            "lr": rate(steps - 1),
             "train_loss": trained["loss"],
             "train_accuracy": trained["accuracy"],
             "valid_loss": valid["loss"],
@@ -317,6 +321,7 @@ class Trainer(Learner, Generic[S]):
         self.candidates.tidy()
         self.write_tables()
         self.run.record(row, self.watch())
+        self.stop.agree(processes.all_agree(bool(self.stop.received)))
         if self.stop.agreed:
             self._interrupt()
 
