@@ -28,6 +28,7 @@ import json
 import logging
 import math
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,7 @@ from torch import nn
 
 import startsparse
 from startsparse import effects, processes, results, stopping
-from startsparse.atomic import write_text
+from startsparse.atomic import remove_leftovers, write_text
 from startsparse.commandline import read_values, read_yaml, run_folder, write_yaml
 from startsparse.console import log, number
 from startsparse.data import Images
@@ -61,6 +62,7 @@ from startsparse.processes import by_rank_0
 FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
 FREE |= {"workers", "data_memory", "multigpu", "compile", "sparse_compute"}
 
+_NEW = ".new-"  # begins the name of a run folder that has no options.yaml yet
 SOURCES = "sources"  # folder in the run folder
 PLAIN_WEIGHTS = "dense_weights.pt"
 IMAGES = "data.json"
@@ -83,6 +85,8 @@ class Run:
             self._open.enter_context(FileLock(folder / ".lock", timeout=0))
         except Timeout:
             raise UserError(f"--resume: {folder} is in use by another process") from None
+        for written in (folder, folder / "levels"):
+            remove_leftovers(written)
         self._open.enter_context(_logging_to(folder / "log.txt"))
         self._open.enter_context(stopping.advice(f"--resume {folder} continues"))
 
@@ -148,19 +152,6 @@ class Run:
         if path.exists() and path.read_text() != text:
             raise UserError(f"--data: {self.folder} was trained on other images, see {path}")
         write_text(path, text)
-
-    @by_rank_0
-    def keep_sources(self) -> None:
-        """Copy the files of other runs that this one uses, so that it no longer needs them."""
-        for name, files in self.options.sources().items():
-            for inside, path in files.items():
-                copy = self.folder / SOURCES / name / inside
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    shutil.copyfile(path, copy)
-                except OSError as error:
-                    reason = f"cannot copy {path} to {copy}: {error.strerror}"
-                    raise UserError(f"{flag(name)}: {reason}") from None
 
     def source(self, name: str) -> Path:
         """The path from which this run reads what option ``name`` points to."""
@@ -323,11 +314,7 @@ def open_run(options: Options, folder: Path | None = None) -> Run:
     """The run in ``folder``, or a new one."""
     if folder is not None:
         return Run(folder, options)
-    run = Run(_create_by_rank_0(_base(options)), options)
-    run.write_json("environment.json", environment())
-    run.keep_sources()
-    run.write_text("options.yaml", write_yaml(options))
-    return run
+    return Run(_create_by_rank_0(options, environment()), options)
 
 
 def environment() -> dict[str, Any]:
@@ -383,7 +370,11 @@ def _newest(options: Options) -> Path | None:
 
 def next_folder(options: Options) -> Path:
     """The folder that a new run gets, unless another process is faster."""
-    return next(folder for folder in _folders(_base(options)) if not folder.exists())
+    return next(
+        folder
+        for folder in _folders(_base(options))
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    )
 
 
 def _folders(base: Path) -> Iterator[Path]:
@@ -394,13 +385,50 @@ def _folders(base: Path) -> Iterator[Path]:
 
 
 @by_rank_0
-def _create_by_rank_0(base: Path) -> Path:
+def _create_by_rank_0(options: Options, environment: dict[str, Any]) -> Path:
+    """Make the folder of a new run with all that resuming needs, or none, whenever it is killed."""
+    base = _base(options)
     base.parent.mkdir(parents=True, exist_ok=True)
-    for folder in _folders(base):
-        with suppress(FileExistsError):
-            folder.mkdir()
-            return folder
+    _remove_never_begun(base.parent)
+    new = base.parent / f"{_NEW}{secrets.token_hex(4)}"
+    new.mkdir()
+    try:
+        with FileLock(new / ".lock"):
+            write_text(new / "environment.json", json.dumps(environment, indent=1) + "\n")
+            _copy_sources(new, options)
+            write_text(new / "options.yaml", write_yaml(options))
+        for folder in _folders(base):
+            try:
+                new.rename(folder)  # also replaces an empty folder, on Unix
+                return folder
+            except OSError:
+                if not folder.exists():
+                    raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)  # unless it was renamed
     raise AssertionError
+
+
+def _remove_never_begun(folder: Path) -> None:
+    """Remove what `_create_by_rank_0` has left in ``folder`` where it was killed."""
+    for new in folder.glob(f"{_NEW}*"):
+        with suppress(Timeout, OSError):  # at work, or another user's
+            if (new / ".lock").exists():
+                with FileLock(new / ".lock", timeout=0):
+                    shutil.rmtree(new)
+
+
+def _copy_sources(folder: Path, options: Options) -> None:
+    """Copy the files of other runs that this one uses, so that it no longer needs them."""
+    for name, files in options.sources().items():
+        for inside, path in files.items():
+            copy = folder / SOURCES / name / inside
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.copyfile(path, copy)
+            except OSError as error:
+                reason = f"cannot copy {path} to {copy}: {error.strerror}"
+                raise UserError(f"{flag(name)}: {reason}") from None
 
 
 def _git(folder: Path | None, *command: str) -> str:
