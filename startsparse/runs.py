@@ -23,31 +23,22 @@
 """
 
 import dataclasses
-import itertools
 import json
 import logging
-import math
-import platform
-import secrets
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-import startsparse
-from startsparse import effects, processes, results, stopping
+from startsparse import beginning, effects, machine, processes, results, stopping
 from startsparse.atomic import remove_leftovers, write_text
-from startsparse.commandline import read_values, read_yaml, run_folder, write_yaml
+from startsparse.beginning import DIGESTS, SOURCES
+from startsparse.boards import Boards
+from startsparse.commandline import read_values, read_yaml, run_folder
 from startsparse.console import log, number
 from startsparse.data import Images
 from startsparse.errors import OptionError, UserError
@@ -62,8 +53,6 @@ from startsparse.processes import by_rank_0
 FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
 FREE |= {"workers", "data_memory", "multigpu", "compile", "sparse_compute"}
 
-_NEW = ".new-"  # begins the name of a run folder that has no options.yaml yet
-SOURCES = "sources"  # folder in the run folder
 PLAIN_WEIGHTS = "dense_weights.pt"
 IMAGES = "data.json"
 
@@ -77,7 +66,7 @@ class Run:
 
     def __init__(self, folder: Path, options: Options):
         self.folder, self.options = folder, options
-        self._boards: dict[str, Any] = {}
+        self._boards: Boards | None = None
         self._open = ExitStack()
         if processes.rank() > 0:
             return
@@ -117,16 +106,10 @@ class Run:
 
         After a resumption, what the run had shown from ``step`` on disappears.
         """
-        if board not in self._boards:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            folder = self.folder / "tensorboard" / board
-            writer = SummaryWriter(folder, purge_step=step)
-            self._boards[board] = self._open.enter_context(writer)
-        for name, value in values.items():
-            if isinstance(value, int | float) and name != "epoch" and not math.isnan(value):
-                self._boards[board].add_scalar(name, value, step)
-        self._boards[board].flush()
+        if self._boards is None:
+            self._boards = Boards(self.folder / "tensorboard")
+            self._open.callback(self._boards.close)
+        self._boards.show(board, values, step)
 
     @by_rank_0
     def write_text(self, name: str, text: str) -> None:
@@ -297,7 +280,25 @@ def find_run_by_rank_0(options: Options) -> Path | None:
         effects.settle(saved)
         saved.derive()
         check_same(options, saved, f"the run in {folder} was started")
+        if not (folder / "summary.json").exists():
+            _check_sources(folder)
     return folder
+
+
+def _check_sources(folder: Path) -> None:
+    """Raise `UserError` unless the run's copies of files of other runs are as it made them."""
+    path = folder / SOURCES / DIGESTS
+    if not path.exists():
+        return
+    try:
+        digests = dict(json.loads(path.read_text(encoding="utf-8")))
+        for name, digest in digests.items():
+            copy = folder / SOURCES / name
+            if not copy.exists() or beginning.digest(copy) != digest:
+                what = "has changed" if copy.exists() else "is gone"
+                raise UserError(f"--resume: {copy} {what} since the run began; start the run anew")
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"--resume: {path} is damaged; start the run anew") from None
 
 
 def check_same(options: Options, saved: Options, what: str) -> None:
@@ -310,30 +311,24 @@ def check_same(options: Options, saved: Options, what: str) -> None:
             raise OptionError(f"{flag(name)}: {getattr(options, name)}, but {what} with {value}")
 
 
+def check_trained(options: Options, trained: Mapping[str, Any], folder: Path) -> None:
+    """Raise `UserError` for the first option that is not as in ``trained``, of a checkpoint.
+
+    Then options.yaml has changed since the checkpoint was written.
+    """
+    for name, value in computed(options).items():
+        if name in trained and trained[name] != value:
+            raise UserError(
+                f"--resume: {folder}/options.yaml has {flag(name)} {value}, but the run was "
+                f"trained with {trained[name]}; put that back, or start another run with --config"
+            )
+
+
 def open_run(options: Options, folder: Path | None = None) -> Run:
     """The run in ``folder``, or a new one."""
     if folder is not None:
         return Run(folder, options)
-    return Run(_create_by_rank_0(options, environment()), options)
-
-
-def environment() -> dict[str, Any]:
-    """Versions, git state, machine and command line."""
-    here = startsparse.checkout()
-    return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "startsparse": startsparse.__version__,
-        "git_commit": _git(here, "rev-parse", "HEAD"),
-        "git_changes": _git(here, "status", "--porcelain").splitlines(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "numpy": np.__version__,
-        "machine": platform.platform(),
-        "processes": processes.world_size(),
-        "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
+    return Run(_create_by_rank_0(options, machine.environment()), options)
 
 
 def _resumed(options: Options) -> Path | None:
@@ -370,77 +365,12 @@ def _newest(options: Options) -> Path | None:
 
 def next_folder(options: Options) -> Path:
     """The folder that a new run gets, unless another process is faster."""
-    return next(
-        folder
-        for folder in _folders(_base(options))
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    )
-
-
-def _folders(base: Path) -> Iterator[Path]:
-    """``base``, and the same with -2, -3 ...: no run ever overwrites another."""
-    yield base
-    for count in itertools.count(2):
-        yield base.with_name(f"{base.name}-{count}")
+    return beginning.free_folder(_base(options))
 
 
 @by_rank_0
 def _create_by_rank_0(options: Options, environment: dict[str, Any]) -> Path:
-    """Make the folder of a new run with all that resuming needs, or none, whenever it is killed."""
-    base = _base(options)
-    base.parent.mkdir(parents=True, exist_ok=True)
-    _remove_never_begun(base.parent)
-    new = base.parent / f"{_NEW}{secrets.token_hex(4)}"
-    new.mkdir()
-    try:
-        with FileLock(new / ".lock"):
-            write_text(new / "environment.json", json.dumps(environment, indent=1) + "\n")
-            _copy_sources(new, options)
-            write_text(new / "options.yaml", write_yaml(options))
-        for folder in _folders(base):
-            try:
-                new.rename(folder)  # also replaces an empty folder, on Unix
-                return folder
-            except OSError:
-                if not folder.exists():
-                    raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)  # unless it was renamed
-    raise AssertionError
-
-
-def _remove_never_begun(folder: Path) -> None:
-    """Remove what `_create_by_rank_0` has left in ``folder`` where it was killed."""
-    for new in folder.glob(f"{_NEW}*"):
-        with suppress(Timeout, OSError):  # at work, or another user's
-            if (new / ".lock").exists():
-                with FileLock(new / ".lock", timeout=0):
-                    shutil.rmtree(new)
-
-
-def _copy_sources(folder: Path, options: Options) -> None:
-    """Copy the files of other runs that this one uses, so that it no longer needs them."""
-    for name, files in options.sources().items():
-        for inside, path in files.items():
-            copy = folder / SOURCES / name / inside
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                shutil.copyfile(path, copy)
-            except OSError as error:
-                reason = f"cannot copy {path} to {copy}: {error.strerror}"
-                raise UserError(f"{flag(name)}: {reason}") from None
-
-
-def _git(folder: Path | None, *command: str) -> str:
-    if folder is None:  # a repository around an installed package is another one
-        return ""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
+    return beginning.create(_base(options), options, environment)
 
 
 @contextmanager

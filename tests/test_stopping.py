@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from script_runs import MLP, ROOT, newest
 
-from startsparse import atomic, results, runs
+from startsparse import atomic, beginning, results, runs
 from startsparse.runs import open_run
 from startsparse.stopping import StopSignal
 from STR import main as script
@@ -248,8 +248,8 @@ def test_a_run_that_is_killed_as_it_begins_leaves_no_orphan(tmp_path, monkeypatc
         write(path, text)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(runs, "write_text", killed)
-        patch.setattr(runs.shutil, "rmtree", lambda *_, **__: None)  # a kill runs no `finally`
+        patch.setattr(beginning, "write_text", killed)
+        patch.setattr(beginning.shutil, "rmtree", lambda *_, **__: None)  # a kill runs no `finally`
         if written == "after":
             patch.setattr(Path, "rename", lambda *_: exec("raise Killed", {"Killed": Killed}))
         open_run(options(tmp_path))
@@ -272,7 +272,7 @@ def test_runs_that_begin_at_the_same_time_do_not_disturb_each_other(tmp_path, mo
             with open_run(options(tmp_path)) as run:
                 found.append(run.folder.name)
 
-    monkeypatch.setattr(runs, "write_text", meanwhile)
+    monkeypatch.setattr(beginning, "write_text", meanwhile)
     with open_run(options(tmp_path)) as run:
         assert (found[1], run.folder.name) == ("seed-1", "seed-1-2")
 
