@@ -37,17 +37,17 @@ def _settings() -> list[tuple[str, list[str]]]:
     ]
     found += [
         ("STR/main.py", [*MLP, *IMP, "--rewind", rewind, "--warmup-epochs", "1"])
-        for rewind in ("none", "weights", "bn", "magnitudes", "signs")
+        for rewind in ("none", "weights", "bn", "amplitudes", "signs")
     ]
     found += [
-        ("ER_DST/main.py", [*DST, "--method", method, "--growth", growth])
-        for method in ("DST", "GMP", "GraNet", "GraNet_uniform")
+        ("ER_DST/main.py", [*DST[:-2], *final, "--method", method, "--growth", growth])
+        for method, final in (("DST", []), ("GraNet", DST[-2:]), ("GraNet_uniform", DST[-2:]))
         for growth in ("gradient", "random", "momentum")
-        if method != "GMP" or growth == "gradient"
     ]
+    found += [("ER_DST/main.py", [*DST, "--method", "GMP"])]
     found += [
         ("ER_DST/main.py", [*DST, "--sparse-init", init])
-        for init in ("snip", "ER_snip", "ER_grasp", "ER_synflow", "ER_imp", "pyramid_sparsity")
+        for init in ("snip", "ER_snip", "ER_synflow", "ER_imp", "pyramid_sparsity")
     ]
     found += [
         ("ER_DST/main.py", [*DST, "--flow-preservation", "always", "--ortho-repair", "True"]),
@@ -59,7 +59,7 @@ def _settings() -> list[tuple[str, list[str]]]:
     ]
     found += [
         ("ER_SLT/main.py", [*SLT, *more])
-        for more in (["--shuffle"], ["--ranking", "global"], ["--score-init", "constant"])
+        for more in (["--shuffle"], ["--global"], ["--score-init", "constant"])
     ]
     graphs = ["--set", "karate", "--arch", "gcn", "--width", "8", "--epochs", "3"]
     return [*found, ("STR/main.py", graphs)]
@@ -133,6 +133,7 @@ def argv_of(setting: tuple[str, list[str]], form: str, folder: Path) -> list[str
     path, argv = setting
     places = ["--log-dir", f"{folder}/runs", "--result-dir", str(folder)]
     config = ["--config", ""] if path.startswith("STR") else []
+    form = "off" if "momentum" in argv else form  # it needs all gradients
     return [str(ROOT / path), *config, *argv, "--sparse-compute", form, *places]
 
 

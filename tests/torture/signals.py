@@ -25,8 +25,10 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "soft thresholds": ("STR/main.py", [*STR, "--conv-type", "STRConvER", "--sInit-value", "-3"]),
     "search": (
         "ER_DST/main.py",
-        ["--sparse", *TRAINING, "--epochs", "2", "--sparse-init", "ER_snip", "--update-frequency"]
-        + ["4", "--final-density", "0.1"],
+        [
+            *("--sparse", *TRAINING, "--epochs", "2", "--sparse-init", "ER_snip"),
+            *("--update-frequency", "4", "--final-density", "0.1"),
+        ],
     ),
     "tickets": (
         "ER_SLT/main.py",
