@@ -99,6 +99,8 @@ class TabularOptions:
             require_range(self, name, low=1)
         require_range(self, "width", low=1, high=2**20)
         require_range(self, "batch_size", low=2)  # BatchNorm
+        names.check_characters("--result-dir", self.result_dir)
+        self.result_dir = names.home("--result-dir", self.result_dir)
         self._check_tables()
 
     def _check_tables(self) -> None:
