@@ -35,7 +35,7 @@ from startsparse.masks import (
 )
 from startsparse.models import build, init_weights
 from startsparse.ratios import layer_densities
-from startsparse.tabular import batched, compute, tables
+from startsparse.tabular import batched, compute, report, tables
 from startsparse.tabular.options import TabularOptions, check_folder, result_options
 from startsparse.tabular.tables import Table
 
@@ -204,8 +204,6 @@ def connected(masks: Sequence[Tensor]) -> bool:
 
 def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) -> None:
     """Run the experiment on each table; write results, a table of them and a picture."""
-    from startsparse.tabular import report  # matplotlib is slow to import
-
     options = from_flags(
         TabularOptions, list(sys.argv[1:] if argv is None else argv), TabularOptions()
     )
@@ -228,5 +226,6 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
     write_text(folder / "results.csv", rows.to_csv(index=False))
     markdown = report.markdown(rows)
     write_text(folder / "table.md", markdown)
-    plots.save(report.accuracy_plot(rows), folder / "plot.png")
+    with plots.optional(folder / "plot.png"):
+        plots.save(report.accuracy_plot(rows), folder / "plot.png")
     say(markdown)

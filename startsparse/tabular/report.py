@@ -1,16 +1,18 @@
 """Tables and pictures of `startsparse.tabular`."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from startsparse.labels import DENSITY
-from startsparse.plots import bars
+from startsparse.plots import bars, new_figure
 from startsparse.report import summarise
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SETTING = ["start", "reset", "flow"]  # identifies a network, together with table and seed
 
@@ -97,7 +99,7 @@ def collapses(rows: pd.DataFrame) -> list[str]:
     return lines
 
 
-def accuracy_plot(rows: pd.DataFrame) -> Figure:
+def accuracy_plot(rows: pd.DataFrame) -> "Figure":
     """Test accuracy against realised density: means, 95 % intervals, the majority class.
 
     Each table has a line of panels, with a panel for each way to prune; colours are starts. A
@@ -106,7 +108,7 @@ def accuracy_plot(rows: pd.DataFrame) -> Figure:
     summary = means(rows)
     names, starts = (list(dict.fromkeys(summary[c])) for c in ("table", "start"))
     ways = sorted(set(zip(summary["flow"], summary["reset"])))
-    figure = Figure(figsize=(0.8 + 3 * len(ways), 1 + 2.6 * len(names)), layout="constrained")
+    figure = new_figure(0.8 + 3 * len(ways), 1 + 2.6 * len(names))
     axes = figure.subplots(len(names), len(ways), sharex=True, sharey="row", squeeze=False)
     for name, line in zip(names, axes):
         table = summary[summary["table"] == name]
@@ -146,7 +148,7 @@ def accuracy_plot(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def _density_axis(axis: Axes, ticks: Sequence[float]) -> None:
+def _density_axis(axis: "Axes", ticks: Sequence[float]) -> None:
     """Logarithmic, falling to the right, with as many of ``ticks`` as can be read."""
     axis.set_xscale("log")
     axis.invert_xaxis()
@@ -158,7 +160,7 @@ def _density_axis(axis: Axes, ticks: Sequence[float]) -> None:
     axis.minorticks_off()
 
 
-def mask_picture(masks: dict[str, Tensor], feature_names: Sequence[str]) -> Figure:
+def mask_picture(masks: dict[str, Tensor], feature_names: Sequence[str]) -> "Figure":
     """First-layer masks, one below the other: features down, hidden units across, edges dark.
 
     On the right: the number of edges of each feature.
@@ -167,7 +169,7 @@ def mask_picture(masks: dict[str, Tensor], feature_names: Sequence[str]) -> Figu
         masks: title -> bool [units, features].
     """
     height = 0.6 + 0.13 * len(feature_names)
-    figure = Figure(figsize=(9, height * len(masks)), layout="constrained")
+    figure = new_figure(9, height * len(masks))
     axes = figure.subplots(len(masks), 2, squeeze=False, width_ratios=[5, 1])
     for (title, mask), (picture, counts) in zip(masks.items(), axes):
         edges, features = mask.numpy(), range(len(feature_names))
