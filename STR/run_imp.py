@@ -4,6 +4,11 @@ cd STR && python run_imp.py [options] [-- flags for every main.py]; --help lists
 Running it again skips what is finished and resumes what was interrupted.
 """
 
+from startsparse import stopping  # before torch
+
+if __name__ == "__main__":
+    stopping.watch()
+
 import dataclasses
 import itertools
 import re

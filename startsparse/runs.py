@@ -36,7 +36,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from torch import nn
 
-from startsparse import effects, machine, processes, results
+from startsparse import effects, machine, processes, results, stopping
 from startsparse.atomic import write_text
 from startsparse.boards import Boards
 from startsparse.commandline import read_values, read_yaml, run_folder, write_yaml
@@ -77,6 +77,7 @@ class Run:
         except Timeout:
             raise UserError(f"--resume: {folder} is in use by another process") from None
         self._open.enter_context(_logging_to(folder / "log.txt"))
+        self._open.enter_context(stopping.advice(f"--resume {folder} continues"))
 
     def __enter__(self) -> "Run":
         return self

@@ -25,13 +25,13 @@ from startsparse.data import AnyBatches, Data
 from startsparse.effective import effective_layers
 from startsparse.emptied import Emptied
 from startsparse.engine.compute import Compute
-from startsparse.errors import UserError
+from startsparse.errors import Interrupted, UserError
 from startsparse.masks import density, keep_inside
 from startsparse.method import Method
 from startsparse.options import Options
 from startsparse.phases import Phase, Position
 from startsparse.runs import Run, selected_weights
-from startsparse.stopping import Interrupted, StopSignal
+from startsparse.stopping import StopSignal
 from startsparse.training import (
     Learner,
     NonFiniteLoss,
@@ -96,7 +96,7 @@ class Trainer(Learner, Generic[S]):
         self.tables: dict[str, list[dict]] = {}
         self.candidates = Candidates(run.folder)
         self.ledger = flops.Ledger(model, torch.zeros(data.shape.input, device=self.device))
-        self.stop = StopSignal()
+        self.stop = StopSignal(alone=processes.world_size() == 1)
         self.clock = Clock()
         self.emptied = Emptied(model, options)
 
@@ -155,12 +155,13 @@ class Trainer(Learner, Generic[S]):
         """Train through ``phases``, from the position where the run stands.
 
         Raises:
-            Interrupted: on SIGINT or SIGTERM, after a checkpoint was saved.
+            Interrupted: a signal came in an epoch, after a checkpoint was saved.
+            Stopped: a signal came elsewhere, where all is saved.
             NonFiniteLoss, NonFiniteNetwork: the last good checkpoint stays.
             UserError: no layer has a weight left.
         """
         self.emptied.check("at the start")
-        with self.stop, self.clock:
+        with self.clock:
             while self.position.phase < len(phases):
                 processes.all_copy_rank_0(self.model)
                 phase = phases[self.position.phase]
@@ -172,7 +173,9 @@ class Trainer(Learner, Generic[S]):
                         phase.epochs,
                     )
                 while self.position.epoch < phase.epochs:
-                    self._epoch(phase)
+                    self.decide()
+                    with self.stop:
+                        self._epoch(phase)
                 phase.then(self)
                 if self.position.phase + 1 == len(phases):
                     return
@@ -273,7 +276,6 @@ class Trainer(Learner, Generic[S]):
             )
             for step in range(steps)
         ]
-        self.decide()
         with self.compute.sparse(self.optimizer):
             train_epoch(
                 self,
@@ -317,6 +319,7 @@ class Trainer(Learner, Generic[S]):
         self.candidates.tidy()
         self.write_tables()
         self.run.record(row, self.watch())
+        self.stop.agree(processes.all_agree(bool(self.stop.received)))
         if self.stop.agreed:
             self._interrupt()
 
