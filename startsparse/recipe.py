@@ -6,7 +6,18 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from startsparse import checkpoint, data, flops, masks, models, plots, processes, report, runs
+from startsparse import (
+    checkpoint,
+    data,
+    flops,
+    masks,
+    models,
+    parallel,
+    plots,
+    processes,
+    report,
+    runs,
+)
 from startsparse.effective import effective_layers, plain_state
 from startsparse.effects import differing
 from startsparse.errors import OptionError
@@ -104,7 +115,13 @@ def build(options: Options, shape: data.Shape, resnet_type: str = "") -> torch.n
 
 
 def load_data(options: Options, device: torch.device) -> data.Data:
-    """The data set of --set, on ``device``."""
+    """The data set of --set, on ``device``.
+
+    Raises:
+        OptionError: --compile does not work here, which is found before the data is read.
+    """
+    if options.compile:
+        parallel.check_compile(device)
     with processes.all_after_rank_0():  # rank 0 fetches and unpacks missing files
         return data.load(
             options.set,

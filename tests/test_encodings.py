@@ -72,7 +72,5 @@ def test_without_standard_output_the_run_goes_on(error, tmp_path, capfd, monkeyp
     console._Console().emit(record)
     monkeypatch.undo()
     said = capfd.readouterr().err
-    assert (
-        said
-        == f"warning: standard output cannot be written ({error.strerror}); log.txt has what follows\n"
-    )
+    reason = f"standard output cannot be written ({error.strerror})"
+    assert said == f"warning: {reason}; log.txt has what follows\n"

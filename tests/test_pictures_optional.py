@@ -52,11 +52,20 @@ def test_a_picture_that_was_asked_for_is_an_error(no_matplotlib, tmp_path):
         plots.plot(means, ["a"], "test_accuracy", tmp_path / "plot.png")
 
 
-def test_an_experiment_on_tables_without_matplotlib_has_its_tables(
-    no_matplotlib, tmp_path, caplog
-):
+def test_an_experiment_on_tables_without_matplotlib_has_its_tables(no_matplotlib, tmp_path, caplog):
     said = []
-    argv = ["--tables", "breast-cancer", "--seeds", "1", "--starts", "0.5", "--densities", "0.5", "--width", "8"]
+    argv = [
+        "--tables",
+        "breast-cancer",
+        "--seeds",
+        "1",
+        "--starts",
+        "0.5",
+        "--densities",
+        "0.5",
+        "--width",
+        "8",
+    ]
     argv += ["--epochs", "1", "--final-epochs", "1", "--result-dir", str(tmp_path)]
     experiment.main(argv, said.append)
     assert (tmp_path / "table.md").exists() and said

@@ -107,7 +107,9 @@ def check_folder(folder: Path, options: TabularOptions) -> None:
         before = folder / "options.yaml"
         if not before.exists():
             raise OptionError(f"--result-dir: {file} is of unknown origin; name another folder")
-        theirs, ours = (yaml.safe_load(t) for t in (before.read_text(encoding="utf-8"), result_options(options)))
+        theirs, ours = (
+            yaml.safe_load(t) for t in (before.read_text(encoding="utf-8"), result_options(options))
+        )
         for name, value in ours.items():
             if theirs.get(name) != value:
                 raise OptionError(
