@@ -1,5 +1,6 @@
 """The steps that the main.py of every script shares, in their order."""
 
+import copy
 import logging
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from startsparse import (
     data,
     flops,
     masks,
+    memory,
     models,
     parallel,
     plots,
@@ -92,7 +94,8 @@ def build(options: Options, shape: data.Shape, resnet_type: str = "") -> torch.n
     """The network of --arch for these examples, not yet initialised.
 
     Raises:
-        OptionError: it takes other examples; see also `models.build`.
+        OptionError: it takes other examples, or this machine cannot hold it, or BatchNorm needs
+            larger batches; see also `models.build`.
     """
     fits = models.fitting(shape.kind)
     option, name = options.network_option, resnet_type or options.arch
@@ -101,17 +104,50 @@ def build(options: Options, shape: data.Shape, resnet_type: str = "") -> torch.n
             f"{option}: {name} is not for {options.set}, a set of {shape.kind}; "
             f"--arch {' or '.join(fits)} is"
         )
-    return models.build(
-        options.arch,
-        classes=shape.classes,
-        channels=shape.channels,
-        size=shape.size,
-        width=options.width,
-        resnet_type=resnet_type,
-        option=option,
-        imagenet=options.set == "imagenet",
-        adjacency=shape.adjacency,
-    )
+    size_option = "--width" if options.width else option
+    try:
+        model = models.build(
+            options.arch,
+            classes=shape.classes,
+            channels=shape.channels,
+            size=shape.size,
+            width=options.width,
+            resnet_type=resnet_type,
+            option=option,
+            imagenet=options.set == "imagenet",
+            adjacency=shape.adjacency,
+        )
+    except (RuntimeError, TypeError):  # sizes beyond 64 bits
+        raise OptionError(f"{size_option}: no computer holds a network of this size") from None
+    _require_memory(model, size_option)
+    if options.batch_size == 1 and not shape.nodes:
+        _require_variance(model, shape)
+    return model
+
+
+def _require_memory(model: torch.nn.Module, option: str) -> None:
+    """Raise `OptionError` if this machine cannot hold the weights.
+
+    Gradients and momentum come on top, but only those of kept weights in sparse compute.
+    """
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    if needed > (installed := memory.installed()):
+        raise OptionError(
+            f"{option}: the weights alone need {needed / 2**30:.1f} GiB of memory, this machine "
+            f"has {installed / 2**30:.1f} GiB"
+        )
+
+
+def _require_variance(model: torch.nn.Module, shape: data.Shape) -> None:
+    """Raise `OptionError` if a BatchNorm has one value per channel in a batch of one example."""
+    planned = copy.deepcopy(model).to("meta").train()
+    try:
+        planned(torch.empty(shape.input, device="meta"))
+    except ValueError:
+        raise OptionError(
+            "--batch-size: 1 gives BatchNorm one value per channel, which has no variance; it "
+            "should be at least 2"
+        ) from None
 
 
 def load_data(options: Options, device: torch.device) -> data.Data:

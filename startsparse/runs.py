@@ -23,11 +23,12 @@
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "
 FREE |= {"workers", "data_memory", "multigpu", "compile", "sparse_compute"}
 
 SOURCES = "sources"  # folder in the run folder
+DIGESTS = "sha256.json"  # in that
 PLAIN_WEIGHTS = "dense_weights.pt"
 IMAGES = "data.json"
 
@@ -139,6 +141,7 @@ class Run:
     @by_rank_0
     def keep_sources(self) -> None:
         """Copy the files of other runs that this one uses, so that it no longer needs them."""
+        digests = {}
         for name, files in self.options.sources().items():
             for inside, path in files.items():
                 copy = self.folder / SOURCES / name / inside
@@ -148,6 +151,9 @@ class Run:
                 except OSError as error:
                     reason = f"cannot copy {path} to {copy}: {error.strerror}"
                     raise UserError(f"{flag(name)}: {reason}") from None
+                digests[f"{name}/{inside}"] = _digest(copy)
+        if digests:
+            self.write_json(f"{SOURCES}/{DIGESTS}", digests)
 
     def source(self, name: str) -> Path:
         """The path from which this run reads what option ``name`` points to."""
@@ -293,7 +299,29 @@ def find_run_by_rank_0(options: Options) -> Path | None:
         effects.settle(saved)
         saved.derive()
         check_same(options, saved, f"the run in {folder} was started")
+        if not (folder / "summary.json").exists():
+            _check_sources(folder)
     return folder
+
+
+def _check_sources(folder: Path) -> None:
+    """Raise `UserError` unless the run's copies of files of other runs are as it made them."""
+    path = folder / SOURCES / DIGESTS
+    if not path.exists():
+        return
+    try:
+        digests = dict(json.loads(path.read_text(encoding="utf-8")))
+        for name, digest in digests.items():
+            copy = folder / SOURCES / name
+            if not copy.exists() or _digest(copy) != digest:
+                what = "has changed" if copy.exists() else "is gone"
+                raise UserError(f"--resume: {copy} {what} since the run began; start the run anew")
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"--resume: {path} is damaged; start the run anew") from None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check_same(options: Options, saved: Options, what: str) -> None:
@@ -304,6 +332,19 @@ def check_same(options: Options, saved: Options, what: str) -> None:
     for name, value in dataclasses.asdict(saved).items():
         if name not in FREE and getattr(options, name) != value:
             raise OptionError(f"{flag(name)}: {getattr(options, name)}, but {what} with {value}")
+
+
+def check_trained(options: Options, trained: Mapping[str, Any], folder: Path) -> None:
+    """Raise `UserError` for the first option that is not as in ``trained``, of a checkpoint.
+
+    Then options.yaml has changed since the checkpoint was written.
+    """
+    for name, value in computed(options).items():
+        if name in trained and trained[name] != value:
+            raise UserError(
+                f"--resume: {folder}/options.yaml has {flag(name)} {value}, but the run was "
+                f"trained with {trained[name]}; put that back, or start another run with --config"
+            )
 
 
 def open_run(options: Options, folder: Path | None = None) -> Run:

@@ -30,7 +30,7 @@ from startsparse.masks import density, keep_inside
 from startsparse.method import Method
 from startsparse.options import Options
 from startsparse.phases import Phase, Position
-from startsparse.runs import Run, selected_weights
+from startsparse.runs import Run, check_trained, computed, selected_weights
 from startsparse.stopping import StopSignal
 from startsparse.training import (
     Learner,
@@ -121,6 +121,7 @@ class Trainer(Learner, Generic[S]):
                 "compute": self.compute.state(),
                 "clock": self.clock.read(),
                 "images": self.data.images.to_json() if self.data.images else "",
+                "options": computed(self.options),
             },
         )
 
@@ -128,11 +129,12 @@ class Trainer(Learner, Generic[S]):
         """Continue from checkpoint.pt, if the run folder has one.
 
         Raises:
-            UserError: it does not fit, is damaged, or is of an older version.
+            UserError: it does not fit, is damaged, is of an older version, or of other options.
         """
         if not self._path.exists():
             return
         state = checkpoint.load(self._path, self.device)
+        check_trained(self.options, state.get("options", {}), self.run.folder)
         if not {"ledger", "clock"} <= state.keys():
             raise UserError(f"{self._path}: an older version wrote it; start the run anew")
         checkpoint.load_model(self.model, state, self._path)
@@ -264,8 +266,9 @@ class Trainer(Learner, Generic[S]):
     def _epoch(self, phase: Phase) -> None:
         options, position, steps = self.options, self.position, len(self.data.train)
         first = position.epoch * steps
-        rates = [
-            schedules.learning_rate(
+
+        def rate(step: int) -> float:
+            return schedules.learning_rate(
                 phase.lr_policy,
                 first + step,
                 phase.epochs * steps,
@@ -274,13 +277,12 @@ class Trainer(Learner, Generic[S]):
                 end=phase.lr_min,
                 warmup=self._warmup(phase) * steps,
             )
-            for step in range(steps)
-        ]
+
         with self.compute.sparse(self.optimizer):
             train_epoch(
                 self,
                 self.data.train,
-                rates.__getitem__,
+                rate,
                 self.sums,
                 # Epochs are numbered through the run, so that no two phases have the same order.
                 epoch=len(self.history),
@@ -298,7 +300,7 @@ class Trainer(Learner, Generic[S]):
         row: dict[str, Any] = {
             "epoch": len(self.history) + 1,
             "phase": phase.name,
-            "lr": rates[-1],
+            "lr": rate(steps - 1),
             "train_loss": trained["loss"],
             "train_accuracy": trained["accuracy"],
             "valid_loss": valid["loss"],

@@ -29,8 +29,8 @@ def no_matplotlib(request, monkeypatch):
 def test_a_run_without_matplotlib_has_its_result(no_matplotlib, run, few_images, caplog):
     folder = run(*MLP)
     assert (folder / "summary.json").exists() and not (folder / "curves.png").exists()
-    (line,) = [line for line in caplog.messages if "there is no picture" in line]
-    assert line.startswith(f"warning: there is no picture {folder}/curves.png (pictures need mat")
+    (line,) = [line for line in caplog.messages if "not drawn" in line]
+    assert line.startswith(f"warning: {folder}/curves.png: not drawn (pictures need mat")
     assert line.isprintable()
 
 
@@ -42,7 +42,7 @@ def test_a_picture_that_cannot_be_drawn_ends_no_run(error, run, few_images, capl
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
     folder = run(*MLP)
     assert (folder / "summary.json").exists() and not (folder / "curves.png").exists()
-    (line,) = [line for line in caplog.messages if "there is no picture" in line]
+    (line,) = [line for line in caplog.messages if "not drawn" in line]
     assert ("No space left on device" if isinstance(error, OSError) else "(no)") in line
 
 
@@ -69,4 +69,4 @@ def test_an_experiment_on_tables_without_matplotlib_has_its_tables(no_matplotlib
     argv += ["--epochs", "1", "--final-epochs", "1", "--result-dir", str(tmp_path)]
     experiment.main(argv, said.append)
     assert (tmp_path / "table.md").exists() and said
-    assert [line for line in caplog.messages if f"there is no picture {tmp_path}/plot.png" in line]
+    assert [line for line in caplog.messages if f"{tmp_path}/plot.png: not drawn" in line]

@@ -172,7 +172,7 @@ def _array(path: Path, value: Any, what: str, dimensions: int) -> np.ndarray:
 
 
 def _features(path: Path, columns: int) -> Tensor:
-    """float32 sparse COO [N, columns] of a pickled csr_matrix."""
+    """float64 sparse COO [N, columns] of a pickled csr_matrix."""
     from scipy.sparse import csr_matrix  # slow to import, and seldom needed
 
     value = _unpickled(path)
@@ -188,14 +188,14 @@ def _features(path: Path, columns: int) -> Tensor:
     _expect(path, "features", matrix.shape[1], columns)
     coo = matrix.tocoo()
     places = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
-    values = torch.from_numpy(coo.data.astype(np.float32))
+    values = torch.from_numpy(coo.data.astype(np.float64))
     if not (values.isfinite() & (values >= 0)).all():
         raise _other(path, "a feature that is negative or not finite")
     return torch.sparse_coo_tensor(places, values, coo.shape, check_invariants=True).coalesce()
 
 
 def _rows(spec: Spec, *parts: tuple[Tensor, Tensor]) -> SparseRows:
-    """Features [nodes, features], each divided by the sum of its row.
+    """Features [nodes, features], each divided by the sum of its row; float32 only after that.
 
     Args:
         parts: nodes [M] and their features, sparse [M, features]; other nodes have none.
@@ -203,8 +203,8 @@ def _rows(spec: Spec, *parts: tuple[Tensor, Tensor]) -> SparseRows:
     stored = [(nodes[part.indices()[0]], part.indices()[1]) for nodes, part in parts]
     rows, columns = (torch.cat(both) for both in zip(*stored))
     values = torch.cat([part.values() for _, part in parts])
-    sums = torch.zeros(spec.nodes).index_add_(0, rows, values).clamp(min=1e-12)
-    places, values = torch.stack([rows, columns]), values / sums[rows]
+    sums = torch.zeros(spec.nodes, dtype=torch.float64).index_add_(0, rows, values)
+    places, values = torch.stack([rows, columns]), (values / sums[rows].clamp(min=1e-300)).float()
     shape = spec.nodes, spec.features
     return SparseRows(
         torch.sparse_coo_tensor(places, values, shape, check_invariants=True).coalesce()

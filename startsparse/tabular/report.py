@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from torch import Tensor
 
+from startsparse.errors import one_line
 from startsparse.labels import DENSITY
 from startsparse.plots import bars, new_figure
 from startsparse.report import summarise
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # matplotlib is slow to import, and needed last
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -79,7 +80,8 @@ def markdown(rows: pd.DataFrame) -> str:
     lines = [[*table.index.names, *table.columns]]
     lines += [["---"] * len(lines[0])]
     lines += [[*name, *cells] for name, cells in zip(table.index, table.to_numpy())]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    cells = ([one_line(cell).replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
 
 
 def collapses(rows: pd.DataFrame) -> list[str]:
@@ -114,7 +116,8 @@ def accuracy_plot(rows: pd.DataFrame) -> "Figure":
         table = summary[summary["table"] == name]
         for (flow, reset), axis in zip(ways, line):
             title = ("reset" if reset else "no reset") + (", flow preserved" if flow else "")
-            axis.set_title(f"{name}: {title}" if name else title, fontsize=9)
+            full = _shown(f"{name}: {title}" if name else title)
+            axis.set_title(full, fontsize=9, parse_math=False)
             panel = table[(table["flow"] == flow) & (table["reset"] == reset)]
             for start, curve in panel.groupby("start", sort=False):
                 curve = curve[curve["density"] > 0]  # the axis is logarithmic
@@ -160,6 +163,12 @@ def _density_axis(axis: "Axes", ticks: Sequence[float]) -> None:
     axis.minorticks_off()
 
 
+def _shown(name: str, longest: int = 80) -> str:
+    """A name on one line, for a picture; of a long one the end."""
+    name = one_line(name)
+    return name if len(name) <= longest else f"...{name[3 - longest :]}"
+
+
 def mask_picture(masks: dict[str, Tensor], feature_names: Sequence[str]) -> "Figure":
     """First-layer masks, one below the other: features down, hidden units across, edges dark.
 
@@ -176,8 +185,10 @@ def mask_picture(masks: dict[str, Tensor], feature_names: Sequence[str]) -> "Fig
         picture.imshow(
             edges.T, aspect="auto", cmap="Greys", interpolation="nearest", vmin=0, vmax=1
         )
-        picture.set_yticks(features, feature_names, fontsize=7)
-        picture.set_title(f"{title}: {edges.sum()} of {edges.size} edges", fontsize=10)
+        names = list(map(_shown, feature_names))
+        picture.set_yticks(features, names, fontsize=7, parse_math=False)
+        shown = _shown(f"{title}: {edges.sum()} of {edges.size} edges")
+        picture.set_title(shown, fontsize=10, parse_math=False)
         counts.barh(features, edges.sum(0), color="0.4")
         counts.set(ylim=picture.get_ylim(), yticks=[])
         counts.set_title("edges of a feature", fontsize=10)
