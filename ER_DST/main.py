@@ -114,7 +114,7 @@ def network(
     else:
         if options.searches and folder and (folder / "search.json").exists():
             requested = er.read_densities(folder / "ratios.json")
-            spent = json.loads((folder / "search.json").read_text())["flops"]
+            spent = json.loads((folder / "search.json").read_text(encoding="utf-8"))["flops"]
         elif options.searches:
             ratio, spent = pruner_ratio(model, options, dataset)
             requested = er.requested_densities(model, options, ratio)

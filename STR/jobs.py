@@ -169,7 +169,7 @@ def _launch(job: Job, device: str, environment: dict[str, str]) -> subprocess.Po
             pass
     except Timeout:
         return None
-    with job.log.open("a") as log:
+    with job.log.open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
             command,
             env=environment,
@@ -184,4 +184,4 @@ def _launch(job: Job, device: str, environment: dict[str, str]) -> subprocess.Po
 def _show(job: Job, bar: tqdm) -> None:
     path = job.folder and job.folder / "epochs.csv"
     if path and path.exists():
-        bar.update(max(0, path.read_text().count("\n") - 1 - bar.n))
+        bar.update(max(0, path.read_text(encoding="utf-8").count("\n") - 1 - bar.n))

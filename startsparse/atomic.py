@@ -44,4 +44,4 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")

@@ -132,7 +132,7 @@ class Run:
             UserError: the run began with other images.
         """
         path, text = self.folder / IMAGES, images.to_json()
-        if path.exists() and path.read_text() != text:
+        if path.exists() and path.read_text(encoding="utf-8") != text:
             raise UserError(f"--data: {self.folder} was trained on other images, see {path}")
         write_text(path, text)
 
@@ -184,7 +184,7 @@ def computed(options: Options) -> dict[str, Any]:
 def images(folder: Path) -> Images | None:
     """How a run's images were prepared; None: it has none, or an older version wrote it."""
     path = folder / IMAGES
-    return Images.from_json(path.read_text()) if path.exists() else None
+    return Images.from_json(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def selected_weights(folder: Path, select: str) -> Path:
@@ -375,7 +375,7 @@ def _create_by_rank_0(options: Options, environment: dict[str, Any]) -> Path:
 
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
-    file = logging.FileHandler(path)
+    file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
     try:

@@ -160,7 +160,7 @@ class Trainer(Learner, Generic[S]):
             Interrupted: a signal came in an epoch, after a checkpoint was saved.
             Stopped: a signal came elsewhere, where all is saved.
             NonFiniteLoss, NonFiniteNetwork: the last good checkpoint stays.
-            UserError: no layer has a weight left.
+            UserError: no layer has a weight left, or --compile fails.
         """
         self.emptied.check("at the start")
         with self.clock:
@@ -176,7 +176,7 @@ class Trainer(Learner, Generic[S]):
                     )
                 while self.position.epoch < phase.epochs:
                     self.decide()
-                    with self.stop:
+                    with self.stop, parallel.compiling():
                         self._epoch(phase)
                 phase.then(self)
                 if self.position.phase + 1 == len(phases):

@@ -23,10 +23,8 @@ from tqdm import tqdm
 from startsparse import flow, parallel, plots, pruning, training
 from startsparse.atomic import write_text
 from startsparse.commandline import from_flags
-from startsparse.console import log
 from startsparse.data import data_root
 from startsparse.data.arrays import device_memory
-from startsparse.data.files import reason
 from startsparse.data.rows import Rows
 from startsparse.errors import UserError
 from startsparse.masks import (
@@ -280,14 +278,7 @@ def _write(
     markdown = report.markdown(rows)
     try:
         write_text(folder / "table.md", markdown)
-        _draw(rows, folder / "plot.png")
+        with plots.optional(folder / "plot.png"):
+            plots.save(report.accuracy_plot(rows), folder / "plot.png")
     finally:
         say(markdown)
-
-
-def _draw(rows: pd.DataFrame, path: Path) -> None:
-    """Draw the picture; where that fails, a line says so, and the program goes on."""
-    try:
-        plots.save(report.accuracy_plot(rows), path)
-    except Exception as error:  # whatever matplotlib raises
-        log.warning("warning: %s: not drawn (%s)", path, reason(error))
