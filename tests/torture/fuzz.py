@@ -95,7 +95,7 @@ _enter("startsparse.export", "startsparse.export", 3)
 )
 def a_whole_run(both, folder):
     module, settings = both
-    argv = [*SCRIPTS[module][1], "--epochs", "1", "--warmup-length", "0"]
+    argv = [*SCRIPTS[module][1][0], "--epochs", "1", "--warmup-length", "0"]
     argv += ["--levels", "1"] if module == "ER_SLT.main" else []
     case = in_environment(module, argv, settings)
     case.start.whole = True
