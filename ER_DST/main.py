@@ -3,13 +3,16 @@
 cd ER_DST && python main.py [--config FILE.yaml] [options]; --help lists them.
 """
 
+from startsparse import stopping  # before torch
+
+if __name__ == "__main__":
+    stopping.watch()
+
 import json
 import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-
-import startsparse.threads  # noqa: F401 - before torch
 
 import torch
 from torch import nn

@@ -3,12 +3,15 @@
 cd ER_SLT && python main.py [--config FILE.yaml] [options]; --help lists them.
 """
 
+from startsparse import stopping  # before torch
+
+if __name__ == "__main__":
+    stopping.watch()
+
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import startsparse.threads  # noqa: F401 - before torch
 
 import torch
 from torch import nn

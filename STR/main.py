@@ -3,11 +3,14 @@
 cd STR && python main.py [--config FILE.yaml] [options]; --help lists them.
 """
 
+from startsparse import stopping  # before torch
+
+if __name__ == "__main__":
+    stopping.watch()
+
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-
-import startsparse.threads  # noqa: F401 - before torch
 
 import torch
 

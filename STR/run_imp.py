@@ -4,6 +4,11 @@ cd STR && python run_imp.py [options] [-- flags for every main.py]; --help lists
 Running it again skips what is finished and resumes what was interrupted.
 """
 
+from startsparse import stopping  # before torch
+
+if __name__ == "__main__":
+    stopping.watch()
+
 import dataclasses
 import itertools
 import re
@@ -182,8 +187,8 @@ def require_distinct(jobs: list[Job]) -> None:
             raise OptionError(f"the sweep has one run twice: {first.title}, and {job.title}")
 
 
-def check_tables(jobs: list[Job], path: Path) -> None:
-    """Raise `OptionError` if levels.csv cannot be written, or has one of these runs already.
+def check_places(jobs: list[Job], path: Path) -> None:
+    """Raise `OptionError` if a file cannot be written, or levels.csv has one of these runs already.
 
     Runs count if they lie in another folder: their seed would repeat within a setting.
     """
@@ -191,6 +196,8 @@ def check_tables(jobs: list[Job], path: Path) -> None:
     results.check(path.with_name("results.csv"))
     for name in ("table.csv", "table.md", "plot.png"):
         check_file("--result-dir", path.with_name(name))
+    for job in jobs:
+        check_file("--log-dir", job.log)
     planned = pd.DataFrame(runs.computed(job.options) for job in jobs).map(results.cell)
     # A run that is to begin gets the folder of its row if that is gone, as in a fresh checkout.
     folders = {results.identity(job.folder or runs.next_folder(job.options)) for job in jobs}
@@ -266,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(jobs)} runs, {sum(job.epochs for job in jobs)} epochs")
         return 0
     levels = Path(options.result_dir) / "levels.csv"
-    check_tables(jobs, levels)
+    check_places(jobs, levels)
     failed = run_all(jobs, options.at_once, options.devices.split(","))
     if any(job.finished for job in jobs):
         collect(jobs, levels)

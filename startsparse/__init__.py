@@ -1,12 +1,17 @@
 """What the script packages STR, ER_DST and ER_SLT share: masks, ratios, data, training, runs."""
 
 import os
+import sys
 from pathlib import Path
 
 from startsparse.threads import wait_shortly
 
+from startsparse import stopping
+
 __version__ = "0.1.0"
 
+if sys.argv[:1] == ["-m"] and any(w.startswith("startsparse.") for w in sys.orig_argv):
+    stopping.watch()  # Python is about to find startsparse.export, say, to run it
 wait_shortly()
 
 

@@ -50,9 +50,9 @@ def load_model(model: nn.Module, state: dict, path: Path) -> None:
     expected, saved = model.state_dict(), state["model"]
     for name in sorted(expected.keys() ^ saved.keys()):
         where = "the checkpoint" if name in expected else "the network"
-        raise UserError(f"{path}: does not fit the network: {where} has no {name!r}")
+        raise UserError(f"{path}: does not fit the network: {where} has no '{name}'")
     for name, tensor in expected.items():
         if tensor.shape != saved[name].shape:
             shapes = f"{tuple(saved[name].shape)} instead of {tuple(tensor.shape)}"
-            raise UserError(f"{path}: does not fit the network: {name!r} is {shapes}")
+            raise UserError(f"{path}: does not fit the network: '{name}' is {shapes}")
     model.load_state_dict(saved)

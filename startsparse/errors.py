@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from startsparse import threads
+from startsparse import stopping, threads
 
 
 class UserError(Exception):
@@ -17,6 +17,14 @@ class OptionError(UserError):
     """A bad option or YAML value, found before data or CUDA is touched."""
 
     exit_code = 2
+
+
+class Interrupted(UserError):
+    """The run was asked to stop and has saved its checkpoint."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signum
 
 
 def say(line: str) -> None:
@@ -32,16 +40,14 @@ def one_line(text: str) -> str:
 def run_script(main: Callable[[], int | None], say: Callable[[str], None] = say) -> None:
     """Run ``main`` and leave the process; a `UserError` becomes one line and its exit code.
 
-    `threads.fit` sets the number of CPU threads first.
+    `threads.fit` sets the number of CPU threads first. What a program does about signals is in
+    `stopping`; the line that it prints when one stops it comes from here, too.
     """
     threads.fit()
-    code: str | int | None
     try:
-        try:
-            code = main() or 0
-        except SystemExit as stop:  # --help
-            code = stop.code
-        sys.stdout.flush()
+        with stopping.unwinding():
+            code = _exit_code(main)
+            sys.stdout.flush()
         sys.exit(code)
     except BrokenPipeError:  # the reader has closed the pipe, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -49,6 +55,21 @@ def run_script(main: Callable[[], int | None], say: Callable[[str], None] = say)
     except UserError as error:
         say(f"error: {one_line(str(error))}")
         sys.exit(error.exit_code)
+    except stopping.Stopped:
+        stopping.leave(say)
     except KeyboardInterrupt:
         say("error: interrupted")
         sys.exit(130)
+
+
+def _exit_code(main: Callable[[], int | None]) -> str | int | None:
+    try:
+        return main() or 0
+    except SystemExit as stop:  # --help
+        return stop.code
+    except (Interrupted, stopping.Stopped):
+        raise
+    except Exception:
+        if stopping.requested():  # what was at work has failed because of that
+            raise stopping.Stopped(stopping.requested()) from None
+        raise

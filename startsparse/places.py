@@ -38,7 +38,8 @@ def check_room(option: str, path: Path, size: int) -> None:
         return
     if free < size:
         raise OptionError(
-            f"{option}: the disk of {shortened(str(path), 400)} has {free / 2**20:,.0f} MiB free, and "
+            f"{option}: the disk of {shortened(str(path), 400)} has "
+            f"{free / 2**20:,.0f} MiB free, and "
             f"the run needs {size / 2**20:,.0f}; make room or name another folder"
         )
 

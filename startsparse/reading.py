@@ -20,11 +20,9 @@ def regular(path: Path) -> None:
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
     """The bytes of a file; raises OSError where it cannot be read, is no file or is too large."""
     regular(path)
-    with path.open("rb") as file:
-        data = file.read(largest + 1)
-    if len(data) > largest:
+    if path.stat().st_size > largest:
         raise OSError(errno.EFBIG, f"has more than {largest:,} bytes", str(path))
-    return data
+    return path.read_bytes()
 
 
 def strict_json(text: str | bytes, nan: bool = False) -> Any:

@@ -87,7 +87,7 @@ def write(path: Path, table: pd.DataFrame) -> None:
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         for row in (list(table.columns), *table.to_numpy().tolist()):
             # Some versions of Python leave a carriage return bare, and then it ends the row.
-            quoting = csv.QUOTE_ALL if any("\r" in cell for cell in row) else csv.QUOTE_MINIMAL
+            quoting = csv.QUOTE_ALL if "\r" in "".join(row) else csv.QUOTE_MINIMAL
             csv.writer(file, lineterminator="\n", quoting=quoting).writerow(row)
 
 
@@ -97,6 +97,7 @@ def read_runs(path: Path) -> pd.DataFrame:
     Raises:
         UserError: it cannot be read, or has no column ``run``.
     """
+    path = real(path)
     table = read(path) if path.exists() else pd.DataFrame({"run": []}, dtype=str)
     if "run" not in table:
         raise UserError(f"{path}: has no column 'run', so it is no table of runs")
@@ -167,7 +168,7 @@ def folder(path: Path, run: str) -> Path:
 def identity(folder: Path | str) -> object:
     """Equal for two paths of one folder, through links or not."""
     try:
-        status = Path(folder).stat()
+        status = os.stat(folder)  # noqa: PTH116 - pathlib is slow with thousands of rows
         return status.st_dev, status.st_ino
     except OSError:
         return os.path.realpath(folder)
@@ -177,8 +178,8 @@ def identity(folder: Path | str) -> object:
 
 def without(table: pd.DataFrame, path: Path, folders: set[object]) -> pd.DataFrame:
     """The rows of the table ``path`` that belong to none of the run folders of this `identity`."""
-    here = real(path).parent
-    same = [identity(here / run) in folders for run in table["run"]]
+    here = f"{real(path).parent}/"
+    same = [identity(run if run.startswith("/") else here + run) in folders for run in table["run"]]
     return table[~np.array(same, bool)]
 
 

@@ -23,29 +23,23 @@
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
-import math
-import platform
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-import startsparse
-from startsparse import effects, processes, results
+from startsparse import effects, machine, processes, results, stopping
 from startsparse.atomic import write_text
+from startsparse.boards import Boards
 from startsparse.commandline import read_values, read_yaml, run_folder, write_yaml
 from startsparse.console import log, number
 from startsparse.data import Images
@@ -62,6 +56,7 @@ FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "
 FREE |= {"workers", "data_memory", "multigpu", "compile", "sparse_compute"}
 
 SOURCES = "sources"  # folder in the run folder
+DIGESTS = "sha256.json"  # in that
 PLAIN_WEIGHTS = "dense_weights.pt"
 IMAGES = "data.json"
 
@@ -75,7 +70,7 @@ class Run:
 
     def __init__(self, folder: Path, options: Options):
         self.folder, self.options = folder, options
-        self._boards: dict[str, Any] = {}
+        self._boards: Boards | None = None
         self._open = ExitStack()
         if processes.rank() > 0:
             return
@@ -84,6 +79,7 @@ class Run:
         except Timeout:
             raise UserError(f"--resume: {folder} is in use by another process") from None
         self._open.enter_context(_logging_to(folder / "log.txt"))
+        self._open.enter_context(stopping.advice(f"--resume {folder} continues"))
 
     def __enter__(self) -> "Run":
         return self
@@ -112,16 +108,10 @@ class Run:
 
         After a resumption, what the run had shown from ``step`` on disappears.
         """
-        if board not in self._boards:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            folder = self.folder / "tensorboard" / board
-            writer = SummaryWriter(folder, purge_step=step)
-            self._boards[board] = self._open.enter_context(writer)
-        for name, value in values.items():
-            if isinstance(value, int | float) and name != "epoch" and not math.isnan(value):
-                self._boards[board].add_scalar(name, value, step)
-        self._boards[board].flush()
+        if self._boards is None:
+            self._boards = Boards(self.folder / "tensorboard")
+            self._open.callback(self._boards.close)
+        self._boards.show(board, values, step)
 
     @by_rank_0
     def write_text(self, name: str, text: str) -> None:
@@ -151,6 +141,7 @@ class Run:
     @by_rank_0
     def keep_sources(self) -> None:
         """Copy the files of other runs that this one uses, so that it no longer needs them."""
+        digests = {}
         for name, files in self.options.sources().items():
             for inside, path in files.items():
                 copy = self.folder / SOURCES / name / inside
@@ -160,6 +151,9 @@ class Run:
                 except OSError as error:
                     reason = f"cannot copy {path} to {copy}: {error.strerror}"
                     raise UserError(f"{flag(name)}: {reason}") from None
+                digests[f"{name}/{inside}"] = _digest(copy)
+        if digests:
+            self.write_json(f"{SOURCES}/{DIGESTS}", digests)
 
     def source(self, name: str) -> Path:
         """The path from which this run reads what option ``name`` points to."""
@@ -305,7 +299,29 @@ def find_run_by_rank_0(options: Options) -> Path | None:
         effects.settle(saved)
         saved.derive()
         check_same(options, saved, f"the run in {folder} was started")
+        if not (folder / "summary.json").exists():
+            _check_sources(folder)
     return folder
+
+
+def _check_sources(folder: Path) -> None:
+    """Raise `UserError` unless the run's copies of files of other runs are as it made them."""
+    path = folder / SOURCES / DIGESTS
+    if not path.exists():
+        return
+    try:
+        digests = dict(json.loads(path.read_text(encoding="utf-8")))
+        for name, digest in digests.items():
+            copy = folder / SOURCES / name
+            if not copy.exists() or _digest(copy) != digest:
+                what = "has changed" if copy.exists() else "is gone"
+                raise UserError(f"--resume: {copy} {what} since the run began; start the run anew")
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"--resume: {path} is damaged; start the run anew") from None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check_same(options: Options, saved: Options, what: str) -> None:
@@ -318,34 +334,28 @@ def check_same(options: Options, saved: Options, what: str) -> None:
             raise OptionError(f"{flag(name)}: {getattr(options, name)}, but {what} with {value}")
 
 
+def check_trained(options: Options, trained: Mapping[str, Any], folder: Path) -> None:
+    """Raise `UserError` for the first option that is not as in ``trained``, of a checkpoint.
+
+    Then options.yaml has changed since the checkpoint was written.
+    """
+    for name, value in computed(options).items():
+        if name in trained and trained[name] != value:
+            raise UserError(
+                f"--resume: {folder}/options.yaml has {flag(name)} {value}, but the run was "
+                f"trained with {trained[name]}; put that back, or start another run with --config"
+            )
+
+
 def open_run(options: Options, folder: Path | None = None) -> Run:
     """The run in ``folder``, or a new one."""
     if folder is not None:
         return Run(folder, options)
     run = Run(_create_by_rank_0(_base(options)), options)
-    run.write_json("environment.json", environment())
+    run.write_json(machine.ENVIRONMENT, machine.environment())
     run.keep_sources()
     run.write_text("options.yaml", write_yaml(options))
     return run
-
-
-def environment() -> dict[str, Any]:
-    """Versions, git state, machine and command line."""
-    here = startsparse.checkout()
-    return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "startsparse": startsparse.__version__,
-        "git_commit": _git(here, "rev-parse", "HEAD"),
-        "git_changes": _git(here, "status", "--porcelain").splitlines(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "numpy": np.__version__,
-        "machine": platform.platform(),
-        "processes": processes.world_size(),
-        "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
 
 
 def _resumed(options: Options) -> Path | None:
@@ -400,18 +410,6 @@ def _create_by_rank_0(base: Path) -> Path:
             folder.mkdir()
             return folder
     raise AssertionError
-
-
-def _git(folder: Path | None, *command: str) -> str:
-    if folder is None:  # a repository around an installed package is another one
-        return ""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
 
 
 @contextmanager

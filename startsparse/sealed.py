@@ -55,12 +55,15 @@ def read(
         file = read_bytes(path)
     except OSError as error:
         raise UserError(f"{path}: no {what} can be read there ({error.strerror})") from None
+    tensors: dict[str, Tensor] = {}
     try:
         # checks the header before anything is allocated; its order is that of a hash table
         tensors = dict(sorted(safetensors.torch.load(file).items()))
         facts = _parts(file)[0].get("__metadata__") or {}
     except (safetensors.SafetensorError, KeyError, ValueError, RecursionError):
         facts = {}  # KeyError: a type that PyTorch has not
+    if any(not name.isprintable() for name in (*tensors, *facts)):
+        facts = {}
     if facts.get("kind") not in (kind, before or kind):
         raise UserError(f"{path}: not a {what} of this project, or a damaged one")
     if facts["kind"] == before and "sha256" not in facts:

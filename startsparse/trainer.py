@@ -18,20 +18,20 @@ import pandas as pd
 import torch
 from torch import nn
 
-from startsparse import checkpoint, flops, parallel, processes, schedules
+from startsparse import checkpoint, flops, machine, parallel, processes, schedules
 from startsparse.candidates import Candidates
 from startsparse.clock import Clock
 from startsparse.data import AnyBatches, Data
 from startsparse.effective import effective_layers
 from startsparse.emptied import Emptied
 from startsparse.engine.compute import Compute
-from startsparse.errors import UserError
+from startsparse.errors import Interrupted, UserError
 from startsparse.masks import density, keep_inside
 from startsparse.method import Method
 from startsparse.options import Options
 from startsparse.phases import Phase, Position
-from startsparse.runs import Run, selected_weights
-from startsparse.stopping import Interrupted, StopSignal
+from startsparse.runs import Run, check_trained, computed, selected_weights
+from startsparse.stopping import StopSignal
 from startsparse.training import (
     Learner,
     NonFiniteLoss,
@@ -96,7 +96,7 @@ class Trainer(Learner, Generic[S]):
         self.tables: dict[str, list[dict]] = {}
         self.candidates = Candidates(run.folder)
         self.ledger = flops.Ledger(model, torch.zeros(data.shape.input, device=self.device))
-        self.stop = StopSignal()
+        self.stop = StopSignal(alone=processes.world_size() == 1)
         self.clock = Clock()
         self.emptied = Emptied(model, options)
 
@@ -121,6 +121,7 @@ class Trainer(Learner, Generic[S]):
                 "compute": self.compute.state(),
                 "clock": self.clock.read(),
                 "images": self.data.images.to_json() if self.data.images else "",
+                "options": computed(self.options),
             },
         )
 
@@ -128,11 +129,12 @@ class Trainer(Learner, Generic[S]):
         """Continue from checkpoint.pt, if the run folder has one.
 
         Raises:
-            UserError: it does not fit, is damaged, or is of an older version.
+            UserError: it does not fit, is damaged, is of an older version, or of other options.
         """
         if not self._path.exists():
             return
         state = checkpoint.load(self._path, self.device)
+        check_trained(self.options, state.get("options", {}), self.run.folder)
         if not {"ledger", "clock"} <= state.keys():
             raise UserError(f"{self._path}: an older version wrote it; start the run anew")
         checkpoint.load_model(self.model, state, self._path)
@@ -148,17 +150,20 @@ class Trainer(Learner, Generic[S]):
         self.compute.restore(state["compute"])
         self.write_tables()
         log.info("resumed at epoch %d, step %d", len(self.history) + 1, self.position.step + 1)
+        if changed := machine.change(self.run.folder):
+            log.warning("warning: --resume: %s: it is another run in the last bits", changed)
 
     def run_phases(self, phases: list[Phase]) -> None:
         """Train through ``phases``, from the position where the run stands.
 
         Raises:
-            Interrupted: on SIGINT or SIGTERM, after a checkpoint was saved.
+            Interrupted: a signal came in an epoch, after a checkpoint was saved.
+            Stopped: a signal came elsewhere, where all is saved.
             NonFiniteLoss, NonFiniteNetwork: the last good checkpoint stays.
             UserError: no layer has a weight left.
         """
         self.emptied.check("at the start")
-        with self.stop, self.clock:
+        with self.clock:
             while self.position.phase < len(phases):
                 processes.all_copy_rank_0(self.model)
                 phase = phases[self.position.phase]
@@ -170,7 +175,9 @@ class Trainer(Learner, Generic[S]):
                         phase.epochs,
                     )
                 while self.position.epoch < phase.epochs:
-                    self._epoch(phase)
+                    self.decide()
+                    with self.stop:
+                        self._epoch(phase)
                 phase.then(self)
                 if self.position.phase + 1 == len(phases):
                     return
@@ -271,7 +278,6 @@ class Trainer(Learner, Generic[S]):
                 warmup=self._warmup(phase) * steps,
             )
 
-        self.decide()
         with self.compute.sparse(self.optimizer):
             train_epoch(
                 self,
@@ -315,6 +321,7 @@ class Trainer(Learner, Generic[S]):
         self.candidates.tidy()
         self.write_tables()
         self.run.record(row, self.watch())
+        self.stop.agree(processes.all_agree(bool(self.stop.received)))
         if self.stop.agreed:
             self._interrupt()
 

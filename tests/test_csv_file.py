@@ -46,6 +46,10 @@ ALIKE = {
 }
 
 
+def test_a_comma_in_a_name_between_tabs(load):
+    assert load("a\tb,\ty\n1\t2\tu\n3\t4\tu\n5\t6\tv\n7\t8\tv\n").feature_names == ("a", "b,")
+
+
 @pytest.mark.parametrize("content", ALIKE.values(), ids=ALIKE)
 def test_one_table_however_it_is_written(load, content):
     table = load(content)
@@ -84,6 +88,12 @@ def test_numbers_to_the_last_bit(load):
     cells = ["0.1", "1e-5", "+3.", ".25", "9007199254740991", "1.7976931348623157e308", "5e-324"]
     table = load("a,y\n" + "".join(f"{cell},{i % 2}\n" for i, cell in enumerate(cells)))
     assert table.features[:, 0].tolist() == [float(cell) for cell in cells]
+    # as float64 is written, with 16, 17 and 25 digits; 1e15 + 0, 1/8 and 1
+    numbers = [1e15, 1e15 + 0.125, 1e15 + 1, 1e15]
+    for form in (repr, "{:.17g}".format, "{:.25e}".format):
+        cells = map(form, numbers)
+        table = load("a,y\n" + "".join(f"{cell},{i % 2}\n" for i, cell in enumerate(cells)))
+        assert table.features[:, 0].tolist() == numbers
     truth = load("a,y\nTrue,0\nfalse,1\nTRUE,0\nFalse,1\n")
     assert truth.features[:, 0].tolist() == [1, 0, 1, 0]
 
@@ -160,6 +170,13 @@ REFUSED = {
         lines("9007199254740992,u", "9007199254740993,v"),
         "column 'a': its numbers differ by less than float64 can tell",
     ),
+    "beyond its digits, by half": (
+        lines("9007199254740992,u", "9007199254740995,v", "9007199254741000,u"),
+        "column 'a': its numbers differ by less than float64 can tell",
+    ),
+    "neither true nor false": (lines("True,u", "1,v"), "line 3, column 'a': '1' is neither true"),
+    "empty, not false": (lines(",u", "True,v"), "line 2, column 'a': is empty"),
+    "two separators": ("y;a,y\n1;2\n", "its first line names columns with ',' and with ';'"),
     "numbers to predict": (
         lines(*(f"{i},{i / 7}" for i in range(50))),
         "column 'y' has 50 different values in 50 rows; --label names a column of classes",
@@ -194,7 +211,7 @@ def test_what_is_no_file(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     os.mkfifo(tmp_path / "pipe.csv")
     for name, why in (
-        ("folder", "Is a directory"), ("pipe", "no regular file"), ("none", "No such file"),
+        ("folder", "Is a directory"), ("pipe", "is a pipe or a device"), ("none", "No such file"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=rf"{name}.csv: cannot be read as CSV \({why}"):
             tables.load(str(tmp_path / f"{name}.csv"), label="y")

@@ -1,37 +1,26 @@
 """Standardising: right to the last bits of float32, against exact arithmetic."""
 
+import dataclasses
 import math
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from standardised import assert_close, exact
 
+from startsparse.data import planetoid
+from startsparse.data.arrays import Arrays
 from startsparse.errors import UserError
 from startsparse.tabular import tables
 from startsparse.tabular.standard import standardise
-
-
-def exact(column, train):
-    """The standardised column in exact arithmetic, but for the root; floats."""
-    values = [Fraction(x) for x in column]
-    mean = sum(values[i] for i in train) / len(train)
-    variance = sum((values[i] - mean) ** 2 for i in train) / len(train)
-    if variance == 0:
-        return [float(x - mean) for x in values]
-    # an integer root with 80 bits more than needed, so that no size over- or underflows
-    scale = 1 << max(0, 200 + variance.denominator.bit_length() - variance.numerator.bit_length())
-    root = Fraction(math.isqrt(int(variance * scale * scale)), scale)
-    return [float((x - mean) / root) for x in values]
 
 
 def check(column, train):
     features = torch.tensor(column, dtype=torch.float64).unsqueeze(1)
     found, mean, scale = standardise(features, torch.tensor(train))
     assert found.dtype == torch.float32 and mean.dtype == scale.dtype == torch.float64
-    wanted = np.array(exact(column, train))
-    error = np.abs(found[:, 0].double().numpy() - wanted)
-    assert (error <= 2.0**-23 * np.maximum(np.abs(wanted), 1e-4)).all(), (error, wanted)
+    assert_close(found[:, 0].numpy(), exact(column, train))
 
 
 draw = np.random.default_rng(0)
@@ -83,4 +72,38 @@ def test_a_row_that_float32_cannot_place_is_refused():
         except UserError as error:
             said.append(str(error))
     assert 0 < len(said) < 20  # where the row is in the training part, the others are alike
-    assert said[0].startswith(r"column 'a\n': a value is further from those of the training rows")
+    assert said[0].startswith(
+        r"the table: column 'a\n': a value is further from those of the training rows"
+    )
+
+
+@pytest.mark.parametrize("value", [1, 3, 13, 77, 200, 251])
+def test_a_constant_channel_of_images_is_divided_by_1(value):
+    """In float64 its variance came out as 1e-17 here, and other pixels were multiplied by 1e8."""
+    images = torch.full((7, 32, 32, 1), value, dtype=torch.uint8)
+    pixels = images.long().flatten(1)
+    moments = torch.stack([pixels.sum(1), pixels.square().sum(1)], 1).unsqueeze(2)
+    arrays = Arrays((images, torch.zeros(7)), None, 2, ("a", "b"), 0, False, moments=moments)
+    assert arrays.normalisation(torch.arange(7)) == ([value / 255], [1.0])
+
+
+def test_a_single_grey_step_in_many_images_has_its_deviation():
+    images = torch.full((70, 32, 32, 1), 200, dtype=torch.uint8)
+    images[0, 0, 0, 0] = 201
+    pixels = images.long().flatten(1)
+    moments = torch.stack([pixels.sum(1), pixels.square().sum(1)], 1).unsqueeze(2)
+    arrays = Arrays((images, torch.zeros(70)), None, 2, ("a", "b"), 0, False, moments=moments)
+    (mean,), (std,) = arrays.normalisation(torch.arange(70))
+    share = Fraction(1, 70 * 32 * 32)
+    assert mean == pytest.approx(float((200 + share) / 255), rel=1e-15)
+    assert std == pytest.approx(math.sqrt(share * (1 - share)) / 255, rel=1e-14)
+
+
+def test_features_of_a_node_are_divided_by_their_exact_sum():
+    """In float32 1e8 + 1 is 1e8, a thousand times."""
+    values = torch.tensor([1e8, *[1.0] * 1000], dtype=torch.float64)
+    sparse = values.unsqueeze(0).to_sparse()
+    spec = dataclasses.replace(planetoid.CORA, nodes=1, features=1001)
+    found = planetoid._rows(spec, (torch.tensor([0]), sparse))
+    wanted = (values / (1e8 + 1000)).float()
+    assert torch.equal(found.dense[0], wanted)

@@ -22,10 +22,11 @@ struct Pixels {
       columns = std::exchange(blocks, 1);
     for (int64_t i = 0; i < lanes; i++) present[i] = i < last;
   }
-  // Zero for images that are not there, of which a product with zero would be NaN or infinite.
-  Vec only_present(const Vec& v, int64_t i) const {
-    const Vec zero(Scalar(0));
-    return Vec::blendv(zero, v, Vec::loadu(present + i % lanes) > zero);
+  Vec present_at(int64_t i) const { return Vec::loadu(present + i % lanes); }
+  // Sets a line of the last block to zero where there is no image.
+  void clear(Scalar* line) const {
+    for (int64_t w = 0; w < columns; w++, line += lanes)
+      std::fill(line + last, line + lanes, Scalar(0));
   }
   double count() const { return double(((blocks - 1) * lanes + last) * height * columns); }
   bool partial(int64_t n) const { return n + 1 == blocks && last < lanes; }
@@ -120,7 +121,7 @@ inline void each_vector(const Pixels& p, F row, End end) {
         output.prefetch_line(c, n, h);
         return [&, from = y.row(n, h), partial = p.partial(n)](int64_t i, int64_t r, int64_t part) {
           Vec d = Vec::loadu(from + i) - centre;
-          if (partial) d = p.only_present(d, i);
+          if (partial) d = d * p.present_at(i);
           sum.part[r][part] = at::vec::fmadd(d, d, sum.part[r][part]);
         };
       },
@@ -137,15 +138,14 @@ template <bool with_residual, bool relu>
     for (int64_t h = 0; h < p.height; h++) {
       const Scalar *from = y.row(n, h), *other = residual.row(n, h);
       Scalar* to = z.row(n, h);
-      const bool partial = p.partial(n);
       input.prefetch_line(c, n, h);
       for (int64_t i = 0; i < p.columns * lanes; i += width) {
         Vec v = at::vec::fmadd(Vec::loadu(from + i), a, b);
         if (with_residual) v = v + Vec::loadu(other + i);
         if (relu) v = at::vec::maximum(v, zero);
-        if (partial) v = p.only_present(v, i);
         v.store(to + i);
       }
+      if (p.partial(n)) p.clear(to);  // not by a product: of NaN and infinity it is not zero
     }
 }
 
@@ -202,15 +202,14 @@ template <Gate gate, bool moved>
     for (int64_t h = 0; h < p.height; h++) {
       const Scalar *d = d_z.row(n, h), *result = z.row(n, h), *from = y.row(n, h);
       Scalar *to = d_y.row(n, h), *other = d_residual.row(n, h);
-      const bool partial = p.partial(n);
       input.prefetch_line(c, n, h);
       for (int64_t i = 0; i < p.columns * lanes; i += width) {
         const Vec v = Vec::loadu(from + i), g = gradient(Vec::loadu(d + i), v, result + i);
         Vec sum = moved ? at::vec::fmadd(a, g, at::vec::fmadd(v - centre, k, b)) : a * g;
-        if (partial) sum = p.only_present(sum, i);
         if (other) g.store(other + i);
         sum.store(to + i);
       }
+      if (p.partial(n)) p.clear(to);
     }
 }
 

@@ -21,6 +21,7 @@ import torch
 
 import startsparse
 from startsparse.engine.compiler import Compiler, NoKernelsError, find_compiler, split
+from startsparse.errors import one_line
 
 log = logging.getLogger("startsparse")
 
@@ -38,6 +39,7 @@ _FLAGS = {
 }
 _WORK = ".startsparse-building-"  # begins the names of temporary folders
 _FORGOTTEN = 3600  # seconds after which one is of no live build, which would have timed out
+_ITS_OWN = "this run has kernels of its own"
 _REMEDY = "STARTSPARSE_CACHE names another folder"
 
 
@@ -70,7 +72,8 @@ def opened(dtype: torch.dtype, load: Callable[[Path], T]) -> T:
         raise compiler
 
     def built(work: Path) -> Path:
-        assert isinstance(compiler, Compiler)
+        if isinstance(compiler, NoKernelsError):
+            raise compiler
         log.info("building the sparse kernels, about 15 s, once")
         return compiled(compiler, dtype, sorted(_FOLDER.glob("*.cpp")), work)
 
@@ -92,8 +95,11 @@ def opened(dtype: torch.dtype, load: Callable[[Path], T]) -> T:
         with _work(Path(tempfile.gettempdir())) as work:
             if _noexec(work):
                 raise NoKernelsError(f"{reason}, nor from {work.parent}; {_REMEDY}")
-            log.warning("warning: %s: this run has kernels of its own; %s", reason, _REMEDY)
-            return _loaded(load, Path(shutil.copy(kept, work)) if kept else built(work))
+            log.warning("warning: %s: %s; %s", one_line(reason), _ITS_OWN, _REMEDY)
+            if kept:
+                with suppress(OSError, NoKernelsError):
+                    return load(Path(shutil.copy(kept, work)))
+            return _loaded(load, built(work))
     except OSError as error:
         why = f"{reason}, nor a temporary folder ({error.strerror}); {_REMEDY}"
         raise NoKernelsError(why) from None

@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import IO
 
 from startsparse import threads
-from startsparse.errors import UserError
+from startsparse.errors import UserError, one_line
 
 _ANSWER, _LIMIT = 30, 600  # seconds that the compiler has to tell its version, and to build
+_FULL = 1 << 24  # bytes: if a build has failed where fewer are left, that may be why
 
 
 class NoKernelsError(UserError):
     """The kernels are not there and cannot be built, or cannot be loaded."""
+
+    def __init__(self, reason: str):
+        super().__init__(one_line(reason))
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Compiler:
                 for process, said in [pair for pair in running if pair[0].poll() is not None]:
                     running.remove((process, said))
                     if process.returncode:
-                        reason = _reason(process.returncode, said.read_bytes())
+                        full = shutil.disk_usage(folder).free < _FULL
+                        reason = _reason(process.returncode, said.read_bytes(), full)
                         raise NoKernelsError(f"{self.words[0]} cannot build the kernels: {reason}")
                 if time.monotonic() > deadline:
                     took = f"has not built the kernels within {_LIMIT} s"
@@ -127,12 +132,12 @@ def _kill(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def _reason(code: int, said: bytes) -> str:
+def _reason(code: int, said: bytes, full: bool) -> str:
     text = said.decode(errors="replace")
     for number in (errno.ENOSPC, errno.EDQUOT):
-        if os.strerror(number) in text:
+        if os.strerror(number) in text or full:  # then it could not even say so
             raise OSError(number, os.strerror(number))
     lines = [line.strip() for line in text.splitlines() if "error" in line]
     if lines:
-        return "".join(c if c.isprintable() else "?" for c in lines[0][:200])
+        return lines[0][:200]
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"

@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -13,6 +14,7 @@ from startsparse.errors import UserError
 from startsparse.tabular.csv_file import Cells, counts_up, quoted
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_OTHER = re.compile(r"[^0-9eE.+-]")
 _NOT_ZERO = re.compile(r"[+-]?[0.]*[1-9]")
 _TRUTH = {"true": 1.0, "false": 0.0}
 _MISSING = {"na", "n/a", "nan", "null", "none", "nil", "?", "-", ".", "#n/a", "<na>", "missing"}
@@ -21,15 +23,25 @@ _MANY = 20  # classes, from which on a column may be one of numbers or names ins
 
 def number(text: str) -> float | None:
     """The number that a cell is, rounded to float64; None if it is none, or beyond float64."""
-    if not _NUMBER.fullmatch(text):
+    found = _floats([text])
+    return None if found is None else float(found[0])
+
+
+def _floats(texts: list[str]) -> np.ndarray | None:
+    """float64 [N], or None if a text is no number, or beyond float64."""
+    if _OTHER.search("".join(texts)):  # float takes more than numbers: 1_000, nan, digits of Arabic
         return None
-    value = float(text)
-    beyond = np.isinf(value) or (value == 0 and _NOT_ZERO.match(text))
-    return None if beyond else value
+    try:
+        found = np.array(list(map(float, texts)), np.float64)
+    except ValueError:
+        return None
+    zeros = {texts[row] for row in np.flatnonzero(found == 0)}
+    beyond = np.isinf(found).any() or any(map(_NOT_ZERO.match, zeros))
+    return None if beyond else found
 
 
 def numbers(cells: Cells, column: str, *, empty: float | None = None) -> np.ndarray:
-    """A column as float64 [N]. Cells are numbers, or all of them true or false (1 and 0).
+    """A column as float64 [N]. Cells are numbers, or all are true or false, which are 1 and 0.
 
     Args:
         empty: value of an empty cell; None: such a cell is an error.
@@ -39,17 +51,20 @@ def numbers(cells: Cells, column: str, *, empty: float | None = None) -> np.ndar
             2^53 and 2^53 + 1.
     """
     texts = cells.columns[column]
-    values: dict[str, float | None] = {text: number(text) for text in set(texts)}
-    if values and all(text.lower() in _TRUTH for text in values):
-        values = {text: _TRUTH[text.lower()] for text in values}
-    if empty is not None:
-        values[""] = empty
-    for row, text in enumerate(texts):
-        if values[text] is None:
-            raise cells.error(row, column, _not_a_number(text))
-    found = np.array([values[text] for text in texts], np.float64)
-    _check_rounding(cells, column, found)
-    return found
+    blank = np.array([not text for text in texts])
+    filled = texts if empty is None else [text or "0" for text in texts]
+    if next(filter(None, texts), "").lower() in _TRUTH:
+        for row, text in enumerate(texts):
+            if text.lower() not in _TRUTH:
+                what = f"{quoted(text)} is neither true nor false" if text else "is empty"
+                raise cells.error(row, column, what)
+        return np.array([_TRUTH[text.lower()] for text in texts])
+    found = _floats(filled)
+    if found is None:
+        row = next(row for row, text in enumerate(filled) if number(text) is None)
+        raise cells.error(row, column, _not_a_number(texts[row]))
+    _check_rounding(cells, column, found[~blank])
+    return found if empty is None else np.where(blank, empty, found)
 
 
 def _not_a_number(text: str) -> str:
@@ -66,19 +81,26 @@ def _not_a_number(text: str) -> str:
 
 
 def _check_rounding(cells: Cells, column: str, found: np.ndarray) -> None:
-    """Raise unless the rounding to float64 is below that of float32 after standardising."""
-    finite = found[~np.isnan(found)]
+    """Raise where float64 loses more than a millionth of what the numbers of a column differ in.
+
+    Texts that numbers of float64 are written as, with any number of digits, lose nothing.
+    """
     with np.errstate(over="ignore"):
-        if not len(finite) or np.abs(finite).max() <= 2.0**27 * np.ptp(finite):
+        if not len(found) or np.abs(found).max() <= 2.0**32 * np.ptp(found):
             return
-    exact = {text: Fraction(text) for text in set(cells.columns[column]) if _NUMBER.fullmatch(text)}
-    spread = max(exact.values()) - min(exact.values())
-    error = max(abs(value - Fraction(float(text))) for text, value in exact.items())
-    if error * 2**24 > spread > 0:
+    exact = {text: Fraction(text) for text in set(cells.columns[column]) if text}
+    lost = [abs(v - Fraction(float(text))) for text, v in exact.items() if not _of_float64(text)]
+    if lost and max(lost) * 2**20 > max(exact.values()) - min(exact.values()) > 0:
         raise UserError(
             f"{cells.path}: column {quoted(column)}: its numbers differ by less than float64 can "
             "tell; subtract what they have in common, or leave it out"
         )
+
+
+def _of_float64(text: str) -> bool:
+    """Whether a number of float64, written with as many digits, is ``text``."""
+    digits = len("".join(map(str, Decimal(text).as_tuple().digits)).lstrip("0"))
+    return Decimal(f"{float(text):.{max(digits, 1) - 1}e}") == Decimal(text)
 
 
 def classes(cells: Cells, column: str) -> tuple[np.ndarray, list[str]]:

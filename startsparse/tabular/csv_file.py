@@ -15,7 +15,8 @@ from pathlib import Path
 
 from startsparse.console import log
 from startsparse.data.files import reason
-from startsparse.errors import UserError
+from startsparse.errors import UserError, one_line
+from startsparse.reading import read_bytes
 
 SEPARATORS = ",;\t|"
 _PACKED = {
@@ -55,22 +56,16 @@ def quoted(text: str, longest: int = 60) -> str:
     """Text of a file for a message: on one line, cut where it is long, in quotes."""
     if len(text) > longest:
         text = text[: longest - 3] + "..."
-    return f"'{printable(text)}'"
-
-
-def printable(text: str) -> str:
-    """Text on one line: a character that cannot be printed, as a line end, is written as Python
-    does, as in ``\\n``."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return f"'{one_line(text)}'"
 
 
 def read(path: Path, names: Collection[str], *, only: bool = False) -> Cells:
     """The cells of a CSV file whose first line names the columns.
 
-    Commas separate cells, or semicolons, tabs or bars if one of ``names`` is a column then, and
-    none is with commas. Text is UTF-8, with or without a byte order mark, or UTF-16 with one. Cells
-    may be in quotes, and lines end in any way. Lines with nothing but spaces do not count. A first
-    column without a name that numbers the rows is left out, with a warning.
+    Commas separate cells, or semicolons, tabs or bars if one of ``names`` is a column then. Text
+    is UTF-8, with or without a byte order mark, or UTF-16 with one. Cells may be in quotes, and
+    lines end in any way. Lines with nothing but spaces do not count. A first column without a name
+    that numbers the rows is left out, with a warning.
 
     Args:
         names: columns that the file should have; a missing one is no error here.
@@ -118,9 +113,7 @@ def counts_up(cells: list[str]) -> bool:
 
 def _text(path: Path) -> str:
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path}: cannot be read as CSV (no regular file)")
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read as CSV ({reason(error)})") from error
     for start, what in _PACKED.items():
@@ -165,14 +158,20 @@ def _rows(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[str
 
 
 def _separator(path: Path, text: str, names: Collection[str]) -> str:
+    found = []
     for separator in SEPARATORS:
         try:
             _, header = next(_rows(path, text, separator), (0, []))
         except UserError:  # a quote that is none with this separator
             continue
-        if {name.strip() for name in header} & set(names):
-            return separator
-    return SEPARATORS[0]
+        if len(header) > 1 and {name.strip(" \u00a0") for name in header} & set(names):
+            found.append(separator)
+    if len(found) > 1:
+        raise UserError(
+            f"{path}: its first line names columns with {quoted(found[0])} and with "
+            f"{quoted(found[1])} between them; put names in quotes"
+        )
+    return found[0] if found else SEPARATORS[0]
 
 
 def _check_names(path: Path, header: list[str], kept: list[int]) -> None:

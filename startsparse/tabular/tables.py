@@ -51,12 +51,14 @@ class Table:
         labels: int64 [N], 0 to classes - 1.
         feature_names: F of them.
         class_names: one for each class.
+        source: what the table is, for messages.
     """
 
     features: Tensor
     labels: Tensor
     feature_names: tuple[str, ...]
     class_names: tuple[str, ...]
+    source: str = "the table"
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,12 @@ def load(
         return _bundled(name)
     if is_file(name):
         return _file(Path(name), label)
-    raise OptionError(f"--tables: {quoted(name)} is none of {', '.join(TABLES)}, and no .csv file")
+    raise no_table(name)
+
+
+def no_table(name: str) -> OptionError:
+    """The error about a name that is none of a table."""
+    return OptionError(f"--tables: {quoted(name)} is none of {', '.join(TABLES)}, and no .csv file")
 
 
 def is_file(name: str) -> bool:
@@ -120,7 +127,9 @@ def split(table: Table, seed: int, *, valid: float = 0.1, test: float = 0.2) -> 
     rows = len(table.labels)
     tests, valids = round(test * rows), round(valid * rows)
     if min(tests, valids, rows - tests - valids) < 1:
-        raise UserError(f"{rows} rows are too few for training, validation and test")
+        raise UserError(
+            f"{table.source}: {rows} rows are too few for training, validation and test"
+        )
     order = torch.randperm(rows, generator=seeding.generator(seed, "split"))
     # Each class is spread evenly over [0, 1), so any interval holds its share of the class.
     position = torch.empty(rows, dtype=torch.float64)
@@ -134,8 +143,8 @@ def split(table: Table, seed: int, *, valid: float = 0.1, test: float = 0.2) -> 
     if not features.isfinite().all():
         column = table.feature_names[int((~features.isfinite()).any(0).int().argmax())]
         raise UserError(
-            f"column {quoted(column)}: a value is further from those of the training rows than "
-            "float32 can say; leave the row or the column out"
+            f"{table.source}: column {quoted(column)}: a value is further from those of the "
+            "training rows than float32 can say; leave the row or the column out"
         )
     test_part, valid_part, train_part = ((features[r], table.labels[r]) for r in chosen)
     return Split(train_part, valid_part, test_part, mean, scale)
@@ -236,6 +245,7 @@ def _table(
         torch.from_numpy(np.asarray(labels, np.int64)),
         tuple(map(str, names)),
         tuple(map(str, classes)),
+        source,
     )
     if len(table.labels) == 0:
         raise UserError(f"{source}: no rows are left")
