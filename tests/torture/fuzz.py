@@ -77,13 +77,13 @@ def _enter(module: str, what: str, sample: int) -> None:
     promise(text, cases(module), cases=1000, sample=sample)(tried)
 
 
-_enter("STR.main", "STR/main.py", 5)
-_enter("ER_DST.main", "ER_DST/main.py", 4)
-_enter("ER_SLT.main", "ER_SLT/main.py", 4)
-_enter("ER_SLT.cifar_main", "ER_SLT/cifar_main.py", 2)
+_enter("STR.main", "STR/main.py", 3)
+_enter("ER_DST.main", "ER_DST/main.py", 3)
+_enter("ER_SLT.main", "ER_SLT/main.py", 3)
+_enter("ER_SLT.cifar_main", "ER_SLT/cifar_main.py", 1)
 _enter("STR.run_imp", "STR/run_imp.py", 3)
 _enter("startsparse.tabular", "startsparse.tabular", 3)
-_enter("startsparse.report", "startsparse.report", 4)
+_enter("startsparse.report", "startsparse.report", 3)
 _enter("startsparse.export", "startsparse.export", 3)
 
 
@@ -108,7 +108,7 @@ def a_whole_run(both, folder):
         lambda module: st.tuples(st.just(module), values(SCRIPTS[module][0]))
     ),
     cases=3000,
-    sample=30,
+    sample=20,
 )
 def yaml_is_the_command_line(both, folder):
     module, (argv, content) = both
