@@ -40,7 +40,7 @@ SCRIPTS: dict[str, tuple[type, list[list[str]]]] = {
     "ER_DST.main": (DSTOptions, [[*MLP, "--sparse"], [*MLP, "--sparse", "--method", "DST"]]),
     "ER_SLT.main": (SLTOptions, [MLP]),
     "ER_SLT.cifar_main": (CIFAROptions, [MLP]),
-    "STR.run_imp": (SweepOptions, [["--config", "configs/digits.yaml", "--set", "digits"]]),
+    "STR.run_imp": (SweepOptions, [["--config", "{tmp}/small.yaml", "--set", "digits"]]),
     "startsparse.tabular": (TabularOptions, [TABLE]),
     "startsparse.report": (ReportOptions, [["{tmp}/results/results.csv"]]),
     "startsparse.export": (ExportOptions, [["{tmp}/run", "--repeats", "1"]]),

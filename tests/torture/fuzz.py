@@ -39,6 +39,7 @@ def _template() -> Path:
     run_folder.rename(folder / "run")
     shutil.rmtree(folder / "runs")
     (folder / "file").write_text("x\n")
+    (folder / "small.yaml").write_text("arch: mlp\nwidth: 8\n")
     (folder / "a b, é").mkdir()
     (folder / "binary").write_bytes(bytes(range(256)))
     (folder / "empty.yaml").touch()

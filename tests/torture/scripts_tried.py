@@ -46,7 +46,8 @@ class Ended:
 def _server() -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
     # Kernels are compiled once, whatever the HOME of a case is.
-    environment["STARTSPARSE_CACHE"] = str(cache_folder())
+    if folder := cache_folder():
+        environment["STARTSPARSE_CACHE"] = str(folder)
     server = subprocess.Popen(
         [sys.executable, str(TESTS / "script_server.py")],
         stdin=subprocess.PIPE,
