@@ -264,10 +264,11 @@ def from_flags(kind: type[T], argv: Sequence[str], base: T) -> T:
 
 def _require_text(word: str) -> None:
     """Raise `OptionError` for a word that no file can name or hold."""
+    encoding = sys.getfilesystemencoding()
     try:
-        word.encode()
+        word.encode(encoding)
     except UnicodeEncodeError:
-        raise OptionError(f"{word!a}: is not UTF-8 text") from None
+        raise OptionError(f"{word!a}: is not {encoding.upper()} text") from None
     if "\0" in word:
         raise OptionError(f"{word!a}: contains a NUL character")
 
