@@ -29,6 +29,18 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove temporary files of `replacing` that killed processes left in a folder.
+
+    Only for who holds a lock that keeps others from writing there.
+
+    Args:
+        name: of the files that they should have replaced; * stands for any.
+    """
+    for path in folder.glob(f".{name}-????????"):
+        path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with replacing(path) as temporary:

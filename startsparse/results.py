@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from startsparse.atomic import replacing
+from startsparse.atomic import remove_leftovers, replacing
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import normal
 from startsparse.names import CELLS, is_formula
@@ -121,6 +121,7 @@ def add(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     rows = [{k: cell(v) for k, v in {**row, "run": key(path, row["run"])}.items()} for row in rows]
     try:
         with locked(path):
+            remove_leftovers(path.parent, path.name)
             table = read_runs(path)
             table = _without_moved(without(table, path, folders), path, rows)
             columns = list(table.columns)

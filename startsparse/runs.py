@@ -23,13 +23,10 @@
 """
 
 import dataclasses
-import hashlib
-import itertools
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +34,11 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from torch import nn
 
-from startsparse import effects, machine, processes, results, stopping
-from startsparse.atomic import write_text
+from startsparse import beginning, effects, machine, processes, results, stopping
+from startsparse.atomic import remove_leftovers, write_text
+from startsparse.beginning import DIGESTS, SOURCES
 from startsparse.boards import Boards
-from startsparse.commandline import read_values, read_yaml, run_folder, write_yaml
+from startsparse.commandline import read_values, read_yaml, run_folder
 from startsparse.console import log, number
 from startsparse.data import Images
 from startsparse.errors import OptionError, UserError
@@ -55,8 +53,6 @@ from startsparse.processes import by_rank_0
 FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
 FREE |= {"workers", "data_memory", "multigpu", "compile", "sparse_compute"}
 
-SOURCES = "sources"  # folder in the run folder
-DIGESTS = "sha256.json"  # in that
 PLAIN_WEIGHTS = "dense_weights.pt"
 IMAGES = "data.json"
 
@@ -78,6 +74,8 @@ class Run:
             self._open.enter_context(FileLock(folder / ".lock", timeout=0))
         except Timeout:
             raise UserError(f"--resume: {folder} is in use by another process") from None
+        for written in (folder, folder / "levels"):
+            remove_leftovers(written)
         self._open.enter_context(_logging_to(folder / "log.txt"))
         self._open.enter_context(stopping.advice(f"--resume {folder} continues"))
 
@@ -137,23 +135,6 @@ class Run:
         if path.exists() and path.read_text() != text:
             raise UserError(f"--data: {self.folder} was trained on other images, see {path}")
         write_text(path, text)
-
-    @by_rank_0
-    def keep_sources(self) -> None:
-        """Copy the files of other runs that this one uses, so that it no longer needs them."""
-        digests = {}
-        for name, files in self.options.sources().items():
-            for inside, path in files.items():
-                copy = self.folder / SOURCES / name / inside
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    shutil.copyfile(path, copy)
-                except OSError as error:
-                    reason = f"cannot copy {path} to {copy}: {error.strerror}"
-                    raise UserError(f"{flag(name)}: {reason}") from None
-                digests[f"{name}/{inside}"] = _digest(copy)
-        if digests:
-            self.write_json(f"{SOURCES}/{DIGESTS}", digests)
 
     def source(self, name: str) -> Path:
         """The path from which this run reads what option ``name`` points to."""
@@ -313,15 +294,11 @@ def _check_sources(folder: Path) -> None:
         digests = dict(json.loads(path.read_text(encoding="utf-8")))
         for name, digest in digests.items():
             copy = folder / SOURCES / name
-            if not copy.exists() or _digest(copy) != digest:
+            if not copy.exists() or beginning.digest(copy) != digest:
                 what = "has changed" if copy.exists() else "is gone"
                 raise UserError(f"--resume: {copy} {what} since the run began; start the run anew")
     except (OSError, ValueError, TypeError):
         raise UserError(f"--resume: {path} is damaged; start the run anew") from None
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check_same(options: Options, saved: Options, what: str) -> None:
@@ -351,11 +328,7 @@ def open_run(options: Options, folder: Path | None = None) -> Run:
     """The run in ``folder``, or a new one."""
     if folder is not None:
         return Run(folder, options)
-    run = Run(_create_by_rank_0(_base(options)), options)
-    run.write_json(machine.ENVIRONMENT, machine.environment())
-    run.keep_sources()
-    run.write_text("options.yaml", write_yaml(options))
-    return run
+    return Run(_create_by_rank_0(options, machine.environment()), options)
 
 
 def _resumed(options: Options) -> Path | None:
@@ -392,24 +365,12 @@ def _newest(options: Options) -> Path | None:
 
 def next_folder(options: Options) -> Path:
     """The folder that a new run gets, unless another process is faster."""
-    return next(folder for folder in _folders(_base(options)) if not folder.exists())
-
-
-def _folders(base: Path) -> Iterator[Path]:
-    """``base``, and the same with -2, -3 ...: no run ever overwrites another."""
-    yield base
-    for count in itertools.count(2):
-        yield base.with_name(f"{base.name}-{count}")
+    return beginning.free_folder(_base(options))
 
 
 @by_rank_0
-def _create_by_rank_0(base: Path) -> Path:
-    base.parent.mkdir(parents=True, exist_ok=True)
-    for folder in _folders(base):
-        with suppress(FileExistsError):
-            folder.mkdir()
-            return folder
-    raise AssertionError
+def _create_by_rank_0(options: Options, environment: dict[str, Any]) -> Path:
+    return beginning.create(_base(options), options, environment)
 
 
 @contextmanager

@@ -288,7 +288,8 @@ def test_runs_that_cannot_be_exported(finished, tmp_path):
     assert "no dense_weights.pt" in error(UserError, tmp_path)
     (tmp_path / "best.pt").write_bytes(b"")
     assert "not a complete checkpoint" in error(UserError, tmp_path)
-    for text in ("{", "[1]", "set: digits\narch: none"):
+    odd = ("set: [1]", "set: digits\narch: [1]", "set: digits\narch: mlp\nwidth: x", "[" * 9999)
+    for text in ("{", "[1]", "set: digits\narch: none", *odd):
         (tmp_path / "options.yaml").write_text(text)
         assert "names no known network" in error(UserError, tmp_path)
     (tmp_path / "summary.json").unlink()

@@ -1,8 +1,12 @@
 """The options of `startsparse.tabular`, and the folder of its results."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
+
+from filelock import FileLock, Timeout
 
 from startsparse import names, ratios
 from startsparse.commandline import plain_values, read_yaml, write_yaml
@@ -25,7 +29,8 @@ class TabularOptions:
     """Networks on tables that start sparse and are pruned further."""
 
     tables: tuple[str, ...] = ("breast-cancer",)
-    """breast-cancer, digits, ACSEmployment, ACSIncome, or the paths of .csv files"""
+    """breast-cancer, digits, ACSEmployment, ACSIncome, or the paths of .csv files (docs/data.md has
+    their rules)"""
     data: Annotated[str, default_is("$STARTSPARSE_DATA, else data/ of the checkout, or here")] = ""
     """Folder of the census files"""
     state: str = "AL"
@@ -152,6 +157,24 @@ def check_folder(folder: Path, options: TabularOptions) -> None:
                 f"--result-dir: {file} is of a run with {flag(name)} {_shown(theirs[name])}, not "
                 f"{_shown(value)}; name another folder"
             )
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the folder of results, which is made, against other runs of the program.
+
+    Raises:
+        OptionError: another run writes into it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / ".results.csv.lock", timeout=0).acquire()
+    except Timeout:
+        raise OptionError(
+            f"--result-dir: another run writes into {folder}; wait for it, or name another folder"
+        ) from None
+    with lock:
+        yield
 
 
 def _shown(value: Any) -> str:
