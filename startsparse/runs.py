@@ -20,6 +20,8 @@
     export/           what startsparse.export writes
     sources/          copies of files of other runs, by option
     summary.json      the result; a run that has it is finished
+
+A run never makes its folder again: a folder that is gone was removed or renamed.
 """
 
 import dataclasses
@@ -40,15 +42,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 import startsparse
-from startsparse import effects, processes, results
-from startsparse.atomic import write_text
+from startsparse import effects, locks, processes, results
+from startsparse.atomic import replacing, sync_folder, write_text
 from startsparse.commandline import read_values, read_yaml, run_folder, write_yaml
 from startsparse.console import log, number
 from startsparse.data import Images
-from startsparse.errors import OptionError, UserError
+from startsparse.errors import DISK_FULL, OptionError, UserError, about, reason
 from startsparse.fields import flag
 from startsparse.options import Options
 from startsparse.processes import by_rank_0
@@ -56,6 +58,11 @@ from startsparse.processes import by_rank_0
 # Options that may change when a run resumes: they do not affect the result.
 FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
 FREE |= {"workers", "data_memory", "multigpu", "compile", "sparse_compute"}
+
+# What every summary.json holds.
+MEASURED = ("requested", "density", "weights", "kept", "epoch", "valid_accuracy", "test_accuracy")
+MEASURED += ("inference_flops", "inference_flops_share", "training_flops", "training_flops_share")
+MEASURED += ("seconds",)
 
 SOURCES = "sources"  # folder in the run folder
 PLAIN_WEIGHTS = "dense_weights.pt"
@@ -66,17 +73,18 @@ class Run:
     """The folder of one run, locked by this process, or rank 0 of several, until it is closed.
 
     A context manager: the end of the ``with`` closes it. Its methods are collectives: all processes
-    call them, and rank 0 does their work.
+    call them, and rank 0 does their work. With --evaluate it is only read, and needs no lock.
     """
 
     def __init__(self, folder: Path, options: Options):
         self.folder, self.options = folder, options
         self._boards: dict[str, Any] = {}
         self._open = ExitStack()
-        if processes.rank() > 0:
+        self._read_only = bool(options.evaluate)
+        if processes.rank() > 0 or self._read_only:
             return
         try:
-            self._open.enter_context(FileLock(folder / ".lock", timeout=0))
+            self._open.enter_context(locks.locked(folder / ".lock", "train the same run", 0))
         except Timeout:
             raise UserError(f"--resume: {folder} is in use by another process") from None
         self._open.enter_context(_logging_to(folder / "log.txt"))
@@ -84,8 +92,22 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self._open.close()
+        if isinstance(error, OSError) and not self.folder.is_dir():
+            raise UserError(
+                f"{self.folder}: the run folder was removed or renamed while the run used it; "
+                "the run has stopped"
+            ) from None
+        if isinstance(error, OSError) and error.errno in DISK_FULL and not self._read_only:
+            raise UserError(f"{about(error)}, then --resume {self.folder} continues") from None
+
+    def subfolder(self, name: str) -> Path:
+        """A folder inside the run folder; makes it."""
+        path = self.folder / name
+        if not self._read_only:
+            path.mkdir(exist_ok=True)
+        return path
 
     @by_rank_0
     def record(self, row: dict, watched: dict[str, float]) -> None:
@@ -121,8 +143,12 @@ class Run:
 
     @by_rank_0
     def write_text(self, name: str, text: str) -> None:
-        """Write a file of the run folder, whole or not at all."""
-        write_text(self.folder / name, text)
+        """Write a file of the run folder, or of one folder inside it; whole or not at all."""
+        if self._read_only:
+            return
+        folder, _, file = name.rpartition("/")
+        path = (self.subfolder(folder) if folder else self.folder) / file
+        write_text(path, text, make_folder=False)
 
     def write_table(self, name: str, table: pd.DataFrame) -> None:
         """Write a table of the run folder as CSV, whole or not at all."""
@@ -139,10 +165,12 @@ class Run:
         Raises:
             UserError: the run began with other images.
         """
-        path, text = self.folder / IMAGES, images.to_json()
-        if path.exists() and path.read_text() != text:
+        before = _text(self.folder / IMAGES)
+        if before is None:
+            self.write_text(IMAGES, images.to_json())
+        elif before != images.to_json():
+            path = self.folder / IMAGES
             raise UserError(f"--data: {self.folder} was trained on other images, see {path}")
-        write_text(path, text)
 
     @by_rank_0
     def keep_sources(self) -> None:
@@ -150,12 +178,11 @@ class Run:
         for name, files in self.options.sources().items():
             for inside, path in files.items():
                 copy = self.folder / SOURCES / name / inside
-                copy.parent.mkdir(parents=True, exist_ok=True)
                 try:
-                    shutil.copyfile(path, copy)
+                    with replacing(copy) as temporary:
+                        shutil.copyfile(path, temporary)
                 except OSError as error:
-                    reason = f"cannot copy {path} to {copy}: {error.strerror}"
-                    raise UserError(f"{flag(name)}: {reason}") from None
+                    raise UserError(f"{flag(name)}: cannot copy {path}: {about(error)}") from None
 
     def source(self, name: str) -> Path:
         """The path from which this run reads what option ``name`` points to."""
@@ -171,15 +198,52 @@ class Run:
 
 
 def summary(folder: Path) -> dict[str, Any] | None:
-    """The result of a finished run, else None."""
-    path = folder / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    """The result of a finished run, else None.
+
+    Raises:
+        UserError: summary.json is damaged.
+    """
+    text = _text(path := folder / "summary.json")
+    if text is None:
+        return None
+    try:
+        result = json.loads(text)
+        missing = [n for n in MEASURED if type(result[n]) not in (int, float)]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        missing = [reason(error)]
+    if missing:
+        raise UserError(
+            f"{path}: is damaged ({missing[0]}); remove it, and --resume {folder} writes it again"
+        )
+    return result
 
 
 def images(folder: Path) -> Images | None:
-    """How a run's images were prepared; None: it has none, or an older version wrote it."""
-    path = folder / IMAGES
-    return Images.from_json(path.read_text()) if path.exists() else None
+    """How a run's images were prepared; None: it has none, or an older version wrote it.
+
+    Raises:
+        UserError: data.json is damaged.
+    """
+    text = _text(path := folder / IMAGES)
+    try:
+        return None if text is None else Images.from_json(text)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: is damaged ({reason(error)}); remove it, and --resume {folder} writes it "
+            "again, if the run is not finished"
+        ) from None
+
+
+def _text(path: Path) -> str | None:
+    """The text of a file; None: there is none. Raises `UserError` if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(about(error)) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is damaged: it is no text in UTF-8") from None
 
 
 def selected_weights(folder: Path, select: str) -> Path:
@@ -321,6 +385,7 @@ def _create_by_rank_0(base: Path) -> Path:
     for folder in _folders(base):
         with suppress(FileExistsError):
             folder.mkdir()
+            sync_folder(base.parent)
             return folder
     raise AssertionError
 
@@ -337,10 +402,29 @@ def _git(folder: Path | None, *command: str) -> str:
     return done.stdout.strip()
 
 
+class _LogFile(logging.FileHandler):
+    """log.txt: where a line cannot be written, one line says so, and the run goes on."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        log.removeHandler(self)
+        log.warning("warning: %s: the log ends here: %s", self.baseFilename, about(error))
+
+    def close(self) -> None:
+        with suppress(OSError):  # what is left of a line on a full disk
+            super().close()
+
+
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
-    file = logging.FileHandler(path)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    file = _LogFile(path)
     log.addHandler(file)
     try:
         yield

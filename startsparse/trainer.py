@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from startsparse import checkpoint, flops, parallel, processes, schedules
+from startsparse import checkpoint, flops, parallel, processes, resumption, schedules
 from startsparse.candidates import Candidates
 from startsparse.clock import Clock
 from startsparse.data import AnyBatches, Data
@@ -109,22 +109,32 @@ class Trainer(Learner, Generic[S]):
                 "compute": self.compute.state(),
                 "clock": self.clock.read(),
                 "images": self.data.images.to_json() if self.data.images else "",
+                "options": resumption.plain_options(self.options),
             },
         )
 
     def load(self) -> None:
-        """Continue from checkpoint.pt, if the run folder has one.
+        """Continue from checkpoint.pt, if the run has begun.
 
         Raises:
-            UserError: it does not fit, is damaged, or is of an older version.
+            UserError: it is gone, does not fit, is damaged, or is of an older version.
         """
         if not self._path.exists():
+            if (self.run.folder / "epochs.csv").exists():
+                raise UserError(
+                    f"{self._path}: is gone, and the run cannot continue without it; put it back, "
+                    "or start a new run"
+                )
             return
         state = checkpoint.load(self._path, self.device)
-        if not {"ledger", "clock"} <= state.keys():
-            raise UserError(f"{self._path}: an older version wrote it; start the run anew")
+        steps = len(self.data.train)
+        resumption.check(state, self._path, self.options, self.optimizer, steps)
         checkpoint.load_model(self.model, state, self._path)
-        self.optimizer.load_state_dict(state["optimizer"])
+        # The settings of the groups are those of the options; the schedule sets their rates.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict(
+            {"state": state["optimizer"]["state"], "param_groups": groups}
+        )
         self.position = Position(**state["position"])
         if processes.rank() == 0:
             self.sums = state["sums"]  # of all processes
@@ -144,6 +154,7 @@ class Trainer(Learner, Generic[S]):
             Interrupted: on SIGINT or SIGTERM, after a checkpoint was saved.
             NonFiniteLoss: the last good checkpoint stays.
         """
+        resumption.check_place(self.position, len(self.history), phases, self._path)
         with self.stop, self.clock:
             while self.position.phase < len(phases):
                 processes.all_copy_rank_0(self.model)
