@@ -45,7 +45,7 @@ import torch
 from filelock import Timeout
 
 import startsparse
-from startsparse import effects, locks, processes, results
+from startsparse import effects, locks, paths, processes, results
 from startsparse.atomic import replacing, sync_folder, write_text
 from startsparse.commandline import read_values, read_yaml, run_folder, write_yaml
 from startsparse.console import log, number
@@ -286,6 +286,8 @@ def find_run_by_rank_0(options: Options) -> Path | None:
     folder = _resumed(options)
     if folder is None and options.evaluate:
         raise OptionError(f"--evaluate: there is no run in {_base(options)} yet")
+    if folder is not None and not read_values(path := folder / "options.yaml"):
+        raise OptionError(f"--resume: {path} is empty; put back what the run wrote there")
     if folder is not None:
         saved = read_yaml(type(options), folder / "options.yaml")
         saved.resume = str(folder)  # its copies of files of other runs are there
@@ -309,10 +311,17 @@ def open_run(options: Options, folder: Path | None = None) -> Run:
     """The run in ``folder``, or a new one."""
     if folder is not None:
         return Run(folder, options)
-    run = Run(_create_by_rank_0(_base(options)), options)
-    run.write_json("environment.json", environment())
-    run.keep_sources()
-    run.write_text("options.yaml", write_yaml(options))
+    folder = _create_by_rank_0(_base(options))
+    run = Run(folder, options)
+    try:
+        run.write_json("environment.json", environment())
+        run.keep_sources()
+        run.write_text("options.yaml", write_yaml(paths.all_absolute(options)))
+    except BaseException:  # without options.yaml nobody could resume it
+        run.__exit__(None, None, None)
+        if processes.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     return run
 
 

@@ -10,7 +10,7 @@ from startsparse import ratios, results
 from startsparse.commandline import write_yaml
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
-from startsparse.fields import Truth, called, choice, default_is, flag
+from startsparse.fields import PATH, Truth, called, choice, default_is, flag
 from startsparse.models import INITS
 from startsparse.optimizers import OPTIMIZERS
 from startsparse.options import require_distinct, require_range
@@ -23,7 +23,9 @@ class TabularOptions:
 
     tables: tuple[str, ...] = ("breast-cancer",)
     """breast-cancer, digits, ACSEmployment, ACSIncome, or the paths of .csv files"""
-    data: Annotated[str, default_is("$STARTSPARSE_DATA, else data/ of the checkout, or here")] = ""
+    data: Annotated[
+        str, PATH, default_is("$STARTSPARSE_DATA, else data/ of the checkout, or here")
+    ] = ""
     """Folder of the census files"""
     state: str = "AL"
     """State of the census, two letters"""
@@ -68,7 +70,7 @@ class TabularOptions:
     sparse_compute: Annotated[str, choice(MODES)] = "auto"
     """on: train one after the other, and compute and store only what is inside the masks; auto: do
     so at densities where a trial of a few steps is faster. The same within rounding"""
-    result_dir: str = "runs/tabular"
+    result_dir: Annotated[str, PATH] = "runs/tabular"
     """Folder of results.csv, table.md, plot.png and options.yaml; results of other options in it
     are never overwritten"""
 
