@@ -31,6 +31,7 @@ def _number(value: Any) -> bool:
 COUNT = Kind("a whole number from 0 on", lambda v: type(v) is int and v >= 0)
 NUMBER = Kind("a number", _number)
 AMOUNT = Kind("a finite number from 0 on", lambda v: _number(v) and 0 <= v < math.inf)
+SHARE = Kind("a share", lambda v: _number(v) and not (v < 0 or v > 1))  # NaN: of no examples
 TEXT = Kind("a text", lambda v: type(v) is str)
 CELL = Kind("a cell of a table", lambda v: v is None or type(v) in (str, bool, int, float))
 SUMS = Kind(
@@ -38,7 +39,7 @@ SUMS = Kind(
 )
 ANY = Kind("anything", lambda _: True)
 
-CANDIDATE = {"epoch": COUNT, "valid_accuracy": NUMBER, "density": NUMBER}
+CANDIDATE = {"epoch": COUNT, "valid_accuracy": SHARE, "density": SHARE}
 ROW = {"phase": TEXT, **CANDIDATE}
 
 # What a value is: a `Kind`; a dict of names, of which ... stands for any other; a list of one kind.
@@ -79,11 +80,8 @@ def check(
     if not {"ledger", "clock"} <= state.keys():
         raise UserError(f"{path}: an older version wrote it; start the run anew")
     fault = _fault(state, STATE, "")
-    best, history = state.get("best"), state.get("history")
-    if not fault and best:
-        fault = _fault(best, CANDIDATE, "best")
-    if not fault and [row["epoch"] for row in history] != list(range(1, len(history) + 1)):
-        fault = "'history' does not count the epochs from 1"
+    if not fault:
+        fault = _epochs_fault(state["history"], state["best"], state["rivals"])
     if not fault and state["position"]["step"] >= steps:
         fault = f"'position' is step {state['position']['step'] + 1} of {steps}"
     if not fault:
@@ -150,6 +148,20 @@ def _fault(value: Any, kind: Any, name: str) -> str:
     return ""
 
 
+def _epochs_fault(history: list[dict], best: dict, rivals: list[dict]) -> str:
+    """What of the epochs and candidates does not agree; "" if all does."""
+    if [row["epoch"] for row in history] != list(range(1, len(history) + 1)):
+        return "'history' does not count the epochs from 1"
+    if best and (fault := _fault(best, CANDIDATE, "best")):
+        return fault
+    for row in [*rivals, *[best] * bool(best)]:
+        if not 0 < row["epoch"] <= len(history):
+            return f"'history' has no epoch {row['epoch']}, a candidate of which is kept"
+        if any(row[name] != history[row["epoch"] - 1][name] for name in CANDIDATE):
+            return f"'history' has another epoch {row['epoch']} than the candidate"
+    return ""
+
+
 def _joined(name: str, part: Any) -> str:
     return f"{name}.{part}" if name else str(part)
 
@@ -171,6 +183,6 @@ def _optimizer_fault(
         for name, value in values.items():
             one = isinstance(value, torch.Tensor) and value.dim() == 0
             expected = torch.zeros(()) if one else parameters[index]
-            if value is not None and (fault := tensor_fault(value, expected)):
+            if fault := tensor_fault(value, expected):
                 return f"'optimizer': '{name}' of parameter {index} {fault}"
     return ""
