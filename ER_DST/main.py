@@ -3,13 +3,16 @@
 cd ER_DST && python main.py [--config FILE.yaml] [options]; --help lists them.
 """
 
+from startsparse import stopping  # before torch
+
+if __name__ == "__main__":
+    stopping.watch()
+
 import json
 import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-
-import startsparse.threads  # noqa: F401 - before torch
 
 import torch
 from torch import nn
@@ -21,6 +24,7 @@ from ER_DST.options import DSTOptions
 from ER_DST.sparse_inits import find_snip, pruner_ratio
 from startsparse import data, er, flops, masks, parallel, recipe, runs
 from startsparse.commandline import own_names, parse
+from startsparse.emptied import require_weights
 from startsparse.errors import OptionError
 from startsparse.processes import run_script
 from startsparse.trainer import Trainer
@@ -43,6 +47,7 @@ def train(options: DSTOptions) -> None:
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
         model, planned = plan(options, recipe.expected_shape(options))
+    runs.check_room_by_rank_0(options, folder, model)
     devices = parallel.choose_devices(options.multigpu)
     recipe.show_run(options, folder, model, devices)
     check_flow(model, planned, options)
@@ -72,6 +77,7 @@ def train(options: DSTOptions) -> None:
 def plan(options: DSTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, float]]:
     """The network, not yet initialised, and each layer's requested density ({}: not known yet)."""
     model = recipe.build(options, shape)
+    require_weights(model, options)
     if not options.sparse:
         return model, {}
     sizes = {name: layer.weight.numel() for name, layer in masks.sparse_layers(model).items()}

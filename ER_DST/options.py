@@ -205,6 +205,11 @@ class DSTOptions(Options):
             return 1.0
         return self.final_density if self.prunes else self.er_sparse_init
 
+    @property
+    def density_options(self) -> tuple[str, ...]:
+        """The fields that decide how many weights are left at the end, for messages."""
+        return ("final_density",) if self.prunes else super().density_options
+
     def no_sparse_compute(self, device: torch.device) -> str:
         """Why --sparse-compute is impossible; "" if it is possible."""
         if self.growth_rule and self.growth_rule.dense_gradients == "always":

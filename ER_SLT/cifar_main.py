@@ -1,5 +1,10 @@
 """`main.py` under the name in the published command; the default set is CIFAR10."""
 
+from startsparse import stopping  # before torch
+
+if __name__ == "__main__":
+    stopping.watch()
+
 from functools import partial
 
 from ER_SLT.main import main

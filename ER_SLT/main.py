@@ -3,12 +3,15 @@
 cd ER_SLT && python main.py [--config FILE.yaml] [options]; --help lists them.
 """
 
+from startsparse import stopping  # before torch
+
+if __name__ == "__main__":
+    stopping.watch()
+
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import startsparse.threads  # noqa: F401 - before torch
 
 import torch
 from torch import nn
@@ -25,10 +28,12 @@ from ER_SLT.levels import (
     warn_of_small_masks,
 )
 from ER_SLT.options import SLTOptions
-from ER_SLT.ticket import load_ticket, put_in_place
+from ER_SLT.stored import check_shapes, stored
+from ER_SLT.ticket import put_in_place
 from startsparse import data, er, flops, masks, parallel, recipe, runs, training
-from startsparse.commandline import from_values, glance, own_names, parse
-from startsparse.errors import OptionError, UserError
+from startsparse.commandline import glance, own_names, parse
+from startsparse.emptied import require_weights
+from startsparse.errors import OptionError
 from startsparse.processes import run_script
 from startsparse.trainer import Trainer
 
@@ -55,6 +60,7 @@ def train(options: SLTOptions) -> None:
     with torch.device("meta"):  # bad options are named before data or a device is touched
         planned, _ = plan(options, recipe.expected_shape(options))
 
+    runs.check_room_by_rank_0(options, folder, planned)
     devices = parallel.choose_devices(options.multigpu)
     recipe.show_run(options, folder, planned, devices)
     dataset = recipe.load_data(options, devices[0])
@@ -69,7 +75,7 @@ def train(options: SLTOptions) -> None:
         warn_of_small_logits(model, dataset.train, options)
         trainer = Trainer(model, dataset, options, run, devices, lambda: flops.densities(model))
         trainer.load()
-        recipe.show_densities(run, random_mask, "random_mask.csv")
+        recipe.show_densities(trainer, random_mask, "random_mask.csv")
         recipe.say_deviation(model, requested, options)
         warn_of_small_masks(model, options)
         trainer.run_phases(phases(options))
@@ -84,6 +90,7 @@ def train(options: SLTOptions) -> None:
 def plan(options: SLTOptions, shape: data.Shape) -> tuple[nn.Module, dict[str, float]]:
     """The network, not yet initialised, and each layer's density in the random mask."""
     model = recipe.build(options, shape)
+    require_weights(model, options)
     requested = er.requested_densities(model, options)
     sizes = {name: layer.weight.numel() for name, layer in masks.sparse_layers(model).items()}
     inside = sum(requested[name] * size for name, size in sizes.items()) / sum(sizes.values())
@@ -110,17 +117,11 @@ def evaluate(path: Path, argv: list[str]) -> None:
             the ticket says.
     """
     path = path / TICKET if path.is_dir() else path
-    try:
-        ticket = load_ticket(path)
-        stored, expected = ticket.description["options"], ticket.description["test_accuracy"]
-    except UserError as error:
-        raise OptionError(f"--evaluate: {error}") from None
-    except KeyError as missing:
-        raise OptionError(f"--evaluate: {path}: the ticket has no {missing}") from None
-    saved = from_values(SLTOptions, stored, path)
+    ticket, saved, expected = stored(path)
     options = parse(SLTOptions, CONFIGS, argv, saved)
     with own_names(SLTOptions):
         runs.check_same(options, saved, f"the ticket {path} was found")
+    check_shapes(ticket, options, path)
 
     device = parallel.choose_devices(options.multigpu)[0]
     dataset = recipe.load_data(options, device)

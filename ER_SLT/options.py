@@ -129,6 +129,16 @@ class SLTOptions(Options):
         return "with --er-sparse-init 1, a dense network"
 
     @property
+    def requested(self) -> float:
+        """The density of the ticket."""
+        return self.sparsity
+
+    @property
+    def density_options(self) -> tuple[str, ...]:
+        """The fields that decide how many weights are left at the end, for messages."""
+        return ("sparsity",)
+
+    @property
     def ranking(self) -> str:
         """One of `edge_popup.RANKINGS`."""
         return "global" if self.global_ranking else "layer"
@@ -148,7 +158,7 @@ class SLTOptions(Options):
         """Raise `OptionError`, which names the option, for values that make no sense."""
         super().check()
         require_range(self, "sparsity", low=0, high=1, open_low=True)
-        require_range(self, "levels", low=1)
+        require_range(self, "levels", low=1, high=1000)
         for name in ("bfac", "weight_scale"):
             require_range(self, name, low=0, open_low=True)
         if self.sparsity > self.er_sparse_init:

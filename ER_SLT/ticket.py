@@ -1,8 +1,8 @@
 """Tickets: files that stand alone.
 
 A ticket holds the options of the run, both masks of every layer as bits, and the running statistics
-of BatchNorm. The frozen weights are drawn again from the options. It is a safetensors file; reading
-one executes nothing. A digest in its header covers every byte of the file.
+of BatchNorm. The frozen weights are drawn again from the options. It is a `sealed` file: reading
+one executes nothing, its digest covers every byte, and equal runs write equal bytes.
 
 To rebuild a network: build it, `attach_masks` the ticket's random masks, draw the weights by
 `init_weights`, swap the layers by `popup`, and `put_in_place`.
@@ -13,22 +13,22 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ER_SLT.edge_popup import found_masks, popup_layers
-from startsparse.atomic import replacing
+from startsparse import sealed
 from startsparse.errors import UserError
 from startsparse.masks import masked_weights
 from startsparse.processes import by_rank_0
+from startsparse.reading import strict_json
 from startsparse.seeding import generator
 
 log = logging.getLogger("startsparse")
@@ -36,7 +36,6 @@ log = logging.getLogger("startsparse")
 SHUFFLES = ("mask", "mask+weights")
 
 _KIND = "startsparse ticket 1"
-_NO_DIGEST = "the digest of this file with this text in its place".center(64)
 
 
 @dataclasses.dataclass
@@ -76,39 +75,25 @@ def save_ticket_by_rank_0(path: Path, model: nn.Module, description: Mapping[str
     tensors |= {name: _bits(mask) for name, mask in masks.items()}
     facts = {
         "kind": _KIND,
-        "sha256": _NO_DIGEST,
         "description": json.dumps(dict(description)),
         "shapes": json.dumps({name: list(mask.shape) for name, mask in masks.items()}),
         "weights": _weights_digest(model),
     }
-    file = safetensors.torch.save(tensors, facts)
-    digest = hashlib.sha256(file).hexdigest()
-    with replacing(path) as temporary:
-        temporary.write_bytes(file.replace(_NO_DIGEST.encode(), digest.encode(), 1))
+    sealed.write(path, tensors, facts)
 
 
 def load_ticket(path: Path) -> Ticket:
     """Read what `save_ticket_by_rank_0` wrote, on the CPU.
 
     Raises:
-        UserError: the file is missing, is no ticket, or is damaged in as much as one bit.
+        UserError: the file is missing, is no ticket, is damaged in as much as one bit, or has a
+            right digest of content that no run writes.
     """
+    tensors, facts = sealed.read(path, "ticket", _KIND)
     try:
-        file = path.read_bytes()
-        with safetensors.safe_open(path, "pt") as content:
-            facts = content.metadata() or {}
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise UserError(f"{path}: no ticket can be read there ({error.strerror})") from None
-    except safetensors.SafetensorError:
-        facts = {}
-    if facts.get("kind") != _KIND:
-        raise UserError(f"{path}: not a ticket of this project, or a damaged one")
-    digest = facts.get("sha256", "")
-    blank = file.replace(digest.encode(), _NO_DIGEST.encode(), 1)
-    if hashlib.sha256(blank).hexdigest() != digest:
-        raise UserError(f"{path}: damaged, the checksum does not match")
-    return _unpack(tensors, facts)
+        return _unpack(tensors, facts)
+    except _Odd as error:
+        raise UserError(f"{path}: not a ticket that this project wrote: {error}") from None
 
 
 def put_in_place(model: nn.Module, ticket: Ticket) -> None:
@@ -216,15 +201,63 @@ def _bits(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.packbits(mask.flatten().cpu().numpy()))
 
 
+class _Odd(Exception):
+    """What in a file with a right digest is not as a run writes it."""
+
+
 def _unpack(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> Ticket:
-    """The ticket in a file whose digest is right."""
-    ticket = Ticket(json.loads(facts["description"]), {}, {}, {}, facts["weights"])
-    parts = {"er": ticket.er_masks, "found": ticket.found, "statistics": ticket.statistics}
-    shapes = json.loads(facts["shapes"])
+    """The ticket in a file whose digest is right. Nothing is allocated before its size is known."""
+    description, shapes = (_mapping(facts, name) for name in ("description", "shapes"))
+    if not re.fullmatch("[0-9a-f]{64}", facts.get("weights", "")):
+        raise _Odd("'weights' is no digest")
+    ticket = Ticket(description, {}, {}, {}, facts["weights"])
+    for name in sorted(shapes.keys() - tensors.keys()):
+        raise _Odd(f"has no mask {name!r}")
     for name, tensor in tensors.items():
-        if name in shapes:
-            bits = np.unpackbits(tensor.numpy(), count=math.prod(shapes[name]))
-            tensor = torch.from_numpy(bits).bool().view(shapes[name])
         part, _, key = name.partition("/")
-        parts[part][key] = tensor
+        if part == "statistics" and key:
+            ticket.statistics[key] = _statistic(name, tensor)
+        elif part in ("er", "found") and key and name in shapes:
+            masks = ticket.er_masks if part == "er" else ticket.found
+            masks[key] = _mask(name, tensor, shapes[name])
+        else:
+            raise _Odd(f"has an entry {name!r}")
+    for name, mask in ticket.er_masks.items():
+        found = ticket.found.get(f"{name}.weight" if name else "weight")
+        if found is None or found.shape != mask.shape or bool((found & ~mask).any()):
+            raise _Odd(f"its mask of '{name}' does not lie inside the random mask")
     return ticket
+
+
+def _mapping(facts: Mapping[str, str], name: str) -> dict:
+    try:
+        value = strict_json(facts.get(name, ""), nan=True)  # an accuracy may be none
+    except ValueError as error:
+        raise _Odd(f"'{name}' is no JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise _Odd(f"'{name}' is a {type(value).__name__}, no mapping")
+    return value
+
+
+def _mask(name: str, bits: Tensor, shape: object) -> Tensor:
+    """The bool mask whose `_bits` these are."""
+    if not (isinstance(shape, list) and shape and all(type(n) is int and n > 0 for n in shape)):
+        raise _Odd(f"the shape of {name!r} is not one of sizes")
+    size = math.prod(shape)
+    if bits.dtype != torch.uint8 or bits.dim() != 1 or len(bits) != (size + 7) // 8:
+        what = f"{bits.dtype} {list(bits.shape)}".removeprefix("torch.")
+        raise _Odd(f"{name!r} is {what}, not the bits of a mask {shape}")
+    values = np.unpackbits(bits.numpy())
+    if values[size:].any():
+        raise _Odd(f"{name!r} has bits beyond its mask")
+    return torch.from_numpy(values[:size]).bool().view(shape)
+
+
+def _statistic(name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype not in (torch.float32, torch.int64) or tensor.dim() > 1:
+        what = f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
+        raise _Odd(f"{name!r} is {what}, no statistic of a BatchNorm")
+    least = -math.inf if name.endswith("mean") else 0
+    if not bool((tensor.isfinite() & (tensor >= least)).all()):
+        raise _Odd(f"{name!r} is negative or not finite")
+    return tensor

@@ -3,6 +3,11 @@
 python held.py LOCK [flags of main.py]
 """
 
+from startsparse import stopping  # before torch
+
+if __name__ == "__main__":
+    stopping.watch()
+
 import sys
 from functools import partial
 from pathlib import Path

@@ -2,19 +2,17 @@
 
 import dataclasses
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from startsparse import runs, threads
-from startsparse.errors import UserError
+from startsparse import runs, stopping, threads
+from startsparse.errors import Interrupted
 from STR.held import BUSY
 from STR.options import STROptions
 
@@ -71,22 +69,22 @@ def run_all(jobs: list[Job], at_once: int, devices: list[str]) -> list[Job]:
     """Run the jobs that are not finished; return those that fail. Runs share the cores.
 
     Children stop with this process. If it is killed and cannot stop them, they go on, and the next
-    sweep waits for them to end.
+    sweep waits for them to end. A second signal ends the children at once, too.
 
     Args:
         at_once: runs at the same time.
         devices: values of --multigpu, "" for none; the slots take them in turn.
 
     Raises:
-        UserError: SIGINT, SIGTERM or SIGHUP came; the children have stopped and can be resumed.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; the children have stopped and can be resumed.
     """
     waiting, failed = [job for job in jobs if not job.finished], []
     slots, environment = (devices * at_once)[:at_once], shared_cores(at_once)
     running: dict[int, Running] = {}
-    with _stop_signals() as stopped:
+    with stopping.StopSignal() as stop:
         sweep = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="sweep", disable=None)
         try:
-            while (waiting or running) and not stopped:
+            while (waiting or running) and not stop.received:
                 for slot in range(at_once):
                     if slot not in running and waiting:
                         job = waiting.pop(0)
@@ -102,30 +100,10 @@ def run_all(jobs: list[Job], at_once: int, devices: list[str]) -> list[Job]:
         finally:
             _stop(running.values())
             sweep.close()
-    if stopped:
-        error = UserError("stopped; the same command continues where the runs were")
-        error.exit_code = 128 + stopped[0]
-        raise error
+        if stop.received:
+            advice = "the same command continues where the runs were"
+            raise Interrupted(stop.received, f"stopped; {advice}")
     return failed
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Within it, signals that ask to stop do nothing but append their number to the list."""
-    received: list[int] = []
-    signals = [signal.SIGINT, signal.SIGTERM]
-    hangup = getattr(signal, "SIGHUP", None)  # the terminal is gone; Windows has none
-    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
-        signals.append(hangup)
-    handlers = {
-        signum: signal.signal(signum, lambda number, _frame: received.append(number))
-        for signum in signals
-    }
-    try:
-        yield received
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
 
 
 def _exit_code(run: Running, device: str, environment: dict[str, str]) -> int | None:
@@ -192,13 +170,15 @@ def _launch(job: Job, device: str, environment: dict[str, str]) -> subprocess.Po
     except Timeout:
         return None
     with job.log.open("a") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches only this process, which sends SIGTERM on
         )
+    stopping.adopt(process)
+    return process
 
 
 def _show(job: Job, bar: tqdm) -> None:

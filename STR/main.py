@@ -3,17 +3,21 @@
 cd STR && python main.py [--config FILE.yaml] [options]; --help lists them.
 """
 
+from startsparse import stopping  # before torch
+
+if __name__ == "__main__":
+    stopping.watch()
+
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-
-import startsparse.threads  # noqa: F401 - before torch
 
 import torch
 
 from startsparse import data, er, flops, masks, models, parallel, recipe, runs
 from startsparse.commandline import parse
 from startsparse.effective import replace_layers
+from startsparse.emptied import require_weights
 from startsparse.processes import run_script
 from startsparse.trainer import Trainer
 from STR.conv_types import CONV_TYPES
@@ -34,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with torch.device("meta"):  # bad options are named before data or a device is touched
         planned, _ = plan(options, recipe.expected_shape(options))
 
+    runs.check_room_by_rank_0(options, folder, planned)
     devices = parallel.choose_devices(options.multigpu)
     recipe.show_run(options, folder, planned, devices)
     dataset = recipe.load_data(options, devices[0])
@@ -64,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def plan(options: STROptions, shape: data.Shape) -> tuple[torch.nn.Module, dict[str, float]]:
     """The network, not yet initialised, and each layer's requested density ({}: no mask)."""
     model = recipe.build(options, shape, options.resnet_type)
+    require_weights(model, options)
     return model, er.requested_densities(model, options) if options.masked else {}
 
 

@@ -161,6 +161,13 @@ class STROptions(Options):
         """The requested density; soft thresholds may go below it."""
         return (1.0, *[self.er_sparse_init] * self.masked, *self.threshold_list)[-1]
 
+    @property
+    def density_options(self) -> tuple[str, ...]:
+        """The fields that decide how many weights are left at the end, for messages."""
+        if self.threshold_list:
+            return ("threshold_list",)
+        return ("sInit_value", "st_decay") if self.soft else super().density_options
+
     def default_name(self) -> str:
         """Network, kind of layer, then ratio and density, or the name of the run --start-from."""
         parts = [self.resnet_type or self.arch, self.conv_type]

@@ -4,6 +4,11 @@ cd STR && python run_imp.py [options] [-- flags for every main.py]; --help lists
 Running it again skips what is finished and resumes what was interrupted.
 """
 
+from startsparse import stopping  # before torch
+
+if __name__ == "__main__":
+    stopping.watch()
+
 import dataclasses
 import itertools
 import re
@@ -15,13 +20,15 @@ from typing import Annotated
 
 import pandas as pd
 
-from startsparse import effects, labels, plots, processes, report, results, runs
+from startsparse import effects, labels, names, plots, processes, report, results, runs
 from startsparse.atomic import write_text
 from startsparse.commandline import from_flags, named, parse
 from startsparse.data import SETS
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import PATH, Condition, choice, counts, default_is, normal
+from startsparse.numbers import Seed
 from startsparse.options import require_gpus, require_range
+from startsparse.places import check_file
 from startsparse.schedules import geometric
 from STR.jobs import Job, run_all
 from STR.main import CONFIGS
@@ -39,7 +46,7 @@ class SweepOptions:
     """YAML file of the runs"""
     set: Annotated[str, choice(("", *SETS)), default_is("the config's")] = ""
     """Data set"""
-    seeds: tuple[int, ...] = (1,)
+    seeds: tuple[Seed, ...] = (1,)
     """Seeds"""
     er_sparse_methods: tuple[str, ...] = ("balanced",)
     """Layer-wise ratios of the random masks; --er-sparse-method of main.py"""
@@ -82,6 +89,7 @@ class SweepOptions:
         """Raise `OptionError`, which names the option, for values that make no sense."""
         if processes.world_size() > 1:
             raise OptionError("torchrun: is for main.py; a sweep starts its own runs, see --jobs")
+        names.check(self)
         require_range(self, "keep", low=0, high=1, open_low=True, open_high=True)
         require_range(self, "target", low=0, high=1, open_low=True)
         require_gpus(self, "devices")
@@ -156,40 +164,43 @@ def _filled(word: str, values: dict[str, object]) -> str:
 def collect(jobs: list[Job], path: Path) -> None:
     """Add the levels of every finished run, with its options, to levels.csv, the table ``path``.
 
-    Rows of other sweeps stay.
+    Rows of other sweeps stay. Runs that results.csv lacks are added there.
+
+    Raises:
+        UserError: a table cannot be read or written.
     """
     rows = []
     for job in jobs:
-        if job.folder and job.finished:
-            levels = pd.read_csv(job.folder / "levels.csv").to_dict("records")
-            rows += [{"run": job.folder, **level, **computed(job.options)} for level in levels]
+        if job.folder and (summary := runs.summary(job.folder)):
+            runs.add_missing_row_by_rank_0(job.options, job.folder, summary)
+            levels = results.read(job.folder / "levels.csv").to_dict("records")
+            rows += [{"run": job.folder, **level, **runs.computed(job.options)} for level in levels]
     results.add(path, rows)
-
-
-def computed(options: STROptions) -> dict[str, object]:
-    """The options that determine what a run computes, and its name."""
-    fields = dataclasses.asdict(options)
-    return {name: value for name, value in fields.items() if name not in runs.FREE}
 
 
 def require_distinct(jobs: list[Job]) -> None:
     """Raise `OptionError` if two runs of a sweep are the same: a seed was named twice, say."""
     seen: dict[str, Job] = {}
     for job in jobs:
-        first = seen.setdefault(repr({**computed(job.options), "name": ""}), job)
+        first = seen.setdefault(repr({**runs.computed(job.options), "name": ""}), job)
         if first is not job:
             raise OptionError(f"the sweep has one run twice: {first.title}, and {job.title}")
 
 
-def check_tables(jobs: list[Job], path: Path) -> None:
-    """Raise `OptionError` if levels.csv cannot be written, or has one of these runs already.
+def check_places(jobs: list[Job], path: Path) -> None:
+    """Raise `OptionError` if a file cannot be written, or levels.csv has one of these runs already.
 
     Runs count if they lie in another folder: their seed would repeat within a setting.
     """
     results.check(path)
-    planned = pd.DataFrame(computed(job.options) for job in jobs).map(results.cell)
+    results.check(path.with_name("results.csv"))
+    for name in ("table.csv", "table.md", "plot.png"):
+        check_file("--result-dir", path.with_name(name))
+    for job in jobs:
+        check_file("--log-dir", job.log)
+    planned = pd.DataFrame(runs.computed(job.options) for job in jobs).map(results.cell)
     # A run that is to begin gets the folder of its row if that is gone, as in a fresh checkout.
-    folders = {(job.folder or runs.next_folder(job.options)).resolve() for job in jobs}
+    folders = {results.identity(job.folder or runs.next_folder(job.options)) for job in jobs}
     known = results.without(results.read_runs(path), path, folders).drop_duplicates("run")
     both = results.numbers(pd.concat([known, planned.assign(run="this sweep")]).fillna(""))
     try:
@@ -262,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(jobs)} runs, {sum(job.epochs for job in jobs)} epochs")
         return 0
     levels = Path(options.result_dir) / "levels.csv"
-    check_tables(jobs, levels)
+    check_places(jobs, levels)
     failed = run_all(jobs, options.at_once, options.devices.split(","))
     if any(job.finished for job in jobs):
         collect(jobs, levels)

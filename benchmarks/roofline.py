@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from startsparse.engine import build, whole, winograd
 from startsparse.engine.choice import cpu_seconds
+from startsparse.engine.compiler import find_compiler
 from startsparse.engine.entries import Window
 from startsparse.engine.layers import Affine, MaxPool, Product
 from startsparse.engine.maps import Space, to_map
@@ -41,9 +42,8 @@ def seconds(run: Callable[[], object]) -> float:
 def roofs() -> tuple[float, dict[str, float]]:
     """FLOP/s of a core, and bytes/s from each level of memory."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "roofs.so"
-        command = [*build.compiler(torch.float32), f"-I{Path(build.__file__).parent}"]
-        build.build(command, [Path(__file__).with_name("roofs.cpp")], path)
+        sources = [Path(__file__).with_name("roofs.cpp")]
+        path = build.compiled(find_compiler(), torch.float32, sources, Path(folder))
         library = ctypes.CDLL(str(path))
     count, pointer = ctypes.c_int64, ctypes.c_void_p
     library.multiply_add.restype = ctypes.c_double

@@ -15,14 +15,15 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from startsparse import effects, help_text, paths
 from startsparse.errors import OptionError, UserError, about
-from startsparse.fields import TRUTH, default, flag, names, normal, opposites, shown, truth
+from startsparse.fields import TEXT, TRUTH, default, flag, names, normal, opposites, shown, truth
+from startsparse.numbers import REAL, WHOLE
 from startsparse.yaml_values import read_values, write_values
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ S = TypeVar("S", bound="Options")  # of a script
 
 # tyro's own messages speak of Python; these speak of the value.
 _plain = ConstructorRegistry()
+_LISTED = {float: REAL, int: WHOLE, str: TEXT}
+"""Of a list's elements by their type, where that declares nothing."""
 
 
 def _rule(kind: type, spec: PrimitiveConstructorSpec) -> None:
@@ -43,25 +46,28 @@ def _rule(kind: type, spec: PrimitiveConstructorSpec) -> None:
         return spec if info.type is kind else None
 
 
-def _number(kind: type, what: str) -> PrimitiveConstructorSpec:
-    def convert(strings: list[str]) -> Any:
-        try:
-            return kind(strings[0])
-        except ValueError:
-            raise ValueError(f"'{strings[0]}' is not {what}") from None
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=kind.__name__.upper(),
-        instance_from_str=convert,
-        is_instance=lambda value: type(value) in (kind, int),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-_rule(int, _number(int, "a whole number"))
-_rule(float, _number(float, "a number"))
+_rule(int, WHOLE)
+_rule(float, REAL)
 _rule(bool, dataclasses.replace(TRUTH, nargs=(0, 1), metavar="[{True,False}]"))
+
+
+@_plain.primitive_rule
+def _list_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Lists of any length, whose values are each of the element's type; errors name the value."""
+    element, *rest = get_args(info.type) or (None,)
+    if get_origin(info.type) is not tuple or rest != [...]:
+        return None
+    specs: tuple = getattr(element, "__metadata__", ())
+    spec = next((s for s in specs if isinstance(s, PrimitiveConstructorSpec)), _LISTED.get(element))
+    if spec is None:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"[{spec.metavar} [{spec.metavar} ...]]",
+        instance_from_str=lambda strings: tuple(spec.instance_from_str([s]) for s in strings),
+        is_instance=lambda value: isinstance(value, tuple) and all(map(spec.is_instance, value)),
+        str_from_instance=lambda value: [s for v in value for s in spec.str_from_instance(v)],
+    )
 
 
 def parse(
@@ -199,7 +205,11 @@ def _as_flags(kind: type, field: str, value: Any, path: Path) -> list[str]:
     name, usual = shown(kind)[field], default(kind, field)
     if isinstance(usual, tuple):
         parts = value if isinstance(value, list) else [value] * (value != "")
-        return [flag(name), *map(str, parts)]
+        words = list(map(str, parts))
+        for word in words:
+            if re.match(r"-(?![0-9.])", word):  # would be read as another option
+                raise OptionError(f"{path}: {name}: a value cannot begin with a dash, as '{word}'")
+        return [flag(name), *words]
     if isinstance(value, list | dict):
         raise OptionError(f"{path}: {name}: should be one value")
     if isinstance(usual, bool):
@@ -232,6 +242,8 @@ def from_flags(kind: type[T], argv: Sequence[str], base: T) -> T:
     Raises:
         OptionError: names the option.
     """
+    for word in argv:
+        _require_text(word)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -248,12 +260,24 @@ def from_flags(kind: type[T], argv: Sequence[str], base: T) -> T:
         if stop.code == 0:  # --help
             raise
         raise OptionError(_one_line(errors.getvalue())) from None
+    if "--" in argv:
+        raise OptionError("'--': has no meaning here; all options come before it")
     if rest:
         word = rest[0].partition("=")[0]
         if word.startswith("-"):
             raise OptionError(f"{word}: unknown option{_near(word, kind, '--')}")
         raise OptionError(f"'{word}': a value without an option that takes it")
     return paths.settled(options)
+
+
+def _require_text(word: str) -> None:
+    """Raise `OptionError` for a word that no file can name or hold."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise OptionError(f"{word!a}: is not UTF-8 text") from None
+    if "\0" in word:
+        raise OptionError(f"{word!a}: contains a NUL character")
 
 
 def _understood(kind: type, argv: list[str]) -> list[str]:

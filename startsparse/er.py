@@ -1,6 +1,6 @@
 """From options to the random mask of a network."""
 
-import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,10 +9,13 @@ from torch import nn
 
 from startsparse import checkpoint, ratios, runs
 from startsparse.effective import formulas
-from startsparse.errors import OptionError
+from startsparse.errors import OptionError, UserError
 from startsparse.masks import attach_masks, draw_masks, sparse_layers
 from startsparse.options import Options
 from startsparse.ratios import layer_densities
+from startsparse.reading import read_bytes, strict_json
+
+_LARGEST_JSON = 16 << 20  # bytes; a file of a network with a thousand layers has 0.1 MiB
 
 
 def dense_layers(model: nn.Module, options: Options) -> list[str]:
@@ -70,15 +73,11 @@ def read_densities(path: Path) -> dict[str, float]:
     if not path.exists():
         raise OptionError(f"--er-sparsity-file: {path} does not exist")
     if path.suffix == ".json":
-        try:
-            content = json.loads(path.read_text())
-            rows = {k: v["density"] if isinstance(v, dict) else v for k, v in content.items()}
-            return {name: float(density) for name, density in rows.items()}
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise OptionError(
-                f"--er-sparsity-file: {path} should be JSON, layer -> density"
-            ) from None
-    state = checkpoint.load(path)["model"]
+        return _json_densities(path)
+    try:
+        state = checkpoint.load(path)["model"]
+    except UserError as error:
+        raise OptionError(f"--er-sparsity-file: {error}") from None
     for layer, formula in formulas(state).items():
         raise OptionError(
             f"--er-sparsity-file: {path}: '{layer}' computes with another weight than the one "
@@ -88,14 +87,48 @@ def read_densities(path: Path) -> dict[str, float]:
     for key, value in state.items():
         if key.endswith(".weight") and value.dim() > 1:
             mask = state.get(f"{key}_mask", value != 0)
+            if mask.dtype != torch.bool or mask.shape != value.shape:
+                raise OptionError(f"--er-sparsity-file: {path}: {key + '_mask'!r} is no mask of it")
             densities[key.removesuffix(".weight")] = mask.to(torch.float64).mean().item()
     return densities
 
 
+def _json_densities(path: Path) -> dict[str, float]:
+    """Layer -> density of a JSON file; every value is checked, whether a layer needs it or not."""
+    try:
+        content = strict_json(read_bytes(path, _LARGEST_JSON), nan=True)
+    except OSError as error:
+        raise OptionError(f"--er-sparsity-file: {path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        content, reason = None, f" ({' '.join(str(error).split())})"
+    else:
+        reason = ""
+    if not isinstance(content, dict):
+        raise OptionError(f"--er-sparsity-file: {path} should be JSON, layer -> density{reason}")
+    densities = {}
+    for name, value in content.items():
+        density = value.get("density") if isinstance(value, dict) else value
+        if type(density) not in (int, float) or not 0 <= density <= 1:
+            what = f"is {_short(density)}, not a number from 0 to 1"
+        elif 0 < density < sys.float_info.min:
+            what = f"is {density!r}, too small to compute with; write 0"
+        else:
+            densities[name] = float(density)
+            continue
+        raise OptionError(f"--er-sparsity-file: {path}: the density of {name!r} {what}")
+    return densities
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
 def _in_order(densities: Mapping[str, float], names: list[str], options: Options) -> list[float]:
-    source = options.er_sparsity_file
+    source = f"--er-sparsity-file: {options.er_sparsity_file}"
     for name in names:
-        if not 0 <= densities.get(name, -1) <= 1:
-            what = "is not in [0, 1]" if name in densities else "is missing"
-            raise OptionError(f"--er-sparsity-file: {source}: the density of '{name}' {what}")
+        if name not in densities:
+            raise OptionError(f"{source}: the density of '{name}' is missing")
+    for name in sorted(densities.keys() - set(names)):
+        raise OptionError(f"{source}: has a layer {name!r}, which the network has not")
     return [densities[name] for name in names]

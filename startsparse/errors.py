@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from startsparse import threads
+from startsparse import stopping, threads
 
 # What to do about an OSError, where that is known.
 _REMEDIES = {
@@ -35,6 +35,14 @@ class OptionError(UserError):
     """A bad option or YAML value, found before data or CUDA is touched."""
 
     exit_code = 2
+
+
+class Interrupted(UserError):
+    """The run was asked to stop and has saved its checkpoint."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signum
 
 
 def say(line: str) -> None:
@@ -79,17 +87,15 @@ def run_script(main: Callable[[], int | None], say: Callable[[str], None] = say)
     """Run ``main`` and leave the process; what a user can cause becomes one line and an exit code.
 
     That is a `UserError`, an OSError, or an end of memory. `threads.fit` sets the number of CPU
-    threads first.
+    threads first. What a program does about signals is in `stopping`; the line that it prints when
+    one stops it comes from here, too.
     """
     threads.fit()
     _open_streams()
-    code: str | int | None
     try:
-        try:
-            code = main() or 0
-        except SystemExit as stop:  # --help
-            code = stop.code
-        sys.stdout.flush()
+        with stopping.unwinding():
+            code = _exit_code(main)
+            sys.stdout.flush()
         sys.exit(code)
     except BrokenPipeError:  # the reader has closed the pipe, as head does
         _close_stdout()
@@ -102,9 +108,24 @@ def run_script(main: Callable[[], int | None], say: Callable[[str], None] = say)
         if not about_memory(error):
             raise
         _fail(say, about_memory(error), UserError.exit_code)
+    except stopping.Stopped:
+        stopping.leave(say)
     except KeyboardInterrupt:
         say("error: interrupted")
         sys.exit(130)
+
+
+def _exit_code(main: Callable[[], int | None]) -> str | int | None:
+    try:
+        return main() or 0
+    except SystemExit as stop:  # --help
+        return stop.code
+    except (Interrupted, stopping.Stopped):
+        raise
+    except Exception:
+        if stopping.requested():  # what was at work has failed because of that
+            raise stopping.Stopped(stopping.requested()) from None
+        raise
 
 
 def _open_streams() -> None:

@@ -75,6 +75,14 @@ def truth(strings: list[str]) -> bool:
     return words[word]
 
 
+TEXT = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="STR",
+    instance_from_str=lambda strings: strings[0],
+    is_instance=lambda value: isinstance(value, str),
+    str_from_instance=lambda value: [value],
+)
+"""The type of a text in a list."""
 TRUTH = PrimitiveConstructorSpec(
     nargs=1,
     metavar="{True,False}",

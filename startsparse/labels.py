@@ -1,6 +1,7 @@
 """The field's words for columns of tables, and values as people read them."""
 
 import math
+import re
 
 import numpy as np
 
@@ -28,6 +29,7 @@ LABELS = {
     "set": "data set",
     "name": "setting",
 }
+CONTROLS = "[\x00-\x1f\x7f-\x9f\u2028\u2029]"
 DENSITIES = {"density", "requested", "er_sparse_init", "final_density", "sparsity"}
 
 
@@ -43,13 +45,13 @@ def is_density(name: str) -> bool:
 
 
 def shown(value: object) -> str:
-    """A value of an option, numbers with four significant digits."""
+    """A value of an option, numbers with four significant digits; always one line."""
     if isinstance(value, float | np.floating):
         x = float(value)
         if math.isnan(x):
             return ""
         return f"{x:.0f}" if abs(x) < 10**15 and x == round(x) else f"{x:.4g}"
-    return str(value)
+    return re.sub(CONTROLS, lambda found: ascii(found[0])[1:-1], str(value))
 
 
 def words(name: str) -> str:

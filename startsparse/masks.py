@@ -25,6 +25,8 @@ from startsparse.seeding import generator
 
 SAMPLINGS = ("bernoulli", "exact")
 
+CUT = "a layer without weights cuts the network here"
+
 SparseLayer = nn.Conv2d | nn.Linear
 """A layer that can be sparse."""
 
@@ -223,7 +225,7 @@ def warnings(table: pd.DataFrame) -> list[str]:
         if row.kept == 0 or expected < 1:
             lines.append(
                 f"{row.layer}: {expected:.2g} weights expected, {row.kept} kept of {row.weights}; "
-                "a layer without weights cuts the network here"
+                f"{CUT}"
             )
     for what, side in (("dead_outputs", "incoming"), ("dead_inputs", "outgoing")):
         dead = layers[(layers[what] > 0) & (layers["kept"] > 0)]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from startsparse import conditions as on
-from startsparse import data_flag, masks, processes, ratios, schedules
+from startsparse import data_flag, masks, names, processes, ratios, schedules
 from startsparse.conditions import Meaning
 from startsparse.data import OWN_PARTS, PADDINGS, SETS, SHAPES, data_root, modular
 from startsparse.engine.compute import MODES
@@ -25,6 +25,7 @@ from startsparse.fields import (
 )
 from startsparse.models import MODELS
 from startsparse.models.init import INITS
+from startsparse.numbers import Seed
 from startsparse.optimizers import OPTIMIZERS, decay_groups, make_optimizer
 
 
@@ -36,7 +37,7 @@ class Options(Meaning):
     """YAML file with options; the command line wins"""
     name: Annotated[str, default_is("the network and its density")] = ""
     """Name of the run"""
-    seed: int = 1
+    seed: Seed = 1
     """Seed of every random draw: split, weights, masks, order and augmentation of the data"""
     log_dir: Annotated[str, PATH] = "runs"
     """Folder that holds the run folders: <log-dir>/<config>/<name>/seed-<seed>"""
@@ -183,6 +184,16 @@ class Options(Meaning):
         """Whether the first masks draw each weight independently, so that their sizes vary."""
         return self.er_sampling == "bernoulli"
 
+    @property
+    def requested(self) -> float:
+        """The density requested at the end."""
+        return self.er_sparse_init
+
+    @property
+    def density_options(self) -> tuple[str, ...]:
+        """The fields that decide how many weights are left at the end, for messages."""
+        return ("er_sparse_init",)
+
     def default_name(self) -> str:
         """Name of a run without --name."""
         return f"{self.arch}-{self.er_sparse_method}-{self.er_sparse_init:g}"
@@ -239,6 +250,7 @@ class Options(Meaning):
     def check(self) -> None:
         """Raise `OptionError` for a value out of range or in conflict; names the option."""
         self.derive()
+        self._check_texts()
         self._check_ranges()
         if OPTIMIZERS[self.optimizer].momentum and self.nesterov and self.momentum == 0:
             raise OptionError("--nesterov: needs a --momentum above 0")
@@ -249,6 +261,10 @@ class Options(Meaning):
         self.check_evaluate()
         if self.er_sparse_method == "network" and not self.er_sparsity_file:
             raise OptionError("--er-sparse-method: network needs an --er-sparsity-file")
+
+    def _check_texts(self) -> None:
+        names.check(self)
+        names.check_name("--name", self.name)
 
     def _check_ranges(self) -> None:
         require_range(self, "er_sparse_init", low=0, high=1, open_low=True)

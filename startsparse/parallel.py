@@ -1,9 +1,10 @@
 """Devices: which to use, and a network on several of them; for several processes: `processes`."""
 
 import logging
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from startsparse import processes
 from startsparse.errors import OptionError, UserError
@@ -39,9 +40,26 @@ def choose_devices(multigpu: str) -> list[torch.device]:
     return [torch.device("cuda", index) for index in dict.fromkeys(indices)]
 
 
+class Parallel(nn.DataParallel):
+    """DataParallel that gives each device two examples at least, as BatchNorm needs them.
+
+    Parts differ by one example at most. A small batch leaves some devices without work.
+    """
+
+    def scatter(
+        self, inputs: tuple[Tensor, ...], kwargs: dict[str, Any], device_ids: list[Any]
+    ) -> tuple[list[tuple[Tensor, ...]], list[dict[str, Any]]]:
+        """One tuple of inputs for each device that has work."""
+        (examples,) = inputs
+        working = device_ids[: max(1, len(examples) // 2)]
+        parts = examples.tensor_split(len(working))
+        scattered = [(p.to(d, non_blocking=True),) for p, d in zip(parts, working)]
+        return scattered, [kwargs] * len(working)
+
+
 def parallel(model: nn.Module, devices: list[torch.device]) -> nn.Module:
     """``model``, or DataParallel around it where there are several devices."""
-    return nn.DataParallel(model, [d.index for d in devices]) if len(devices) > 1 else model
+    return Parallel(model, [d.index for d in devices]) if len(devices) > 1 else model
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:

@@ -1,7 +1,10 @@
 """Pictures of runs, of tables over settings, and of curves over epochs."""
 
 import itertools
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +13,7 @@ import pandas as pd
 
 from startsparse import labels
 from startsparse.atomic import replacing
-from startsparse.errors import OptionError, UserError
+from startsparse.errors import OptionError, UserError, say
 from startsparse.processes import by_rank_0
 
 if TYPE_CHECKING:  # matplotlib is slow to import, and needed when a run has finished
@@ -39,14 +42,33 @@ def check_suffix(option: str, path: Path) -> None:
 def save(figure: "Figure", path: Path, dpi: int = 120) -> None:
     """Write a picture in the format of its suffix, one of `SUFFIXES`; whole or not at all.
 
+    Characters that the font lacks are named in one line.
+
     Raises:
         UserError: it cannot be written.
     """
     try:
-        with replacing(path) as temporary:
+        with _missing_glyphs(path), replacing(path) as temporary:
             figure.savefig(temporary, dpi=dpi, format=path.suffix[1:].lower())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+@contextmanager
+def _missing_glyphs(path: Path) -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    lacking = set()
+    for warning in caught:
+        if found := re.match(r"Glyph (\d+) .*missing from", str(warning.message)):
+            lacking.add(chr(int(found[1])))
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    if lacking:
+        say(f"warning: {path}: the font of pictures has no {' '.join(sorted(lacking))}")
 
 
 @by_rank_0
@@ -146,7 +168,7 @@ def plot(
             if rows.empty:
                 continue
             aside = (i + 0.5) / len(looks) - 0.5  # as bars at one x hide each other
-            lines[f"{labels.shown(c)} {labels.shown(s)}".strip()] = axis.errorbar(
+            lines[_entry(f"{labels.shown(c)} {labels.shown(s)}".strip())] = axis.errorbar(
                 x_axis.positions(rows[x], aside),
                 _scale(column) * rows[column],
                 bars(rows, column),
@@ -156,17 +178,27 @@ def plot(
                 capsize=2,
             )
         for row in across[across[panel] == title].index:
-            lines[band] = _band(axis, across.loc[[row]], column)
+            lines[_entry(band)] = _band(axis, across.loc[[row]], column)
         what = f"{labels.words(panel)}: " if panel != "_" else ""
-        axis.set(title=f"{what}{labels.shown(title)}", xlabel=labels.label(x))
+        axis.set(title=_text(f"{what}{labels.shown(title)}"), xlabel=_text(labels.label(x)))
         axis.grid(alpha=0.3)
         x_axis.draw(axis)
-    axes[0].set_ylabel(labels.label(column))
+    axes[0].set_ylabel(_text(labels.label(column)))
     _y_limits(axes[0], limits, column)
-    title = ",\n".join(labels.words(name) for name in (colour, style) if name != "_")
+    title = ",\n".join(_text(labels.words(name)) for name in (colour, style) if name != "_")
     if title:
         figure.legend(lines.values(), lines, loc="outside right upper", title=title, fontsize=8)
     save(figure, path)
+
+
+def _text(text: str) -> str:
+    """The text so that matplotlib draws it as it is: dollars begin no formula."""
+    return text.replace("$", r"\$")
+
+
+def _entry(text: str) -> str:
+    """`_text` for a legend, which leaves out what begins with an underscore."""
+    return _text(f" {text}" if text.startswith("_") else text)
 
 
 def _band(axis: "Axes", row: pd.DataFrame, column: str) -> "Line2D":
@@ -230,8 +262,8 @@ class _XAxis(NamedTuple):
         """Set scale, limits and ticks of ``axis``."""
         crowded: dict[str, Any] = {"rotation": 60, "fontsize": 7} if len(self.ticks) > 8 else {}
         if not self.logarithmic:
-            count = len(self.ticks)
-            axis.set_xticks(list(range(count)), list(map(labels.shown, self.in_order)), **crowded)
+            count, words = len(self.ticks), [_text(labels.shown(x)) for x in self.in_order]
+            axis.set_xticks(list(range(count)), words, **crowded)
             axis.set_xlim(-0.5, count - 0.5)
             return
         axis.set_xscale("log")
@@ -285,7 +317,7 @@ def plot_curves(means: pd.DataFrame, by: Sequence[str], path: Path) -> None:
         name = "".join(f"{labels.shown(value)}, " for value in setting)
         for what, style in (("train", "--"), ("valid", "-")):
             mean, half = (100 * rows[f"{what}_accuracy{end}"] for end in ("", "_ci95"))
-            line = f"{name}{'training' if what == 'train' else 'validation'}"
+            line = _entry(f"{name}{'training' if what == 'train' else 'validation'}")
             axis.plot(rows["epoch"], mean, style, color=f"C{i}", lw=1.3, label=line)
             half = half.where(rows["runs"] > 2)
             low, high = (mean - half).clip(0), (mean + half).clip(upper=100)
@@ -293,6 +325,6 @@ def plot_curves(means: pd.DataFrame, by: Sequence[str], path: Path) -> None:
     axis.set(xscale="log", xlabel="epoch", ylabel="accuracy (%)", ylim=(-2, 102))
     _plain_ticks(axis.xaxis)
     axis.grid(alpha=0.3)
-    title = ",\n".join(map(labels.words, by))
+    title = ",\n".join(_text(labels.words(name)) for name in by)
     figure.legend(loc="outside right upper", title=title, fontsize=8)
     save(figure, path)

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from startsparse import errors
+from startsparse import errors, stopping
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,12 +84,15 @@ def _say_once(line: str) -> None:
     if _world.store is None:
         errors.say(line)
         return
-    with contextlib.suppress(dist.DistError):  # the process that printed it is gone
+    try:
         if _world.store.add("stopping", 1) == 1:
             errors.say(line)
             _world.store.set("printed", "")
         else:  # wait for it, as torchrun kills all others when one ends
             _world.store.wait(["printed"], datetime.timedelta(seconds=10))
+    except dist.DistError:  # torchrun, which has the store, is gone, or who printed it
+        if _world.rank == 0 and stopping.is_orphan():
+            errors.say(line)
 
 
 @contextlib.contextmanager
@@ -153,6 +156,11 @@ def all_reduce(sums: Tensor) -> Tensor:
         with _talking():
             dist.all_reduce(sums)
     return sums
+
+
+def all_agree(asked: bool) -> bool:
+    """Whether ``asked`` is true in any process."""
+    return bool(all_reduce(torch.tensor(float(asked))))
 
 
 @torch.no_grad()

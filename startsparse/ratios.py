@@ -97,6 +97,7 @@ def layer_densities(
 
 
 def _clip(profile: np.ndarray, sizes: np.ndarray, nnz: float) -> np.ndarray:
+    profile = np.ldexp(profile, -np.frexp(profile.max())[1])  # as in `_solve`
     return np.minimum(1, nnz / (profile @ sizes) * profile)
 
 
@@ -108,11 +109,12 @@ def _solve(profile: np.ndarray, sizes: np.ndarray, nnz: float) -> np.ndarray:
         raise ValueError(f"the layers that are not empty hold a share of {most:.4g} of the weights")
     full = np.zeros(len(sizes), dtype=bool)
     while True:
-        rest = profile * sizes * ~full
-        scale = (nnz - sizes[full].sum()) / rest.sum() if rest.any() else 0.0
-        over = ~full & (scale * profile > 1)
+        # A power of two changes no digit, and keeps tiny profiles from overflowing the scale.
+        rest = np.ldexp(profile * ~full, -np.frexp((profile * ~full).max())[1])
+        scale = (nnz - sizes[full].sum()) / (rest * sizes).sum() if rest.any() else 0.0
+        over = ~full & (scale * rest > 1)
         if not over.any():
-            return np.where(full, 1.0, scale * profile)
+            return np.where(full, 1.0, scale * rest)
         full |= over
 
 

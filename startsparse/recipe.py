@@ -1,12 +1,24 @@
 """The steps that the main.py of every script shares, in their order."""
 
+import copy
 import logging
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from startsparse import checkpoint, data, flops, masks, models, plots, processes, report, runs
+from startsparse import (
+    checkpoint,
+    data,
+    flops,
+    masks,
+    memory,
+    models,
+    plots,
+    processes,
+    report,
+    runs,
+)
 from startsparse.effective import effective_layers, plain_state
 from startsparse.effects import differing
 from startsparse.errors import OptionError
@@ -20,14 +32,19 @@ log = logging.getLogger("startsparse")
 def already_done(options: Options, folder: Path | None) -> bool:
     """Whether the run in ``folder`` is finished; if so, print its result again.
 
+    A row that results.csv lacks is added.
+
     Raises:
-        OptionError: it is not finished, and could not add its result to results.csv.
+        OptionError: it is not finished, and could not write its files.
+        UserError: it is finished, and the row cannot be added.
     """
     done = None if folder is None or options.evaluate else runs.summary(folder)
     if done and folder:
         log.info("%s", report.text(done, folder))
+        if runs.add_missing_row_by_rank_0(options, folder, done):
+            log.info("%-20s %s", "row added to", runs.results_csv(options))
     elif not options.evaluate:
-        runs.check_results_by_rank_0(options)
+        runs.check_places_by_rank_0(options, folder)
     return bool(done)
 
 
@@ -76,7 +93,8 @@ def build(options: Options, shape: data.Shape, resnet_type: str = "") -> torch.n
     """The network of --arch for these examples, not yet initialised.
 
     Raises:
-        OptionError: it takes other examples; see also `models.build`.
+        OptionError: it takes other examples, or this machine cannot hold it, or BatchNorm needs
+            larger batches; see also `models.build`.
     """
     fits = models.fitting(shape.kind)
     option, name = options.network_option, resnet_type or options.arch
@@ -85,17 +103,50 @@ def build(options: Options, shape: data.Shape, resnet_type: str = "") -> torch.n
             f"{option}: {name} is not for {options.set}, a set of {shape.kind}; "
             f"--arch {' or '.join(fits)} is"
         )
-    return models.build(
-        options.arch,
-        classes=shape.classes,
-        channels=shape.channels,
-        size=shape.size,
-        width=options.width,
-        resnet_type=resnet_type,
-        option=option,
-        imagenet=options.set == "imagenet",
-        adjacency=shape.adjacency,
-    )
+    size_option = "--width" if options.width else option
+    try:
+        model = models.build(
+            options.arch,
+            classes=shape.classes,
+            channels=shape.channels,
+            size=shape.size,
+            width=options.width,
+            resnet_type=resnet_type,
+            option=option,
+            imagenet=options.set == "imagenet",
+            adjacency=shape.adjacency,
+        )
+    except (RuntimeError, TypeError):  # sizes beyond 64 bits
+        raise OptionError(f"{size_option}: no computer holds a network of this size") from None
+    _require_memory(model, size_option)
+    if options.batch_size == 1 and not shape.nodes:
+        _require_variance(model, shape)
+    return model
+
+
+def _require_memory(model: torch.nn.Module, option: str) -> None:
+    """Raise `OptionError` if this machine cannot hold the weights.
+
+    Gradients and momentum come on top, but only those of kept weights in sparse compute.
+    """
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    if needed > (installed := memory.installed()):
+        raise OptionError(
+            f"{option}: the weights alone need {needed / 2**30:.1f} GiB of memory, this machine "
+            f"has {installed / 2**30:.1f} GiB"
+        )
+
+
+def _require_variance(model: torch.nn.Module, shape: data.Shape) -> None:
+    """Raise `OptionError` if a BatchNorm has one value per channel in a batch of one example."""
+    planned = copy.deepcopy(model).to("meta").train()
+    try:
+        planned(torch.empty(shape.input, device="meta"))
+    except ValueError:
+        raise OptionError(
+            "--batch-size: 1 gives BatchNorm one value per channel, which has no variance; it "
+            "should be at least 2"
+        ) from None
 
 
 def load_data(options: Options, device: torch.device) -> data.Data:
@@ -135,7 +186,7 @@ def show_start(trainer: Trainer, requested: dict[str, float]) -> None:
     """Write the densities at the start to density.csv, and print them with their warnings."""
     trainer.decide()
     table = trainer.compute.columns(masks.density_table(trainer.model, requested))
-    show_densities(trainer.run, table, "density.csv")
+    show_densities(trainer, table, "density.csv")
     # Later masks are not as drawn.
     if requested and not trainer.history and not trainer.position.step:
         say_deviation(trainer.model, requested, trainer.options)
@@ -149,9 +200,10 @@ def say_deviation(model: torch.nn.Module, requested: dict[str, float], options: 
         log.warning("warning: %s%s", deviation, remedy)
 
 
-def show_densities(run: runs.Run, table: pd.DataFrame, name: str) -> None:
+def show_densities(trainer: Trainer, table: pd.DataFrame, name: str) -> None:
     """Write a `masks.density_table` as ``name`` in the run, and print it with its warnings."""
-    run.write_table(name, table)
+    trainer.run.write_table(name, table)
+    trainer.emptied.known = set(table.loc[table["kept"] == 0, "layer"])
     log.info("%s", masks.density_text(table))
     for line in masks.warnings(table):
         log.warning("warning: %s", line)
@@ -176,18 +228,18 @@ def finish(
         layers: layer -> density and more, for layers.json (default: the densities).
     """
     run, model = trainer.run, trainer.model
+    images = trainer.data.images
+    key = {"images": images.content} if images and images.content else {}
+    facts = key | result | trainer.costs()
+    table = masks.density_table(model, requested)
+    summary = report.summary(density, table, facts, trainer.clock.read())
+    if not trainer.options.checksum:  # behind seconds, as an option
+        summary["checksum"] = False
+    log.info("%s", report.text(summary, run.folder))  # first, whatever may fail from here on
     if effective_layers(model):
         checkpoint.save_by_rank_0(run.folder / runs.PLAIN_WEIGHTS, {"model": plain_state(model)})
-    table = masks.density_table(model, requested)
     run.write_table("density.csv", trainer.compute.columns(table))
     densities = {name: {"density": share} for name, share in flops.densities(model).items()}
     run.write_json("layers.json", layers or densities)
     plots.plot_run_by_rank_0(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
-    images = trainer.data.images
-    key = {"images": images.content} if images and images.content else {}
-    facts = key | result | trainer.costs()
-    summary = report.summary(density, table, facts, trainer.clock.read())
-    if not trainer.options.checksum:  # behind seconds, as an option
-        summary["checksum"] = False
     run.finish(summary)
-    log.info("%s", report.text(summary, run.folder))

@@ -6,6 +6,7 @@ confidence interval. Runs that differ in an option other than the seed are never
 
 import dataclasses
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,14 +16,18 @@ import pandas as pd
 import tyro
 from scipy.special import stdtrit
 
-from startsparse import labels, plots, results
+from startsparse import labels, names, plots, results
 from startsparse.atomic import write_text
+from startsparse.commandline import from_flags
 from startsparse.console import decimals, number
 from startsparse.errors import OptionError, UserError, run_script, say
 from startsparse.fields import default_is
+from startsparse.options import require_range
+from startsparse.places import check_file
 from startsparse.runs import FREE
 
 SEEDS_AND_NAMES = {"seed", "name", "expt_setup"}  # they make no setting
+CURVES = ["epoch", "train_accuracy", "valid_accuracy"]
 
 
 def summary(
@@ -73,7 +78,8 @@ def text(summary: dict[str, Any], folder: Path) -> str:
 def half_width(values: Sequence[float]) -> float:
     """Half of the 95 % confidence interval of a mean (Student's t); NaN for a single value."""
     n = len(values)
-    return stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
+    with np.errstate(invalid="ignore"):  # infinite values
+        return stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
 
 
 def paired(
@@ -197,11 +203,11 @@ def _cell(mean: float, half: float, digits: int, fixed: bool) -> str:
     return f"{mean:.{places}f}" + ("" if np.isnan(half) else f" ± {half:.{places}f}")
 
 
-def curves(results: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+def curves(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Training and validation accuracy against the epoch: means over the runs of each setting.
 
     Args:
-        results: rows of results.csv; their ``run`` is a folder with epochs.csv.
+        table: rows of results.csv; their ``run`` is a folder with epochs.csv.
         by: the columns that make a setting.
 
     Returns:
@@ -209,12 +215,15 @@ def curves(results: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         train_accuracy and valid_accuracy.
     """
     tables = []
-    for row in results.to_dict("records"):
+    for row in table.to_dict("records"):
         path = Path(row["run"]) / "epochs.csv"
         if not path.exists():
             raise UserError(f"--curves: {path} does not exist; the run folders are needed")
-        epochs = pd.read_csv(path)[["epoch", "train_accuracy", "valid_accuracy"]]
-        tables.append(epochs.assign(**{name: row[name] for name in by}))
+        epochs = results.numbers(results.read(path))
+        for name in CURVES:
+            if name not in epochs or not pd.api.types.is_numeric_dtype(epochs[name]):
+                raise UserError(f"--curves: {path} has no column '{name}' of numbers")
+        tables.append(epochs[CURVES].assign(**{name: row[name] for name in by}))
     means = summarise(pd.concat(tables), [*by, "epoch"], ["train_accuracy", "valid_accuracy"])
     return means.sort_values([*by, "epoch"], ignore_index=True)
 
@@ -223,7 +232,7 @@ def curves(results: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 class ReportOptions:
     """Mean and 95 % confidence interval over the seeds of each setting."""
 
-    results: Annotated[Path, tyro.conf.Positional]
+    results: Annotated[str, tyro.conf.Positional] = ""
     """results.csv, as the scripts write it"""
     by: Annotated[tuple[str, ...], default_is("all options that vary, but seed and name")] = ()
     """Options that make a setting, by the script's names; others that differ within one are added,
@@ -232,25 +241,39 @@ class ReportOptions:
     """Columns to average"""
     digits: int = 4
     """Digits after the point; below 0.1, significant digits of all values but accuracies"""
-    plot: Path | None = None
+    plot: Annotated[str, default_is("none")] = ""
     """Picture (.png, .pdf or .svg) of the last column --of; --by gives axis, colours, panels, line
     styles, in this order"""
     band: Annotated[str, default_is("none")] = ""
     """Value of the second --by whose mean and interval the picture shows as a band across it, as
     dense"""
-    curves: Path | None = None
+    curves: Annotated[str, default_is("none")] = ""
     """Picture of training and validation accuracy against the epoch, means of each setting; a CSV
     beside it has their numbers"""
 
+    def check(self) -> None:
+        """Raise `OptionError`, which names the option, for values that make no sense."""
+        names.check(self)
+        if not self.results:
+            raise OptionError("RESULTS: name a results.csv")
+        require_range(self, "digits", low=0, high=15)
+        for name in ("plot", "curves"):
+            if value := getattr(self, name):
+                plots.check_suffix(f"--{name}", Path(value))
+                check_file(f"--{name}", Path(value))
+        if self.curves:
+            check_file("--curves", Path(self.curves).with_suffix(".csv"))
+        if not self.of:
+            raise OptionError("--of: needs at least one column")
+        if self.band and not self.plot:
+            raise OptionError("--band: goes with --plot")
 
-def main() -> None:
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
-    options = tyro.cli(ReportOptions)
-    for name in ("plot", "curves"):
-        if getattr(options, name):
-            plots.check_suffix(f"--{name}", getattr(options, name))
-    if options.band and not options.plot:
-        raise OptionError("--band: goes with --plot")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options = from_flags(ReportOptions, argv, ReportOptions())
+    options.check()
     table, by = read(options)
     means = summarise(table, by, options.of)
     print(markdown(means, options.of, options.digits))
@@ -259,13 +282,16 @@ def main() -> None:
             raise OptionError("--plot: all runs have one setting; name an axis with --by")
         if options.band and options.band not in map(labels.shown, means[(*by, "runs")[1]]):
             raise OptionError(f"--band: no setting is called '{options.band}' in the second --by")
-        plots.plot(means, by, options.of[-1], options.plot, band=options.band)
+        plots.plot(means, by, options.of[-1], Path(options.plot), band=options.band)
     if options.curves:
-        folders = [results.folder(options.results, run) for run in table["run"]]
+        if "run" not in table:
+            raise OptionError(f"--curves: {options.results} has no column 'run'")
+        folders = [results.folder(Path(options.results), run) for run in table["run"]]
         points = curves(table.assign(run=folders), by)
+        picture = Path(options.curves)
         rows = points.to_csv(index=False, float_format="%.4f")
-        write_text(options.curves.with_suffix(".csv"), rows)
-        plots.plot_curves(points, by, options.curves)
+        write_text(picture.with_suffix(".csv"), rows)
+        plots.plot_curves(points, by, picture)
 
 
 def read(options: ReportOptions) -> tuple[pd.DataFrame, list[str]]:
@@ -274,12 +300,10 @@ def read(options: ReportOptions) -> tuple[pd.DataFrame, list[str]]:
     Columns that the command line names have its names.
 
     Raises:
-        OptionError: there is no such file, or column; or a column --of does not hold numbers.
+        OptionError: there is no such column, or one --of does not hold numbers.
         UserError: the file cannot be read, or a seed repeats in a setting.
     """
-    path = options.results
-    if not path.exists():
-        raise OptionError(f"results: {path} does not exist")
+    path = Path(options.results)
     table = results.numbers(results.read(path))
     if table.empty:
         raise UserError(f"{path}: has no rows")

@@ -25,34 +25,33 @@ A run never makes its folder again: a folder that is gone was removed or renamed
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
-import math
-import platform
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 from filelock import Timeout
+from torch import nn
 
-import startsparse
-from startsparse import effects, locks, paths, processes, results
+from startsparse import effects, locks, machine, paths, processes, results, stopping
 from startsparse.atomic import replacing, sync_folder, write_text
+from startsparse.boards import Boards
 from startsparse.commandline import read_values, read_yaml, run_folder, write_yaml
 from startsparse.console import log, number
 from startsparse.data import Images
 from startsparse.errors import DISK_FULL, OptionError, UserError, about, reason
 from startsparse.fields import flag
+from startsparse.names import check_characters
+from startsparse.optimizers import OPTIMIZERS
 from startsparse.options import Options
+from startsparse.places import check_folder, check_room
 from startsparse.processes import by_rank_0
 
 # Options that may change when a run resumes: they do not affect the result.
@@ -65,6 +64,7 @@ MEASURED += ("inference_flops", "inference_flops_share", "training_flops", "trai
 MEASURED += ("seconds",)
 
 SOURCES = "sources"  # folder in the run folder
+DIGESTS = "sha256.json"  # in that
 PLAIN_WEIGHTS = "dense_weights.pt"
 IMAGES = "data.json"
 
@@ -78,7 +78,7 @@ class Run:
 
     def __init__(self, folder: Path, options: Options):
         self.folder, self.options = folder, options
-        self._boards: dict[str, Any] = {}
+        self._boards: Boards | None = None
         self._open = ExitStack()
         self._read_only = bool(options.evaluate)
         if processes.rank() > 0 or self._read_only:
@@ -88,6 +88,7 @@ class Run:
         except Timeout:
             raise UserError(f"--resume: {folder} is in use by another process") from None
         self._open.enter_context(_logging_to(folder / "log.txt"))
+        self._open.enter_context(stopping.advice(f"--resume {folder} continues"))
 
     def __enter__(self) -> "Run":
         return self
@@ -130,16 +131,10 @@ class Run:
 
         After a resumption, what the run had shown from ``step`` on disappears.
         """
-        if board not in self._boards:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            folder = self.folder / "tensorboard" / board
-            writer = SummaryWriter(folder, purge_step=step)
-            self._boards[board] = self._open.enter_context(writer)
-        for name, value in values.items():
-            if isinstance(value, int | float) and name != "epoch" and not math.isnan(value):
-                self._boards[board].add_scalar(name, value, step)
-        self._boards[board].flush()
+        if self._boards is None:
+            self._boards = Boards(self.folder / "tensorboard")
+            self._open.callback(self._boards.close)
+        self._boards.show(board, values, step)
 
     @by_rank_0
     def write_text(self, name: str, text: str) -> None:
@@ -175,6 +170,7 @@ class Run:
     @by_rank_0
     def keep_sources(self) -> None:
         """Copy the files of other runs that this one uses, so that it no longer needs them."""
+        digests = {}
         for name, files in self.options.sources().items():
             for inside, path in files.items():
                 copy = self.folder / SOURCES / name / inside
@@ -183,6 +179,9 @@ class Run:
                         shutil.copyfile(path, temporary)
                 except OSError as error:
                     raise UserError(f"{flag(name)}: cannot copy {path}: {about(error)}") from None
+                digests[f"{name}/{inside}"] = _digest(copy)
+        if digests:
+            self.write_json(f"{SOURCES}/{DIGESTS}", digests)
 
     def source(self, name: str) -> Path:
         """The path from which this run reads what option ``name`` points to."""
@@ -190,11 +189,19 @@ class Run:
 
     @by_rank_0
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write summary.json and add the run to <result-dir>/results.csv."""
-        fields = dataclasses.asdict(self.options)
-        computed = {name: value for name, value in fields.items() if name not in FREE}
-        results.add(results_csv(self.options), [{"run": self.folder, **summary, **computed}])
+        """Write summary.json, and then add the run to <result-dir>/results.csv.
+
+        Raises:
+            UserError: the second failed; says how to make up for it.
+        """
         self.write_json("summary.json", summary)
+        try:
+            _add_row(self.options, self.folder, summary)
+        except UserError as error:
+            raise UserError(
+                f"{error}; the result is in {self.folder}/summary.json, and --resume "
+                f"{self.folder} adds it to the table once that can be written"
+            ) from None
 
 
 def summary(folder: Path) -> dict[str, Any] | None:
@@ -216,6 +223,12 @@ def summary(folder: Path) -> dict[str, Any] | None:
             f"{path}: is damaged ({missing[0]}); remove it, and --resume {folder} writes it again"
         )
     return result
+
+
+def computed(options: Options) -> dict[str, Any]:
+    """The options that determine what a run computes, and its name."""
+    fields = dataclasses.asdict(options)
+    return {name: value for name, value in fields.items() if name not in FREE}
 
 
 def images(folder: Path) -> Images | None:
@@ -262,10 +275,57 @@ def results_csv(options: Options) -> Path:
     return Path(options.result_dir) / "results.csv"
 
 
+def _add_row(options: Options, folder: Path, summary: dict[str, Any]) -> None:
+    results.add(results_csv(options), [{"run": folder, **summary, **computed(options)}])
+
+
 @by_rank_0
-def check_results_by_rank_0(options: Options) -> None:
-    """Raise `OptionError` unless the row can be added, before training rather than after it."""
-    results.check(results_csv(options))
+def add_missing_row_by_rank_0(options: Options, folder: Path, summary: dict[str, Any]) -> bool:
+    """Add a finished run to <result-dir>/results.csv, unless it is there; whether it was missing.
+
+    Raises:
+        UserError: the table cannot be read or written.
+    """
+    if results.has(results_csv(options), folder):
+        return False
+    _add_row(options, folder, summary)
+    return True
+
+
+@by_rank_0
+def check_places_by_rank_0(options: Options, folder: Path | None) -> None:
+    """Raise `OptionError` unless a run can write its files, before training rather than after it.
+
+    Args:
+        folder: of the run to resume; None: a new one.
+    """
+    if folder is None:
+        check_folder("--log-dir", _base(options))
+    else:
+        check_folder("--resume", folder)
+    table = results_csv(options)
+    results.check(table)
+    check_characters("--log-dir", results.key(table, folder or _base(options)))
+
+
+@by_rank_0
+def check_room_by_rank_0(options: Options, folder: Path | None, model: nn.Module) -> None:
+    """Raise `OptionError` unless the disk has room for the checkpoints of a run.
+
+    These are two of weights and optimizer, as one replaces the other, and two of weights, for the
+    best epoch; a run to resume has one of each.
+
+    Args:
+        folder: of the run to resume; None: a new one.
+        model: the network, with or without data.
+    """
+    if options.evaluate:
+        return
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    trained = sum(parameter.nbytes for parameter in model.parameters())
+    whole = weights + OPTIMIZERS[options.optimizer].states * trained
+    places = "--log-dir" if folder is None else "--resume"
+    check_room(places, folder or _base(options), (whole + weights) * (2 if folder is None else 1))
 
 
 def source(options: Options, name: str) -> Path:
@@ -294,7 +354,29 @@ def find_run_by_rank_0(options: Options) -> Path | None:
         effects.settle(saved)
         saved.derive()
         check_same(options, saved, f"the run in {folder} was started")
+        if not (folder / "summary.json").exists():
+            _check_sources(folder)
     return folder
+
+
+def _check_sources(folder: Path) -> None:
+    """Raise `UserError` unless the run's copies of files of other runs are as it made them."""
+    path = folder / SOURCES / DIGESTS
+    if not path.exists():
+        return
+    try:
+        digests = dict(json.loads(path.read_text(encoding="utf-8")))
+        for name, digest in digests.items():
+            copy = folder / SOURCES / name
+            if not copy.exists() or _digest(copy) != digest:
+                what = "has changed" if copy.exists() else "is gone"
+                raise UserError(f"--resume: {copy} {what} since the run began; start the run anew")
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"--resume: {path} is damaged; start the run anew") from None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check_same(options: Options, saved: Options, what: str) -> None:
@@ -307,6 +389,19 @@ def check_same(options: Options, saved: Options, what: str) -> None:
             raise OptionError(f"{flag(name)}: {getattr(options, name)}, but {what} with {value}")
 
 
+def check_trained(options: Options, trained: Mapping[str, Any], folder: Path) -> None:
+    """Raise `UserError` for the first option that is not as in ``trained``, of a checkpoint.
+
+    Then options.yaml has changed since the checkpoint was written.
+    """
+    for name, value in computed(options).items():
+        if name in trained and trained[name] != value:
+            raise UserError(
+                f"--resume: {folder}/options.yaml has {flag(name)} {value}, but the run was "
+                f"trained with {trained[name]}; put that back, or start another run with --config"
+            )
+
+
 def open_run(options: Options, folder: Path | None = None) -> Run:
     """The run in ``folder``, or a new one."""
     if folder is not None:
@@ -314,7 +409,7 @@ def open_run(options: Options, folder: Path | None = None) -> Run:
     folder = _create_by_rank_0(_base(options))
     run = Run(folder, options)
     try:
-        run.write_json("environment.json", environment())
+        run.write_json(machine.ENVIRONMENT, machine.environment())
         run.keep_sources()
         run.write_text("options.yaml", write_yaml(paths.all_absolute(options)))
     except BaseException:  # without options.yaml nobody could resume it
@@ -323,25 +418,6 @@ def open_run(options: Options, folder: Path | None = None) -> Run:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     return run
-
-
-def environment() -> dict[str, Any]:
-    """Versions, git state, machine and command line."""
-    here = startsparse.checkout()
-    return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "startsparse": startsparse.__version__,
-        "git_commit": _git(here, "rev-parse", "HEAD"),
-        "git_changes": _git(here, "status", "--porcelain").splitlines(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "numpy": np.__version__,
-        "machine": platform.platform(),
-        "processes": processes.world_size(),
-        "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
 
 
 def _resumed(options: Options) -> Path | None:
@@ -372,7 +448,7 @@ def _newest(options: Options) -> Path | None:
     for path in base.parent.glob("seed-*/options.yaml"):
         if str(read_values(path).get("seed")) == str(options.seed):
             number = path.parent.name.removeprefix(base.name).removeprefix("-")
-            runs.append((int(number) if number.isdigit() else 1, path.parent))
+            runs.append((int(number) if number.isdecimal() else 1, path.parent))
     return max(runs)[1] if runs else None
 
 
@@ -397,18 +473,6 @@ def _create_by_rank_0(base: Path) -> Path:
             sync_folder(base.parent)
             return folder
     raise AssertionError
-
-
-def _git(folder: Path | None, *command: str) -> str:
-    if folder is None:  # a repository around an installed package is another one
-        return ""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
 
 
 class _LogFile(logging.FileHandler):

@@ -18,19 +18,29 @@ import pandas as pd
 import torch
 from torch import nn
 
-from startsparse import checkpoint, flops, parallel, processes, resumption, schedules
+from startsparse import checkpoint, flops, machine, parallel, processes, resumption, schedules
 from startsparse.candidates import Candidates
 from startsparse.clock import Clock
 from startsparse.data import AnyBatches, Data
+from startsparse.effective import effective_layers
+from startsparse.emptied import Emptied
 from startsparse.engine.compute import Compute
-from startsparse.errors import UserError
+from startsparse.errors import Interrupted, UserError
 from startsparse.masks import density, keep_inside
 from startsparse.method import Method
 from startsparse.options import Options
 from startsparse.phases import Phase, Position
-from startsparse.runs import Run, selected_weights
-from startsparse.stopping import Interrupted, StopSignal
-from startsparse.training import Learner, evaluate, means, new_sums, train_epoch
+from startsparse.runs import Run, check_trained, computed, selected_weights
+from startsparse.stopping import StopSignal
+from startsparse.training import (
+    Learner,
+    NonFiniteLoss,
+    evaluate,
+    means,
+    new_sums,
+    require_finite,
+    train_epoch,
+)
 
 log = logging.getLogger("startsparse")
 
@@ -47,6 +57,7 @@ class Trainer(Learner, Generic[S]):
         candidates: the best epoch of this phase, its rivals, and their weights.
         ledger: FLOPs of the network and of the training.
         clock: time of the training, with that before resumptions.
+        emptied: the layers without a weight.
     """
 
     def __init__(
@@ -85,8 +96,9 @@ class Trainer(Learner, Generic[S]):
         self.tables: dict[str, list[dict]] = {}
         self.candidates = Candidates(run.folder)
         self.ledger = flops.Ledger(model, torch.zeros(data.shape.input, device=self.device))
-        self.stop = StopSignal()
+        self.stop = StopSignal(alone=processes.world_size() == 1)
         self.clock = Clock()
+        self.emptied = Emptied(model, options)
 
     @property
     def _path(self) -> Path:
@@ -109,7 +121,7 @@ class Trainer(Learner, Generic[S]):
                 "compute": self.compute.state(),
                 "clock": self.clock.read(),
                 "images": self.data.images.to_json() if self.data.images else "",
-                "options": resumption.plain_options(self.options),
+                "options": computed(self.options),
             },
         )
 
@@ -117,7 +129,8 @@ class Trainer(Learner, Generic[S]):
         """Continue from checkpoint.pt, if the run has begun.
 
         Raises:
-            UserError: it is gone, does not fit, is damaged, or is of an older version.
+            UserError: it is gone, does not fit, is damaged, is of an older version, or of other
+                options.
         """
         if not self._path.exists():
             if (self.run.folder / "epochs.csv").exists():
@@ -128,7 +141,8 @@ class Trainer(Learner, Generic[S]):
             return
         state = checkpoint.load(self._path, self.device)
         steps = len(self.data.train)
-        resumption.check(state, self._path, self.options, self.optimizer, steps)
+        resumption.check(state, self._path, self.optimizer, self.options, steps)
+        check_trained(self.options, state.get("options", {}), self.run.folder)
         checkpoint.load_model(self.model, state, self._path)
         # The settings of the groups are those of the options; the schedule sets their rates.
         groups = self.optimizer.state_dict()["param_groups"]
@@ -146,16 +160,21 @@ class Trainer(Learner, Generic[S]):
         self.compute.restore(state["compute"])
         self.write_tables()
         log.info("resumed at epoch %d, step %d", len(self.history) + 1, self.position.step + 1)
+        if changed := machine.change(self.run.folder):
+            log.warning("warning: --resume: %s: it is another run in the last bits", changed)
 
     def run_phases(self, phases: list[Phase]) -> None:
         """Train through ``phases``, from the position where the run stands.
 
         Raises:
-            Interrupted: on SIGINT or SIGTERM, after a checkpoint was saved.
-            NonFiniteLoss: the last good checkpoint stays.
+            Interrupted: a signal came in an epoch, after a checkpoint was saved.
+            Stopped: a signal came elsewhere, where all is saved.
+            NonFiniteLoss, NonFiniteNetwork: the last good checkpoint stays.
+            UserError: no layer has a weight left.
         """
         resumption.check_place(self.position, len(self.history), phases, self._path)
-        with self.stop, self.clock:
+        self.emptied.check("at the start")
+        with self.clock:
             while self.position.phase < len(phases):
                 processes.all_copy_rank_0(self.model)
                 phase = phases[self.position.phase]
@@ -167,10 +186,13 @@ class Trainer(Learner, Generic[S]):
                         phase.epochs,
                     )
                 while self.position.epoch < phase.epochs:
-                    self._epoch(phase)
+                    self.decide()
+                    with self.stop:
+                        self._epoch(phase)
                 phase.then(self)
                 if self.position.phase + 1 == len(phases):
                     return
+                self.emptied.check(f"after {phase.name}")
                 following = self.position.phase + 1
                 self._start(following, phases[following].keeps_momentum)
 
@@ -201,11 +223,20 @@ class Trainer(Learner, Generic[S]):
         }
 
     def evaluate(self, batches: AnyBatches) -> dict[str, float]:
-        """Loss and accuracy of the network as it is; NaN where there are no examples."""
+        """Loss and accuracy of the network as it is; NaN where there are no examples.
+
+        Raises:
+            NonFiniteLoss: names the first bad layer.
+        """
         if not batches.examples:
             return {"loss": math.nan, "accuracy": math.nan}
         with self.compute.sparse():
-            return evaluate(self.model, self.compute, batches, self.autocast, self.device)
+            result = evaluate(self.model, self.compute, batches, self.autocast, self.device)
+        if not math.isfinite(result["loss"]):
+            first = next(batches.epoch(0), None)  # None: all batches are those of other processes
+            layer = self.first_bad_layer(first[0]) if first else ""
+            raise NonFiniteLoss(f"the loss of an evaluation is not finite{layer and f'; {layer}'}")
+        return result
 
     def decide(self) -> None:
         """Choose which layers compute sparsely, unless they were chosen at about this density."""
@@ -246,8 +277,9 @@ class Trainer(Learner, Generic[S]):
     def _epoch(self, phase: Phase) -> None:
         options, position, steps = self.options, self.position, len(self.data.train)
         first = position.epoch * steps
-        rates = [
-            schedules.learning_rate(
+
+        def rate(step: int) -> float:
+            return schedules.learning_rate(
                 phase.lr_policy,
                 first + step,
                 phase.epochs * steps,
@@ -256,14 +288,12 @@ class Trainer(Learner, Generic[S]):
                 end=phase.lr_min,
                 warmup=self._warmup(phase) * steps,
             )
-            for step in range(steps)
-        ]
-        self.decide()
+
         with self.compute.sparse(self.optimizer):
             train_epoch(
                 self,
                 self.data.train,
-                rates.__getitem__,
+                rate,
                 self.sums,
                 # Epochs are numbered through the run, so that no two phases have the same order.
                 epoch=len(self.history),
@@ -273,12 +303,15 @@ class Trainer(Learner, Generic[S]):
                 title=f"{phase.name} {position.epoch + 1}/{phase.epochs}",
             )
         processes.all_copy_rank_0(self.model)
+        require_finite(self.model, self.optimizer, f" after epoch {len(self.history) + 1}")
+        if effective_layers(self.model):
+            self.emptied.check(f"after epoch {len(self.history) + 1}")
         self.ledger.count(first + steps, phase.method)
         trained, valid = means(self.sums), self.evaluate(self.data.valid)
         row: dict[str, Any] = {
             "epoch": len(self.history) + 1,
             "phase": phase.name,
-            "lr": rates[-1],
+            "lr": rate(steps - 1),
             "train_loss": trained["loss"],
             "train_accuracy": trained["accuracy"],
             "valid_loss": valid["loss"],
@@ -299,6 +332,7 @@ class Trainer(Learner, Generic[S]):
         self.candidates.tidy()
         self.write_tables()
         self.run.record(row, self.watch())
+        self.stop.agree(processes.all_agree(bool(self.stop.received)))
         if self.stop.agreed:
             self._interrupt()
 
@@ -318,11 +352,14 @@ class Trainer(Learner, Generic[S]):
     def after_step(self, method: Method, step: int) -> None:
         """Save if --save-every or a signal asks for it; the end of an epoch saves anyway."""
         super().after_step(method, step)
+        if method.moves_masks(step):
+            self.emptied.check(f"after step {step + 1}")
         steps, every = len(self.data.train), self.options.save_every
         done = step + 1 - self.position.epoch * steps
         if done < steps and (self.stop.agreed or (every and done % every == 0)):
             self.position.step = done
             self.compute.switch(False, self.optimizer)
+            require_finite(self.model, self.optimizer, f" after step {step + 1}")
             self.save()
             if self.stop.agreed:
                 self._interrupt()

@@ -20,7 +20,11 @@ from startsparse.method import PLAIN, Method
 
 
 class NonFiniteLoss(UserError):
-    """A training loss is NaN or infinite."""
+    """A loss is NaN or infinite."""
+
+
+class NonFiniteNetwork(UserError):
+    """Weights, scores, running statistics or the optimizer's state are NaN or infinite."""
 
 
 def new_sums(device: torch.device) -> Tensor:
@@ -200,6 +204,34 @@ def _stop_if_bad(sums: Tensor, inputs: Tensor, learner: Learner) -> None:
         layer = learner.first_bad_layer(inputs)
         where = f"; {layer}" if layer else "; too late to tell which layer went first"
         raise NonFiniteLoss(f"the loss is not finite at step {int(first_bad) + 1}{where}")
+
+
+@torch.no_grad()
+def require_finite(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, when: str = ""
+) -> None:
+    """Raise `NonFiniteNetwork` if training has diverged although its losses are finite.
+
+    Scores that are NaN choose weights all the same. Infinite running statistics, and infinite
+    moments of Adam, make outputs and updates zero. So a loss need not show it. Waits for the
+    device.
+
+    Args:
+        when: ends "... is not finite", for the message.
+    """
+    tensors = dict(model.state_dict())
+    if optimizer is not None:
+        for name, parameter in model.named_parameters():
+            for what, state in optimizer.state.get(parameter, {}).items():
+                if torch.is_tensor(state):
+                    tensors[f"{what} of {name}, in the optimizer,"] = state
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    for name, tensor in floating.items():
+        if not tensor.isfinite().all():
+            raise NonFiniteNetwork(
+                f"training has diverged: {name} is not finite{when}; try a lower --lr or "
+                "--weight-decay"
+            )
 
 
 @torch.no_grad()

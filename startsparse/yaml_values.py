@@ -53,8 +53,4 @@ def _value(node: yaml.Node, problem: Callable[[], str]) -> str | list[str]:
 
 def write_values(values: Mapping[str, Any]) -> str:
     """YAML that `read_values` reads back, whatever the texts are; other programs read it too."""
-    plain = {
-        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
-    return yaml.safe_dump(plain, sort_keys=False, width=math.inf)
+    return yaml.safe_dump(dict(values), sort_keys=False, width=math.inf)

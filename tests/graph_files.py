@@ -110,6 +110,7 @@ def write_planetoid(root: Path, name: str = "cora", missing: int = 0, seed: int 
         train=train,
         valid=valid,
         test=len(index),
+        content="",
         url="http://127.0.0.1:9",  # nothing listens there: a test never reaches the real server
     )
     return Small(

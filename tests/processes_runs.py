@@ -25,9 +25,9 @@ from ER_SLT import main as slt
 from startsparse import plots, processes
 from startsparse.engine import choice, compute
 from startsparse.engine.network import SparseForm
+from startsparse.errors import Interrupted
 from startsparse.masks import masked_weights
 from startsparse.method import Method
-from startsparse.stopping import Interrupted
 from startsparse.trainer import Trainer
 from STR import main as str_
 

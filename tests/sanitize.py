@@ -5,6 +5,7 @@ They are built for every instruction set of this CPU (AVX-512, AVX2, none of bot
 """
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -14,8 +15,8 @@ LEVELS = ["default", "avx2", "avx512"]  # as PyTorch calls them
 FLAGS = (
     "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
 )
-BUILD = "import torch; from startsparse.engine.build import built; "
-BUILD += "[built(dtype) for dtype in (torch.float32, torch.float64)]"
+BUILD = "import torch; from startsparse.engine.build import opened; "
+BUILD += "[opened(dtype, print) for dtype in (torch.float32, torch.float64)]"
 TESTS = [
     "test_engine_kernels.py",
     "test_engine_layers.py",
@@ -33,8 +34,8 @@ OPTIONS = {
 def libraries() -> str:
     """What has to be loaded before Python, since Python itself is not built with checks."""
     names = "libasan.so", "libubsan.so", "libstdc++.so"
-    compiler = os.environ.get("CXX", "g++")
-    run = [subprocess.run([compiler, f"-print-file-name={n}"], capture_output=True) for n in names]
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    run = [subprocess.run([*compiler, f"-print-file-name={n}"], capture_output=True) for n in names]
     return ":".join(done.stdout.decode().strip() for done in run)
 
 

@@ -164,7 +164,7 @@ BAD = {
     "--modulus: '2.5' is not a whole number": ["--modulus", "2.5"],
     "--train-fraction: 0.0 should be above 0 and below 1": ["--train-fraction", "0"],
     "--train-fraction: 1.0 should be above 0 and below 1": ["--train-fraction", "1"],
-    "--train-fraction: nan should be above 0 and below 1": ["--train-fraction", "nan"],
+    "--train-fraction: 'nan' is not a finite number": ["--train-fraction", "nan"],
     "--train-fraction: 0.9999 of 1770 pairs leaves 1770 to train on and 0": [
         *("--train-fraction", "0.9999")
     ],

@@ -4,8 +4,11 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import pickle
 import tarfile
+import tracemalloc
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,6 +159,88 @@ def test_a_damaged_archive(tmp_path, write, damage):
     assert content(path.parent) == [name]
 
 
+def other_tar(path, members, packed=True):
+    """A tar of (name, size, type, link), all zeros inside."""
+    with tarfile.open(path, "w:gz" if packed else "w") as archive:
+        for name, size, kind, link in members:
+            member = tarfile.TarInfo(name)
+            member.size, member.type, member.linkname = size, kind, link
+            archive.addfile(member, io.BytesIO(bytes(size)))
+
+
+def test_a_bomb_is_refused(tmp_path):
+    """The disk would fill, or the memory."""
+    tiny = write_cifar10(tmp_path / "true")
+    path = tmp_path / "root" / tiny.spec.archive.name
+    path.parent.mkdir()
+    first = f"{tiny.spec.folder}/data_batch_1"
+    other_tar(path, [(first, 40 << 20, tarfile.REGTYPE, "")])
+    message = fails(tiny.loader, path.parent, checksum=False)
+    assert f"{path}: cannot be unpacked in {path.parent} ({first} has more than 17," in message
+    other_tar(path, [("other", 40 << 20, tarfile.REGTYPE, "")])
+    assert "(it unpacks to more than 17," in fails(tiny.loader, path.parent, checksum=False)
+    assert content(path.parent) == [path.name]
+
+    zipped = write_tiny_imagenet(tmp_path / "other")
+    path = tmp_path / "root" / zipped.spec.archive.name
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{zipped.spec.folder}/wnids.txt", bytes(70 << 20))
+    assert "(it unpacks to more than 67," in fails(zipped.loader, path.parent, checksum=False)
+
+    digits = write_mnist(tmp_path / "digits")
+    path = tmp_path / "digits" / digits.spec.folder / digits.spec.train[0].name
+    head = gzip.decompress(path.read_bytes())[:16]
+    path.write_bytes(gzip.compress(head + bytes(200 << 20), 1))
+    tracemalloc.start()
+    message = fails(digits.loader, tmp_path / "digits", checksum=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert message.endswith("more numbers than 31360")
+    assert peak < 20 << 20
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
+)
+def test_only_files_are_unpacked(tmp_path, kind):
+    tiny = write_cifar10(tmp_path / "true")
+    path = tmp_path / "root" / tiny.spec.archive.name
+    path.parent.mkdir()
+    names = [f"{tiny.spec.folder}/{file.name}" for file in (*tiny.spec.train, *tiny.spec.test)]
+    other_tar(path, [(name, 0, kind, "/etc/hostname") for name in names])
+    assert "cannot be unpacked" in fails(tiny.loader, path.parent, checksum=False)
+    assert content(path.parent) == [path.name]
+
+
+def test_a_tar_that_is_not_gzipped(tmp_path):
+    tiny = write_cifar10(tmp_path / "true")
+    path = tmp_path / "root" / tiny.spec.archive.name
+    put(path, gzip.decompress((tmp_path / "true" / path.name).read_bytes()))
+    expected = labels(tiny.loader(tmp_path / "true"))
+    assert labels(tiny.loader(path.parent, checksum=False)) == expected
+
+
+def test_the_checksum_of_gzip_is_read(tmp_path):
+    """It comes after all that tar asks for."""
+    tiny = write_cifar10(tmp_path / "true")
+    path = tmp_path / "root" / tiny.spec.archive.name
+    data = bytearray((tmp_path / "true" / path.name).read_bytes())
+    data[-6] ^= 1
+    put(path, data)
+    assert "CRC check failed" in fails(tiny.loader, path.parent, checksum=False)
+    assert content(path.parent) == [path.name]
+
+
+def test_a_pipe_is_no_data_file(tmp_path):
+    tiny = write_cifar10(tmp_path)
+    path = tmp_path / tiny.spec.folder / "data_batch_1"
+    path.unlink()
+    os.mkfifo(path)
+    for checksum in (True, False):
+        message = fails(tiny.loader, tmp_path, checksum=checksum)
+        assert message == f"{path}: cannot be read (is a pipe or a device, not a file)"
+
+
 @pytest.mark.parametrize("write", [write_cifar10, write_mnist, write_tiny_imagenet])
 def test_what_is_fetched_has_the_published_sum(tmp_path, write):
     tiny = write(tmp_path)
@@ -182,8 +267,8 @@ OBJECTS = np.array([Runs()] * 8, dtype=object)
 CIFAR = {
     "no pickle of images (it asks for builtins.print)": pickle.dumps({"data": Runs()}),
     "no pickle of images (it has an array of dtype 'O8'": pickle.dumps({"data": OBJECTS}),
-    "no pickle of images (pickle data was truncated)": python2_pickle(IMAGES)[:-99],
-    "no pickle of images (Ran out of input)": b"",
+    "no pickle of images (pickle data was truncated or is damaged)": python2_pickle(IMAGES)[:-99],
+    "no pickle of images (pickle data was truncated or": b"",
     "a list, no dict": python2_pickle([1]),
     "has no 'data'": python2_pickle({b"labels": [3] * 8}),
     "has no 'labels'": python2_pickle({b"data": IMAGES[b"data"]}),

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ import STR.main
 from ER_DST.options import DSTOptions
 from ER_SLT.options import SLTOptions
 from startsparse import data, recipe, runs
-from startsparse.commandline import parse, read_yaml, write_yaml
-from startsparse.errors import OptionError
+from startsparse.commandline import from_flags, parse, read_yaml, write_yaml
+from startsparse.errors import OptionError, run_script
 from startsparse.fields import normal, shown
+from startsparse.tabular.options import TabularOptions
 from STR.options import STROptions
+from STR.run_imp import SweepOptions
 
 SCRIPTS = {
     "STR": (STROptions, STR.main.CONFIGS),
@@ -94,6 +97,21 @@ def test_values_are_what_is_written(tmp_path, line, field, value):
         ("epochs: 1e2", "--epochs: '1e2' is not a whole number"),
         ("? [a, b]\n: 3", "line 1: should be one 'option: value'"),
         ("lr: [[1]]", "lr: should be one value"),
+        ("lr: .inf", "--lr: '.inf' is not a number"),
+        ("lr: NaN", "--lr: 'NaN' is not a finite number"),
+        ("lr: null", "--lr: 'null' is not a number"),
+        ("epochs: 1_000", "--epochs: '1_000' is not a whole number"),
+        ("epochs: 0x10", "--epochs: '0x10' is not a whole number"),
+        ("epochs: 1:30", "--epochs: '1:30' is not a whole number"),
+        ('threshold_list: ["0.1", "--seed=7"]', "threshold_list: a value cannot begin with a dash"),
+        ("threshold_list: [-b, 3]", "threshold_list: a value cannot begin with a dash, as '-b'"),
+        ("threshold_list: ['--']", "threshold_list: a value cannot begin with a dash, as '--'"),
+        ("threshold_list: [0.1, x]", "--threshold-list: 'x' is not a number"),
+        ("threshold_list: 0.5 0.3", "--threshold-list: '0.5 0.3' is not a number"),
+        ('name: "a\\0b"', "'--name=a\\x00b': contains a NUL character"),
+        ('name: "\\ud800"', "'--name=\\ud800': is not UTF-8 text"),
+        ("epochs:\t3", "is not YAML: "),
+        ("<<: {epochs: 3}", "<<: should be one value"),
     ],
 )
 def test_values_that_are_none_are_one_line(tmp_path, content, message):
@@ -110,10 +128,64 @@ def test_values_that_are_none_are_one_line(tmp_path, content, message):
      "*a"],
 )  # fmt: skip
 def test_every_value_goes_around(tmp_path, name):
-    made = STROptions(name=name, expt_setup=name, lr=1e-7, lr_min=1e22, clip_norm=float("inf"))
+    made = STROptions(name=name, expt_setup=name, lr=1e-7, lr_min=1e22, clip_norm=3e38)
     (tmp_path / "x.yaml").write_text(write_yaml(made))
     assert read_yaml(STROptions, tmp_path / "x.yaml") == made
     assert yaml.safe_load((tmp_path / "x.yaml").read_text())["name"] == name
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+BEYOND = ["3000000000", "-3000000000", "1e39"]
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "1_0", *BEYOND])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_option_takes_a_number_that_no_computation_holds(script, value):
+    kind, _ = SCRIPTS[script]
+    hints = {field: {hint, *get_args(hint)} for field, hint in get_type_hints(kind).items()}
+    whole = {field for field, types in hints.items() if int in types} - {"seed"}
+    real = {field for field, types in hints.items() if float in types}
+    assert {"lr", "lr_min", "weight_decay", "clip_norm", "momentum"} <= real
+    assert {"width", "epochs", "batch_size"} <= whole
+    for field in real | whole if value not in BEYOND else real if "e" in value else whole:
+        name = "--" + shown(kind)[field].replace("_", "-")
+        with pytest.raises(OptionError, match=f"^{name}: '{value}' is (not|beyond) .*number"):
+            from_flags(kind, [f"{name}={value}"], kind())
+
+
+@pytest.mark.parametrize("value", [str(2**63 - 1), str(-(2**63)), "-5", "+7", "007"])
+def test_seeds_have_64_bits(value):
+    assert parsed("STR", "--seed", value).seed == int(value)
+    with pytest.raises(OptionError, match="--seed: '.*' is beyond the whole numbers that fit"):
+        parsed("STR", "--seed", str(2**63))
+
+
+def test_a_value_of_a_list_is_named():
+    with pytest.raises(OptionError, match="^--threshold-list: 'x' is not a number$"):
+        parsed("STR", "--threshold-list", "0.1", "x")
+    with pytest.raises(OptionError, match="^--seeds: '1.5' is not a whole number$"):
+        from_flags(SweepOptions, ["--seeds", "1", "1.5"], SweepOptions())
+    with pytest.raises(OptionError, match="^--reset: 'maybe' should be True or False$"):
+        from_flags(TabularOptions, ["--reset", "no", "maybe"], TabularOptions())
+
+
+@pytest.mark.parametrize(("word", "message"), [
+    ("--name=\udcff", "is not UTF-8 text"), ("\udcff", "is not UTF-8 text"), ("--", "no meaning"),
+])  # fmt: skip
+def test_words_that_are_no_text(word, message):
+    with pytest.raises(OptionError, match=message):
+        parsed("STR", word)
+
+
+def test_an_error_is_one_line_whatever_it_names(capsys):
+    def main():
+        raise OptionError("--name: 'a\nb\x1b\u2028\udcff'")
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: --name: 'a\\nb\\x1b\\u2028\\udcff'\n"
 
 
 # --- names ----------------------------------------------------------------------------------------

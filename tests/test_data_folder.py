@@ -1,7 +1,10 @@
 """Images of one's own: what is read, how it is decoded, kept and split, and who learns of it."""
 
+import io
 import json
+import os
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -122,6 +125,11 @@ def test_two_parts_held_out_need_a_share(tmp_path):
         (lambda root: [p.unlink() for p in (root / "train/cat").iterdir()], "train/cat has no"),
         (lambda root: shutil.rmtree(root / "test/cat") or shutil.rmtree(root / "test/dog"), "test"),
         (lambda root: picture(root / "train/cat/00.png", 1, (20, 16)), "--image-size: .*20 x 16"),
+        (
+            lambda root: (root / "train/cat/up").symlink_to(root / "train/cat"),
+            "train/cat/up is a link to a folder that contains it",
+        ),
+        (lambda root: (root / "train/cat/up").symlink_to(".."), "train/cat/up/cat is a link"),
     ],
 )
 def test_a_folder_that_is_not_as_it_should_be(tmp_path, monkeypatch, capsys, wrong, named):
@@ -165,6 +173,32 @@ def test_damaged_images_are_named_together(tmp_path):
     assert not list((tmp_path / decoded.STORE).glob("*.npy"))
 
 
+def test_what_is_no_file_is_named(tmp_path):
+    """A pipe would be waited for for ever."""
+    images(tmp_path)
+    (tmp_path / "train/cat/00.png").unlink()
+    os.mkfifo(tmp_path / "train/cat/00.png")
+    for size in (0, SIZE):  # where the first image says the size, and where all are read
+        with pytest.raises(UserError, match=r"cat/00.png: cannot .* \(is a pipe or a device, not"):
+            load(tmp_path, image_size=size)
+    (tmp_path / "train/cat/00.png").unlink()
+    (tmp_path / "train/cat/00.png").symlink_to("gone.png")
+    with pytest.raises(UserError, match=r"cat/00.png: cannot be read \(No such file"):
+        load(tmp_path, image_size=SIZE)
+
+
+def test_names_of_any_bytes(tmp_path):
+    classes = ("a\nb", "c,d", "é", os.fsdecode(b"caf\xe9"), " ", "--x")
+    images(tmp_path, ("train",), each=2, classes=classes)
+    (tmp_path / "train" / classes[3] / "other.txt").touch()
+    found = folder.load(tmp_path)
+    assert found.class_names == tuple(sorted(classes))
+    assert found.train[1].tolist() == [i // 2 for i in range(12)]
+    assert folder.load(tmp_path).content == found.content
+    kept = data.Images(found.class_names, (0.5,), (0.5,), SIZE, 3)
+    assert data.Images.from_json(kept.to_json()) == kept
+
+
 # --- how an image is decoded ----------------------------------------------------------------------
 
 
@@ -198,6 +232,90 @@ def test_palettes_transparency_and_turned_photos(tmp_path):
     photo = picture(tmp_path / "photo.png", 2, (8, 4), exif=exif)
     turned = np.asarray(files.open_image(tmp_path / "photo.png", upright=True))
     assert (turned == np.rot90(photo, -1)).all()
+
+
+def chunk(kind, content):
+    checksum = zlib.crc32(kind + content).to_bytes(4, "big")
+    return len(content).to_bytes(4, "big") + kind + content + checksum
+
+
+def png(values, colour, *more, bits=16, size=None):
+    """A PNG of values [H, W, ...] and of a type of colour, which PIL cannot write."""
+    height, width = size or values.shape[:2]
+    rows = values.astype(">u2" if bits == 16 else ">u1").reshape(len(values), -1)
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([bits, colour, 0, 0, 0])
+    body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    chunks = [(b"IHDR", head), *more, (b"IDAT", body), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*pair) for pair in chunks)
+
+
+def opened(path, content, mode="RGB"):
+    path.write_bytes(content)
+    return np.asarray(files.open_image(path, mode)).astype(int)
+
+
+def test_sixteen_bits_of_every_kind(tmp_path):
+    """Colours lose what PIL cuts off: at most one shade of 256."""
+    ramp = np.arange(65536).reshape(256, 256)
+    colours, path = np.stack([ramp, ramp[::-1], ramp.T], 2), tmp_path / "x.png"
+    solid = np.full((256, 256, 1), 65535)
+    eight = colours / 257
+    assert np.abs(opened(path, png(colours, 2)) - eight).max() <= 1
+    assert np.abs(opened(path, png(np.concatenate([colours, solid], 2), 6)) - eight).max() <= 1
+    grey = np.concatenate([ramp[..., None], solid], 2)
+    assert np.abs(opened(path, png(grey, 4), "L") - ramp / 257).max() <= 1
+    half = np.concatenate([colours, solid // 2], 2)
+    assert np.abs(opened(path, png(half, 6)) - (eight + 255) / 2).max() <= 2
+    found = opened(path, png(ramp, 0, (b"tRNS", b"\0\x80")), "L")
+    assert found.reshape(-1)[128] == 255  # the transparent shade
+    assert np.abs(found - ramp / 257).reshape(-1)[np.arange(65536) != 128].max() <= 0.5
+
+
+def test_one_bit_and_four_colours(tmp_path):
+    Image.fromarray(np.eye(4) > 0).save(tmp_path / "bits.png")
+    assert (np.asarray(files.open_image(tmp_path / "bits.png", "L")) == 255 * np.eye(4)).all()
+    Image.new("CMYK", (4, 4), (255, 0, 0, 0)).save(tmp_path / "x.jpg")
+    assert (np.asarray(files.open_image(tmp_path / "x.jpg")) == (0, 255, 255)).all()
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_of_an_animation_the_first_picture_counts(tmp_path, suffix):
+    red, blue = (Image.new("RGB", (4, 4), name) for name in ("red", "blue"))
+    more = {"lossless": True} if suffix == "webp" else {}
+    red.save(tmp_path / f"x.{suffix}", save_all=True, append_images=[blue], **more)
+    assert (np.asarray(files.open_image(tmp_path / f"x.{suffix}")) == (255, 0, 0)).all()
+
+
+FRACTIONS = io.BytesIO()
+Image.fromarray(np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)).save(FRACTIONS, "TIFF")
+WIDE = io.BytesIO()
+Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(WIDE, "TIFF")
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(x) run\nshowpage\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "cannot identify image file"),
+        (b"hello\n", "cannot identify image file"),
+        (EPS, "cannot identify image file"),  # PIL would let Ghostscript run it
+        (FRACTIONS.getvalue(), "its pixels are fractions"),
+        (WIDE.getvalue(), "its pixels have more than 16 bits"),
+        (png(np.zeros((1, 1)), 0, bits=8, size=(30_000, 30_000)), "decompression bomb"),
+        (
+            png(np.zeros((4, 4)), 0, (b"zTXt", b"k\0\0" + zlib.compress(bytes(1 << 26)))),
+            "too large",
+        ),
+        (png(np.random.default_rng(1).integers(0, 65536, (9, 9)), 0)[:-40], "truncated"),
+    ],
+    ids=["empty", "text", "EPS", "fractions", "32 bits", "bomb", "bomb of text", "cut"],
+)
+def test_odd_images_are_named(tmp_path, content, what):
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(UserError, match=what) as error:
+        files.open_image(tmp_path / "x.png")
+    assert str(error.value).startswith(f"{tmp_path / 'x.png'}: cannot be decoded as an image (")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".JPEG", ".bmp", ".webp"])
@@ -259,12 +377,34 @@ def test_images_are_decoded_once_for_their_content(tmp_path, monkeypatch):
     assert len(seen) == 32
 
 
-def test_a_damaged_cache_is_made_again(tmp_path):
+@pytest.mark.parametrize("what", ["*.npy", "*.npz", "listed-*"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "one bit"])
+def test_a_damaged_cache_is_made_again(tmp_path, what, damage):
     images(tmp_path)
-    first = whole(load(tmp_path).test)[0]
-    for path in (tmp_path / decoded.STORE).glob("*.npy"):
-        path.write_bytes(path.read_bytes()[:200])
-    assert torch.equal(whole(load(tmp_path).test)[0], first)
+    first = load(tmp_path)
+    (path,) = (tmp_path / decoded.STORE).glob(what)
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes({"cut": content[:-20], "empty": b"", "one bit": content}[damage])
+    again = load(tmp_path)
+    assert torch.equal(whole(again.test)[0], whole(first.test)[0])
+    assert again.images == first.images
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    images(tmp_path)
+
+    def none(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(decoded.FileLock, "acquire", none)
+    assert load(tmp_path).train.examples == 12
+
+
+def test_a_store_that_loses_what_is_written_only_costs_time(tmp_path, monkeypatch):
+    images(tmp_path)
+    monkeypatch.setattr(decoded, "_kept", lambda *_: None)
+    assert load(tmp_path).train.examples == 12
 
 
 def test_the_cache_folder_serves_where_nothing_can_be_written(tmp_path, monkeypatch):

@@ -127,6 +127,27 @@ def test_imagenet_folders_that_do_not_fit(tmp_path):
     assert "n7" in fails(UserError, name="imagenet", root=tmp_path)
 
 
+def test_what_lies_beside_the_images_is_left_out(tmp_path):
+    folder = write_imagenet(tmp_path, train=2, test=1)
+    image = (folder / "val/n00000000/0.JPEG").read_bytes()
+    before = loaded("imagenet", tmp_path, valid_split=0)
+    for name in (".ipynb_checkpoints/0.JPEG", "n00000000/._0.JPEG", "n00000000/.DS_Store"):
+        put(folder / "train" / name, image)
+        put(folder / "val" / name, image)
+    put(folder / "train/n00000001/Thumbs.db", b"")
+    found = loaded("imagenet", tmp_path, valid_split=0)
+    assert found.train.samples == before.train.samples
+    assert found.test.samples == before.test.samples
+    assert found.images.class_names == ("n00000000", "n00000001")
+
+
+def test_a_class_without_images_is_named(tmp_path):
+    folder = write_imagenet(tmp_path, train=1, test=1)
+    (folder / "train/n00000001/0.JPEG").unlink()
+    message = fails(UserError, name="imagenet", root=tmp_path)
+    assert message.startswith(f"{folder}/train/n00000001: has no image; images end in .jpg .jpeg")
+
+
 def test_imagenet_without_validation(imagenet):
     data = loaded("imagenet", imagenet, valid_split=0)
     assert (len(data.valid), data.valid.examples, list(data.valid.epoch(0))) == (0, 0, [])

@@ -165,3 +165,9 @@ def test_classes_are_counted(tmp_path, tiny):
     spec = replace(tiny.spec, classes=200)
     with pytest.raises(UserError, match="expected 200 classes, found 3"):
         tiny_imagenet.load(spec, tmp_path)
+
+
+def test_hidden_files_are_no_images(tmp_path, tiny):
+    image = min((tmp_path / tiny.spec.folder / "train").glob("*/images/*.JPEG"))
+    image.with_name(f"._{image.name}").write_bytes(b"of a Mac")
+    assert same(tiny.loader(tmp_path, ""), tiny)

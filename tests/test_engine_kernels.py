@@ -15,12 +15,13 @@ DTYPES = [torch.float32, torch.float64]
 
 @pytest.fixture(scope="module")
 def path():
-    return build.built(torch.float32)
+    kernels_for(torch.float32)
+    return build.opened(torch.float32, lambda path: path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_numbers_above_32_bits_arrive_whole(dtype):
-    library = kernels.load(build.built(dtype))
+    library = build.opened(dtype, kernels.load)
     width = library.scratch_size(1, 65)  # numbers of a vector register
     assert width in (1, 2, 4, 8, 16)
     for count in (2**27 + 1, 2**31 + 3, 2**40 + 1):

@@ -1,8 +1,10 @@
 """Exported networks: what is in the files, what they compute, and what can go wrong."""
 
+import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from script_runs import SOFT, few_digits, newest
 
 from ER_DST import main as dst
 from ER_SLT import main as slt
-from startsparse import checkpoint, data, export, masks, models, plots
+from startsparse import checkpoint, data, export, masks, models, plots, sealed
 from startsparse.effective import EffectiveLayer
 from startsparse.errors import OptionError, UserError
 from startsparse.export import command, formats
@@ -235,6 +237,8 @@ def test_what_is_printed(finished, capsys):
         assert float(line.split()[3]) > 0
         assert line.endswith("ms  " + "the same".rjust(len("network.safetensors")))
     assert any(line.startswith("Latencies are of this machine now") for line in lines)
+    written = (run.folder / "export/network.safetensors").read_bytes()
+    assert lines[-1] == f"sha256   {hashlib.sha256(written).hexdigest()}"
     command.main([str(run.folder), "--repeats", "2", "--compact"])
     (line,) = (x for x in capsys.readouterr().out.splitlines() if "batch 64" in x)
     assert line.split()[-1] == "ms"
@@ -311,11 +315,11 @@ def test_files_that_cannot_be_loaded(finished, tmp_path):
         with pytest.raises(UserError, match="damaged"):
             export.load(path)
     safetensors.torch.save_file({"a": torch.ones(2)}, path)
-    with pytest.raises(UserError, match=r"not a network that startsparse.export wrote"):
+    with pytest.raises(UserError, match=r"not a network of this project, or a damaged one"):
         export.load(path)
     state, facts = formats._read(dense)
     del state["embedding.weight"]
-    safetensors.torch.save_file(state, path, facts)
+    sealed.write(path, state, facts)
     with pytest.raises(UserError, match=r"has no 'embedding.weight'"):
         export.load(path)
 
@@ -326,11 +330,12 @@ def test_nothing_is_half_written(kind, finished, monkeypatch):
     path = exported(run, "--format", kind)
     before = contents(run.folder)
 
-    def breaks(_state, path, _facts):
-        path.write_bytes(b"half")
+    def breaks(path, _content):
+        with path.open("wb") as file:
+            file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", breaks)
+    monkeypatch.setattr(Path, "write_bytes", breaks)
     monkeypatch.setattr(formats, "_TOLERANCE", -1.0)  # no result is near enough
     message = error(UserError, run.folder, "--format", kind)
     assert ("No space left" if kind == "csr" else "onnxruntime computes logits") in message
@@ -345,3 +350,79 @@ def test_loading_draws_nothing(finished):
     drawn = torch.rand(3)
     torch.manual_seed(1)
     assert np.array_equal(drawn, torch.rand(3))
+
+
+def test_a_changed_byte_is_noticed(finished, tmp_path):
+    """In weights and metadata; safetensors itself notices none of these."""
+    path = tmp_path / "x.safetensors"
+    for argv in ([], ["--format", "csr"]):
+        file = exported(finished("pairs"), *argv).read_bytes()
+        for place in (file.index(b'"density"') + 12, len(file) - 2, len(file) // 2):
+            damaged = bytearray(file)
+            damaged[place] ^= 1
+            path.write_bytes(damaged)
+            with pytest.raises(UserError) as error:
+                export.load(path)
+            assert str(error.value) == f"{path}: damaged, the checksum does not match"
+
+
+def test_equal_exports_are_equal_files(finished):
+    run, files = finished("pairs"), set()
+    for _ in range(4):
+        path = exported(run)
+        files.add(path.read_bytes())
+        path.unlink()
+    assert len(files) == 1
+
+
+def test_an_export_of_an_older_version_is_read_with_a_warning(finished, tmp_path, caplog):
+    run = finished("pairs")
+    state, facts = formats._read(exported(run))
+    old = {k: v for k, v in facts.items() if k != "sha256"} | {"kind": "startsparse network 1"}
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(state, path, old)
+    sealed.log.propagate = True
+    try:
+        close(run.load(path), run.logits)
+    finally:
+        sealed.log.propagate = False
+    assert f"{path} has no checksum" in caplog.text
+    safetensors.torch.save_file(state, path, old | {"sha256": "0" * 64})
+    with pytest.raises(UserError, match="damaged"):
+        export.load(path)
+
+
+WRONG = {
+    "its network has more than 2,147,483,648 weights": lambda f, t: f.update(
+        network=f["network"].replace('"width": 8', '"width": 200000')
+    ),
+    "no 'network'": lambda f, t: f.pop("network"),
+    "names 'arch' twice": lambda f, t: f.update(network='{"arch": 1, "arch": 2}'),
+    "--arch: no network is called 'x'": lambda f, t: f.update(
+        network=f["network"].replace("algorithmic", "x")
+    ),
+    "build() got an unexpected keyword": lambda f, t: f.update(network='{"arch": "mlp", "x": 1}'),
+    "--format 'pickle'": lambda f, t: f.update(format="pickle"),
+    "'embedding.weight' is no matrix of 8 compressed rows": lambda f, t: t[
+        "embedding.weight.columns"
+    ].add_(1000),
+    "'embedding.weight' has more than": lambda f, t: f.update(
+        shapes=f["shapes"].replace("[8, ", "[2000000000, ")
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_right_digest_of_wrong_content(finished, tmp_path, message):
+    state, facts = sealed.read(
+        exported(finished("pairs"), "--format", "csr"), "network", formats.KIND
+    )
+    WRONG[message](facts, state)
+    path = tmp_path / "x.safetensors"
+    sealed.write(path, state, facts)
+    with pytest.raises(UserError) as error:
+        export.load(path)
+    assert str(error.value).startswith(
+        f"{path}: not a network that startsparse.export wrote ({message}"
+    )
+    assert "\n" not in str(error.value)

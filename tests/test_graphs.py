@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from script_runs import Crash, crashing, same, weights
 
 from ER_DST import main as dynamic
 from startsparse import data, models, parallel, scores
-from startsparse.data import SETS, SHAPES, Shape
+from startsparse.data import SETS, SHAPES, Shape, planetoid
 from startsparse.data.graphs import NO_LABEL, GraphBatches, karate
 from startsparse.errors import OptionError, UserError
 from startsparse.masks import attach_masks, masked_weights
@@ -270,7 +271,7 @@ class Evil:
 
 ONEHOT = np.eye(3, dtype=np.int32)
 DAMAGE = {
-    "graph: no pickle of a graph (pickle data was truncated)": lambda data: data[: len(data) // 2],
+    "graph: no pickle of a graph (pickle data was truncated": lambda data: data[: len(data) // 2],
     "x: no pickle of a graph (it asks for _io.StringIO)": lambda _: pickle.dumps(Evil()),
     "graph: no pickle of a graph (it asks for builtins.eval)": lambda _: b"cbuiltins\neval\n.",
     "tx: a list, no csr_matrix": lambda _: python2_pickle([1]),
@@ -288,13 +289,16 @@ DAMAGE = {
     "allx: no csr_matrix (": lambda _: python2_csr(np.ones((24, 9))).replace(
         b"J\x18\x00\x00\x00", b"J\x17\x00\x00\x00", 1
     ),
-    "graph: 40 is no node from 0 to 39": lambda _: python2_defaultdict({0: [40]}),
+    "graph: '40' is no node from 0 to 39": lambda _: python2_defaultdict({0: [40]}),
     "graph: 1 edges, not 80": lambda _: python2_defaultdict({0: [1], 1: [0], 2: [2]}),
     "graph: node 0 has no list of nodes": lambda _: python2_pickle({0: 1}),
     "test.index: 15 test nodes, not 16": lambda data: data[data.index(b"\n") + 1 :],
     "test.index: 17 lines, not 16": lambda data: data + data[:3],
     "test.index: test nodes 7 to 39, not 24": lambda data: data.replace(b"31\n", b"7\n"),
-    "test.index: invalid literal": lambda data: data + b"x\n",
+    "test.index: a line 'x', no node": lambda data: data + b"x\n",
+    "test.index: a line '9999999999": lambda data: data + b"9" * 30 + b"\n",
+    "test.index: a line '1_0', no node": lambda data: data + b"1_0\n",
+    "graph: '[]' is no node from 0 to 39": lambda _: python2_defaultdict({0: [[]]}),
 }
 
 
@@ -439,3 +443,28 @@ def test_bad_options_are_one_line_before_data_or_devices(message, monkeypatch):
 def test_graphs_have_a_validation_part_of_their_own(run, no_pictures):
     folder = run("--set", "karate", "--epochs", "1")
     assert pd.read_csv(folder / "epochs.csv")["valid_accuracy"].notna().all()
+
+
+def test_other_numbers_than_published_are_warned_of(tmp_path, caplog, monkeypatch):
+    """Planetoid has no checksums; however the files are pickled, their numbers have a digest."""
+    small = write_planetoid(tmp_path)
+    seen, content = [], planetoid._content
+    monkeypatch.setattr(planetoid, "_content", lambda *a: seen.append(content(*a)) or seen[-1])
+    monkeypatch.setattr(planetoid.log, "propagate", True)
+    small.loader(tmp_path)
+    assert seen == []  # no digest is known
+    spec = replace(small.spec, content="another")
+    planetoid.load(spec, tmp_path)
+    assert f"{tmp_path / 'planetoid/cora'}: other numbers than in the published" in caplog.text
+    caplog.clear()
+    spec = replace(spec, content=seen[0])
+    path = tmp_path / "planetoid/cora/ind.cora.x"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"K\x32", b"K\x31"))  # how many numbers SciPy prints
+    planetoid.load(spec, tmp_path)
+    assert caplog.text == ""
+    path.write_bytes(data.replace(np.float32(3).tobytes(), np.float32(2).tobytes()))
+    planetoid.load(spec, tmp_path)
+    assert "other numbers" in caplog.text
+    for real in (planetoid.CORA, planetoid.CITESEER):
+        assert len(real.content) == len(seen[0])

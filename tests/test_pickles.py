@@ -120,8 +120,11 @@ EVIL = {
     "it has an array whose shape": array(BYTE, b"(J\xff\xff\xff\xffJ\xfe\xff\xff\xfft"),
     "it changes a function": b"cnumpy.core.multiarray\nscalar\n}b.",
     "it has bytes encoded as 'rot13'": b"c_codecs\nencode\n(X\x01\x00\x00\x00aU\x05rot13tR.",
+    "it numbers an object 2147483647": b"\x80\x02]r\xff\xff\xff\x7f.",
+    "it numbers an object 268435455": b"]p268435455\n.",
     "pickle data was truncated": array(BYTE)[:40],
-    "Ran out of input": b"",
+    "pickle data was truncated or": b"",
+    "pickle data was truncated or is": b"\x80\x04\x8e" + (1 << 32).to_bytes(8, "little") + b".",
 }  # fmt: skip
 
 

@@ -142,3 +142,16 @@ def test_dense_layers_count_towards_the_target(method):
 def test_density_out_of_range(p):
     with pytest.raises(ValueError, match=r"\(0, 1\]"):
         layer_densities("uniform", resnet18(), p)
+
+
+@pytest.mark.parametrize("tiny", [1e-300, 1e-307, 5e-324])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_tiny_profile_is_scaled_like_any_other(tiny, budget):
+    shapes = [(10, 10), (20, 10)]
+    found = layer_densities("network", shapes, 0.2, budget=budget, profile=[tiny, tiny])
+    assert found == pytest.approx([0.2, 0.2])
+
+
+def test_what_is_left_when_layers_saturate_may_be_tiny():
+    found = layer_densities("network", [(10, 10)] * 2, 0.75, profile=[0.5, 1e-310])
+    assert found == pytest.approx([1, 0.5])

@@ -118,6 +118,12 @@ def test_bad_names_are_named(told):
         told(rows, "--by", "size")
     with pytest.raises(OptionError, match=r"^--of: the column 'name' of .* does not hold numbers$"):
         told(rows, "--of", "name")
+    with pytest.raises(OptionError, match=r"^--of: .*results\.csv has no column 'arch'$"):
+        told(rows, "--of", "arch")
+    with pytest.raises(OptionError, match=r"^--nosuch: unknown option"):
+        told(rows, "--nosuch")
+    with pytest.raises(OptionError, match=r"^RESULTS: name a results\.csv$"):
+        report.main([])
     with pytest.raises(OptionError, match=r"^--plot: a\.gif should end in \.png, \.pdf, \.svg$"):
         told(rows, "--plot", "a.gif")
     with pytest.raises(OptionError, match=r"^--plot: all runs have one setting; name an axis"):
@@ -322,8 +328,43 @@ def test_the_suffix_is_the_format(told, tmp_path, suffix, start):
 def test_a_picture_that_cannot_be_written(told, tmp_path):
     (tmp_path / "file").write_text("")
     rows = rows_of((1, 0.9, {}), (1, 0.5, {"lr": 0.01}))
+    path = tmp_path / "file/a.png"
+    with pytest.raises(OptionError, match=r"^--plot: cannot write .*a\.png: .*file is no folder"):
+        told(rows, "--plot", str(path))
     with pytest.raises(UserError, match=r"file/a\.png: cannot be written \("):
-        told(rows, "--plot", str(tmp_path / "file/a.png"))
+        plots.plot(means([0.2], [0.9]), ["x"], "test_accuracy", path)
+
+
+def test_a_picture_shows_dollars_and_underscores(figures, told, tmp_path):
+    rows = rows_of((1, 0.9, {"name": "$\\frac$"}), (1, 0.5, {"name": "_a"}))
+    told(rows, "--by", "seed", "name", "--plot", str(tmp_path / "a.png"))
+    (legend,) = figures[0].legends
+    figures[0].canvas.draw()
+    assert [text.get_text() for text in legend.get_texts()] == ["\\$\\frac\\$", " _a"]
+
+
+def test_characters_that_the_font_lacks_are_one_line(told, tmp_path):
+    rows = rows_of((1, 0.9, {"name": "日本"}), (1, 0.5, {"name": "b"}))
+    _, said = told(rows, "--by", "name", "--plot", str(tmp_path / "a.png"))
+    assert said == f"warning: {tmp_path}/a.png: the font of pictures has no 日 本\n"
+
+
+def test_names_in_a_table_are_one_line(told):
+    (_, *lines), _ = told(rows_of((1, 0.9, {"name": "a\n\x1b|b"}), (1, 0.5, {})), "--by", "name")
+    assert [line[0] for line in lines] == ["a\\n\\x1b\\", "net"]  # the bar is escaped, too
+
+
+def test_infinite_values_are_shown(told):
+    (_, *lines), said = told(rows_of((1, np.inf, {}), (2, 0.5, {})))
+    assert lines == [["2", "inf"]] and said == ""
+
+
+@pytest.mark.parametrize("curves", ["", "epoch,train_accuracy\n1,0.5\n", "a\n", '"'])
+def test_curves_of_damaged_runs(told, tmp_path, curves):
+    (tmp_path / "runs/0").mkdir(parents=True)
+    (tmp_path / "runs/0/epochs.csv").write_text(curves)
+    with pytest.raises(UserError, match=r"runs/0/epochs\.csv:? (cannot be read|has no column)"):
+        told(rows_of((1, 0.9, {})), "--curves", str(tmp_path / "a.png"))
 
 
 @pytest.mark.parametrize(("density", "scale"), [(0.2, "linear"), (0.004, "log")])

@@ -126,10 +126,3 @@ def test_no_point_hides_another_and_no_interval_is_cut(tmp_path, monkeypatch):
     assert (np.diff(places, axis=0) < 0).all()  # side by side, in order
     assert (places.min(0)[:-1] > places.max(0)[1:]).all()  # each near its own density
     assert axis.get_ylim()[0] <= 37
-
-
-def test_the_environment_says_versions():
-    known = runs.environment()
-    assert known["torch"] == torch.__version__
-    assert known["torchvision"]
-    assert known["threads"] >= 1

@@ -74,7 +74,7 @@ def _offline(monkeypatch):
 
 def test_bundled_tables():
     cancer, digits = tables.load("breast-cancer"), tables.load("digits")
-    assert cancer.features.shape == (569, 30) and cancer.features.dtype == torch.float32
+    assert cancer.features.shape == (569, 30) and cancer.features.dtype == torch.float64
     assert cancer.class_names == ("malignant", "benign")
     assert cancer.feature_names[:2] == ("mean radius", "mean texture")
     assert cancer.labels.bincount().tolist() == [212, 357] and cancer.labels.dtype == torch.int64
@@ -169,7 +169,10 @@ WRONG = {
         text([{**row, "ESR": "6"} for row in people(10)]),
         r"ACSEmployment: all 10 rows have the label 'not employed'",
     ),
-    "too many fields": (text(people(10)) + "\n" + "1," * 400, r"cannot be read as CSV \("),
+    "too many fields": (
+        text(people(10)) + "\n" + "1," * 400,
+        r"line 12 has 401 cells, but line 1 names \d+ col",
+    ),
 }
 
 
@@ -190,7 +193,7 @@ def test_income_without_a_row_that_counts(tmp_path):
 def test_bytes_that_are_no_text(tmp_path):
     path = write(tmp_path, "")
     path.write_bytes(bytes(range(128, 256)) * 10)
-    with pytest.raises(UserError, match=r"psam_p01.csv: cannot be read as CSV \("):
+    with pytest.raises(UserError, match=r"psam_p01.csv: line 1: byte 0x80 is no UTF-8"):
         tables.load("ACSEmployment", root=tmp_path, state="AL", year=2018)
 
 
@@ -231,10 +234,10 @@ def test_state_codes_are_those_of_folktables():
 
 def test_a_file_of_ones_own(tmp_path):
     path = tmp_path / "wine.csv"
-    path.write_text("acid,kind,sugar\n1.5,red,2\n-1,white,3e1\n0,red,4\n")
+    path.write_text("acid,kind,sugar\n1.5,red,2\n-1,white,3e1\n0,red,4\n.5,white,0.1\n")
     table = tables.load(str(path), label="kind")
-    assert table.features.tolist() == [[1.5, 2], [-1, 30], [0, 4]]
-    assert table.labels.tolist() == [0, 1, 0]
+    assert table.features.tolist() == [[1.5, 2], [-1, 30], [0, 4], [0.5, 0.1]]
+    assert table.labels.tolist() == [0, 1, 0, 1]
     assert (table.feature_names, table.class_names) == (("acid", "sugar"), ("red", "white"))
     with pytest.raises(OptionError, match=r"^--label: name the column"):
         tables.load(str(path))
@@ -244,12 +247,11 @@ def test_a_file_of_ones_own(tmp_path):
         ("a,b\n1,x\n,y\n", "line 3, column 'a': is empty"),
         ("a,b\n1,x\n2,\n", "line 3, column 'b': is empty"),
         ("a,b\n1,x\n2,x\n", "all 2 rows have the label 'x'"),
-        ("a,b\n1,x\n1e60,y\n", "column 'a' is not finite"),
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=message):
             tables.load(str(path), label="b")
-    with pytest.raises(OptionError, match=r"^--table: 'iris' is none of breast-cancer, digits"):
+    with pytest.raises(OptionError, match=r"^--tables: 'iris' is none of breast-cancer, digits"):
         tables.load("iris")
     with pytest.raises(UserError, match="none.csv: cannot be read as CSV"):
         tables.load(str(tmp_path / "none.csv"), label="b")

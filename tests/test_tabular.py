@@ -284,7 +284,7 @@ def test_results_of_other_options_are_not_overwritten(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tables", "iris"], "--table: 'iris' is none of"),
+        (["--tables", "iris"], "--tables: 'iris' is none of"),
         (["--seeds"], "--seeds: needs at least one value"),
         (["--seeds", "1", "2", "1"], "--seeds: 1 is named twice"),
         (["--starts", "0.5", ".5"], "--starts: 0.5 is named twice"),

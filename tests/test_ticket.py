@@ -1,7 +1,9 @@
 """Ticket files: they stand alone, stay small, notice every change, and can be shuffled."""
 
+import hashlib
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,17 +12,15 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from ticket_networks import images, plain, rebuild
+from ticket_networks import DESCRIPTION, images, plain, rebuild, trained
 from torch import nn
 
 from ER_SLT.edge_popup import RANKINGS, found_masks, popup, popup_layers, set_density
 from ER_SLT.initializers import init_weights
 from ER_SLT.ticket import SHUFFLES, load_ticket, put_in_place, save_ticket_by_rank_0, shuffled
-from startsparse import models
+from startsparse import models, sealed
 from startsparse.errors import UserError
 from startsparse.masks import attach_masks, draw_masks, sparse_layers
-
-DESCRIPTION = {"initBias": "ortho-nonzero-bias", "seed": 7, "bfac": 0.5, "accuracy": 0.1 + 0.2}
 
 REBUILD = """
 import sys
@@ -32,23 +32,6 @@ from ER_SLT.ticket import load_ticket
 ticket = load_ticket(Path(sys.argv[1]))
 torch.save(rebuild(ticket)(images()), sys.argv[2])
 """
-
-
-def trained(ranking="layer", steps=3):
-    """A tiny ticket; its last layer is dense."""
-    model = plain()
-    shapes = {name: layer.weight.shape for name, layer in sparse_layers(model).items()}
-    masks = draw_masks(shapes, [0.6, 0.4, 1.0], DESCRIPTION["seed"], "bernoulli")
-    del masks["7"]
-    attach_masks(model, masks)
-    init_weights(model, DESCRIPTION["initBias"], DESCRIPTION["seed"], DESCRIPTION["bfac"])
-    popup(model, DESCRIPTION["seed"], ranking=ranking)
-    set_density(model, 0.3)
-    optimizer = torch.optim.SGD(model.parameters(), 1.0)
-    for _ in range(steps):
-        model(images()).square().mean().backward()
-        optimizer.step()
-    return model.eval()
 
 
 @pytest.fixture
@@ -251,3 +234,89 @@ def test_memory_format_does_not_matter_for_shuffles(what):
         assert torch.allclose(one(images()), other(images()), atol=1e-5)
         for name, mask in found_masks(one).items():
             assert torch.equal(mask, found_masks(other)[name])
+
+
+def test_equal_tickets_are_equal_files(tmp_path):
+    """safetensors itself writes metadata in the order of a hash table."""
+    model, files = trained(), set()
+    for number in range(6):
+        save_ticket_by_rank_0(tmp_path / str(number), model, DESCRIPTION)
+        files.add((tmp_path / str(number)).read_bytes())
+    assert len(files) == 1
+
+
+def rewritten(path, change):
+    """Change metadata and tensors of a ticket, and give it a right digest."""
+    with safetensors.safe_open(path, "pt") as file:
+        facts = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(facts, tensors)
+    sealed.write(path, tensors, facts)
+
+
+def nan(facts, tensors):
+    tensors["statistics/1.running_mean"][0] = torch.nan
+
+
+def outside(facts, tensors):
+    tensors["found/0.weight"][:] = 255
+
+
+CRAFTED = {
+    "'description' is no JSON (is nested too deeply)": lambda f, t: f.update(
+        description="[" * 10**5
+    ),
+    "'description' is no JSON (names 'a' twice)": lambda f, t: f.update(
+        description='{"a": 1, "a": 2}'
+    ),
+    "'description' is a list, no mapping": lambda f, t: f.update(description="[]"),
+    "'shapes' is no JSON (Expecting value": lambda f, t: f.pop("shapes"),
+    "'weights' is no digest": lambda f, t: f.update(weights="x"),
+    "has no mask 'er/3'": lambda f, t: t.pop("er/3"),
+    "has an entry 'more'": lambda f, t: t.update(more=torch.ones(1)),
+    "has an entry 'er/'": lambda f, t: t.update({"er/": torch.ones(1)}),
+    "the shape of 'er/0' is not one of sizes": lambda f, t: f.update(
+        shapes=f["shapes"].replace("[8, 3, 3, 3]", "[-8, -3, 3, 3]")
+    ),
+    "'er/0' is uint8 [27], not the bits of a mask [8, 3, 3, 3000000000]": lambda f, t: f.update(
+        shapes=f["shapes"].replace("[8, 3, 3, 3]", "[8, 3, 3, 3000000000]")
+    ),
+    "'found/0.weight' is float32 [27], not the bits": lambda f, t: t.update(
+        {"found/0.weight": t["found/0.weight"].float()}
+    ),
+    "'statistics/1.running_mean' is negative or not finite": nan,
+    "its mask of '0' does not lie inside the random mask": outside,
+    "'found/7.bias' has bits beyond its mask": lambda f, t: t["found/7.bias"].fill_(255),
+}
+
+
+@pytest.mark.parametrize("message", CRAFTED)
+def test_a_right_digest_of_wrong_content(saved, message):
+    _, path = saved
+    rewritten(path, CRAFTED[message])
+    with pytest.raises(UserError) as error:
+        load_ticket(path)
+    assert str(error.value).startswith(f"{path}: not a ticket that this project wrote: {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_ticket_of_an_older_version_is_read(saved):
+    """Its metadata have another order."""
+    _, path = saved
+    expected, file = load_ticket(path), path.read_bytes()
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:end])
+    header["__metadata__"] = dict(reversed(header["__metadata__"].items()))
+    digest, blank = header["__metadata__"]["sha256"], sealed._BLANK
+    text = json.dumps(header, separators=(",", ":")).replace(digest, blank).ljust(end - 8).encode()
+    file = file[:8] + text + file[end:]
+    path.write_bytes(file.replace(blank.encode(), hashlib.sha256(file).hexdigest().encode()))
+    found = load_ticket(path)
+    assert found.description == expected.description
+    assert all(torch.equal(found.er_masks[n], mask) for n, mask in expected.er_masks.items())
+
+
+def test_a_pipe_is_no_ticket(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is a pipe or a device, not a file"):
+        load_ticket(tmp_path / "pipe")

@@ -1,6 +1,7 @@
 """Sets of images as arrays, and where their batches come from."""
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,10 +84,11 @@ class Arrays:
         if self.moments is None:
             return self.mean, self.std
         pixels = len(rows) * self.size**2
-        units = torch.tensor([[255], [255**2]], dtype=torch.float64)
-        first, second = self.moments[rows].sum(0) / (pixels * units)
-        std = (second - first**2).clamp(min=0).sqrt()
-        return first.tolist(), torch.where(std > 0, std, 1).tolist()  # a channel may be constant
+        first, second = self.moments[rows].sum(0).tolist()
+        # In whole numbers: in float64 the difference of a constant channel is not always 0.
+        variances = [pixels * b - a * a for a, b in zip(first, second)]
+        unit = 255 * pixels
+        return [a / unit for a in first], [math.sqrt(v) / unit if v else 1.0 for v in variances]
 
     def batches(
         self,

@@ -96,7 +96,17 @@ def load(spec: Spec, root: Path, mirror: str = "", *, checksum: bool = True) -> 
     folder = root / spec.folder
     names = [f"{spec.folder}/{file.name}" for file in spec.train + spec.test]
     extra = [f"{spec.folder}/{spec.meta.name}"]
-    files.unpacked(root, names, spec.archive, spec.url, mirror, checksum=checksum, extra=extra)
+    images = spec.train_images * len(spec.train) + spec.test_images * len(spec.test)
+    files.unpacked(
+        root,
+        names,
+        spec.archive,
+        spec.url,
+        mirror,
+        largest=4 * BYTES * images + (16 << 20),  # four times what the published one has
+        checksum=checksum,
+        extra=extra,
+    )
     return Arrays(
         train=_read(folder, spec.train, spec.train_images, spec, checksum),
         test=_read(folder, spec.test, spec.test_images, spec, checksum),

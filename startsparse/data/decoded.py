@@ -4,9 +4,10 @@ import hashlib
 import json
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,14 @@ from startsparse import threads
 from startsparse.atomic import replacing, write_text
 from startsparse.data import files
 from startsparse.errors import UserError
+from startsparse.reading import read_bytes, strict_json
 
 FORMAT = 1  # raise it when the same images give another content
 STORE = ".startsparse"  # in the folder of the images
 MODES = {1: "L", 3: "RGB"}  # channels -> what PIL calls them
 
+_NAMES = ("utf-8", "surrogateescape")  # of files, which may be any bytes
+_PIECE = 1024  # images that share a checksum
 _NAMED = 3  # damaged images that a message names
 
 T = TypeVar("T")
@@ -74,24 +78,53 @@ def decoded(root: Path, paths: Sequence[str], form: Form) -> Pixels:
     Raises:
         UserError: images cannot be decoded, or have another size.
     """
+    times = _by_times(root, paths)
     store = _store(root)
     if store is None:
         return _decode(root, paths, form, _by_bytes(root, paths), None)
-    with FileLock(store / ".lock"):  # other runs wait for the first, which decodes
-        listed = store / f"listed-{_by_times(root, paths)}.json"
-        try:
-            content = json.loads(listed.read_text())["content"]
-        except (OSError, ValueError, KeyError, TypeError):
+    with _locked(store):  # other runs wait for the first, which decodes
+        listed = store / f"listed-{times}.json"
+        content = _listed(listed, times)
+        if content is None:
             content = _by_bytes(root, paths)
             with suppress(OSError):  # a full disk only costs time
-                write_text(listed, json.dumps({"content": content}) + "\n")
+                write_text(listed, json.dumps(_sealed(times, content)) + "\n")
         kept = _kept(store, content, form, len(paths))
         return kept or _decode(root, paths, form, content, store)
 
 
+@contextmanager
+def _locked(store: Path) -> Iterator[None]:
+    """Keep others out of a store; without a lock, where its file system has none, both decode."""
+    lock = FileLock(store / ".lock")
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _sealed(times: str, content: str) -> dict[str, str]:
+    return {"content": content, "check": hashlib.blake2b(f"{times} {content}".encode()).hexdigest()}
+
+
+def _listed(path: Path, times: str) -> str | None:
+    """The key of images that have stayed as they were; None if it is missing or damaged."""
+    try:
+        found = strict_json(read_bytes(path))
+        return found["content"] if found == _sealed(times, found["content"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _store(root: Path) -> Path | None:
     """The folder to keep pixels in; None if nothing can be written anywhere."""
-    for store in (root / STORE, startsparse.cache_folder() / "images"):
+    cache = startsparse.cache_folder()
+    for store in (root / STORE, *([cache / "images"] if cache else [])):
         try:
             store.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=store):
@@ -103,10 +136,13 @@ def _store(root: Path) -> Path | None:
 
 def _by_times(root: Path, paths: Sequence[str]) -> str:
     """A key that changes when an image is added, removed, renamed or written again."""
-    digest = hashlib.blake2b(f"{FORMAT} {root.resolve()}".encode(), digest_size=16)
+    digest = hashlib.blake2b(f"{FORMAT} {root.resolve()}".encode(*_NAMES), digest_size=16)
     for path in paths:
-        stat = (root / path).stat()
-        digest.update(f"\n{path} {stat.st_size} {stat.st_mtime_ns}".encode())
+        try:
+            stat = (root / path).stat()
+        except OSError as error:
+            raise UserError(f"{root / path}: cannot be read ({files.reason(error)})") from error
+        digest.update(f"\n{path} {stat.st_size} {stat.st_mtime_ns}".encode(*_NAMES))
     return digest.hexdigest()
 
 
@@ -118,13 +154,13 @@ def _by_bytes(root: Path, paths: Sequence[str]) -> str:
         return hashlib.blake2b(_bytes(root / path)).digest()
 
     for path, hashed in zip(paths, _parallel(one, paths, "reading"), strict=True):
-        digest.update(path.encode() + b"\n" + hashed)
+        digest.update(path.encode(*_NAMES) + b"\n" + hashed)
     return digest.hexdigest()
 
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({files.reason(error)})") from error
 
@@ -141,21 +177,28 @@ def _parallel(function: Callable[[T], R], items: Sequence[T], what: str) -> Iter
 
 
 def _files(store: Path, content: str, form: Form) -> tuple[Path, Path]:
-    """Where pixels and moments are kept."""
+    """Where pixels are kept, and what tells whether they are whole."""
     stem = f"{content}-{form.size}{'-resized' * form.resize}-{form.channels}"
-    return store / f"{stem}.npy", store / f"{stem}-moments.npy"
+    return store / f"{stem}.npy", store / f"{stem}-sums.npz"
 
 
 def _kept(store: Path, content: str, form: Form, count: int) -> Pixels | None:
-    """The pixels in a store; None if they are missing, or damaged."""
+    """The pixels in a store; None if they are missing, or damaged in as much as one bit."""
     pixels, sums = _files(store, content, form)
     try:
         # Copy on write: PyTorch warns of memory that cannot be written.
         images = np.load(pixels, mmap_mode="c", allow_pickle=False)
-        moments = np.load(sums, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        with np.load(sums, allow_pickle=False) as file:
+            moments, crcs = file["moments"], file["crcs"]  # reading checks the CRCs of these
+    except Exception:  # a damaged file raises anything
         return None
-    return Pixels(images, moments, content) if len(images) == len(moments) == count else None
+    shape = (count, form.size, form.size, form.channels)
+    if (images.dtype, images.shape) != (np.uint8, shape) or not images.flags.c_contiguous:
+        return None
+    pieces = [images[first : first + _PIECE] for first in range(0, count, _PIECE)]
+    with ThreadPoolExecutor(threads.cores()) as pool:
+        whole = list(pool.map(zlib.crc32, pieces)) == crcs.tolist()
+    return Pixels(images, moments, content) if whole else None
 
 
 def _decode(
@@ -163,6 +206,7 @@ def _decode(
 ) -> Pixels:
     """Decode all images, into ``store`` or into memory."""
     moments = np.empty((len(paths), 2, form.channels), np.int64)
+    crcs = [0] * -(-len(paths) // _PIECE)
     shape = (len(paths), form.size, form.size, form.channels)
 
     def images() -> Iterator[np.ndarray]:
@@ -174,6 +218,7 @@ def _decode(
             elif not damaged:
                 wide = image.astype(np.int64)
                 moments[row] = wide.sum((0, 1)), (wide * wide).sum((0, 1))
+                crcs[row // _PIECE] = zlib.crc32(image, crcs[row // _PIECE])
                 yield image
         if damaged:
             more = len(damaged) - _NAMED
@@ -194,13 +239,13 @@ def _decode(
             for image in images():
                 file.write(image.data)
             with replacing(sums) as small, small.open("wb") as other:
-                np.save(other, moments)
+                np.savez(other, moments=moments, crcs=np.array(crcs))
     except OSError as error:
         tqdm.write(f"{target}: not kept ({files.reason(error)})", file=sys.stderr)
         return _decode(root, paths, form, content, None)
+    # Once more if what was written cannot be read back: a store may be a failing disk.
     kept = _kept(store, content, form, len(paths))
-    assert kept is not None
-    return kept
+    return kept or _decode(root, paths, form, content, None)
 
 
 def _image(root: Path, form: Form, path: str) -> np.ndarray | UserError:

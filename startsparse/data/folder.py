@@ -49,14 +49,15 @@ def listing(root: Path) -> Listing:
     Hidden files and folders do not count.
 
     Raises:
-        OptionError: there is no ``train``, a class without an image, or one that ``train`` lacks.
+        OptionError: there is no ``train``, a class without an image, one that ``train`` lacks, or a
+            folder that cannot be read, or that contains itself through a link.
     """
     if not (root / "train").is_dir():
         raise OptionError(f"--data: {root} has no folder train; --set folder reads train/CLASS/*")
     odd = [name for name in _OTHER_NAMES if (root / name).is_dir()]
     if odd:
         raise OptionError(f"--data: {root / odd[0]} is not read; parts are called train, val, test")
-    classes = tuple(sorted(_visible(root / "train", folders=True)))
+    classes = tuple(sorted(visible(root / "train", folders=True)))
     if len(classes) < 2:
         raise OptionError(
             f"--data: {root / 'train'} has {len(classes)} folder, not one for each of two classes "
@@ -69,17 +70,25 @@ def listing(root: Path) -> Listing:
     return found
 
 
-def _visible(folder: Path, folders: bool) -> list[str]:
-    with os.scandir(folder) as entries:
-        return [e.name for e in entries if e.name[0] != "." and e.is_dir() == folders]
+def visible(folder: Path, folders: bool) -> list[str]:
+    """The names of the folders, or of all else, in ``folder`` that are not hidden.
+
+    Raises:
+        OptionError: it cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return [e.name for e in entries if e.name[0] != "." and e.is_dir() == folders]
+    except OSError as error:
+        raise OptionError(f"--data: {folder} cannot be read ({files.reason(error)})") from None
 
 
 def _list(found: Listing, part: str) -> None:
     found.paths[part], found.labels[part] = [], []
-    for name in sorted(_visible(found.root / part, folders=True)):
+    for name in sorted(visible(found.root / part, folders=True)):
         if name not in found.classes:
             raise OptionError(f"--data: {found.root / part / name} is a class that train lacks")
-        paths = sorted(_walk(found.root, f"{part}/{name}"))
+        paths = sorted(walk(found.root, f"{part}/{name}"))
         images = [path for path in paths if path.lower().endswith(SUFFIXES)]
         if not images:
             raise OptionError(
@@ -93,12 +102,20 @@ def _list(found: Listing, part: str) -> None:
         raise OptionError(f"--data: {found.root / part} has no folder of a class")
 
 
-def _walk(root: Path, folder: str) -> Iterator[str]:
-    """The visible files in ``root/folder`` and below, relative to the root."""
-    for name in _visible(root / folder, folders=False):
+def walk(root: Path, folder: str, around: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """The visible files in ``root/folder`` and below, relative to the root.
+
+    Args:
+        around: device and number of the folders around it, which a link may lead back to.
+    """
+    stat = (root / folder).stat()
+    here = stat.st_dev, stat.st_ino
+    if here in around:
+        raise OptionError(f"--data: {root / folder} is a link to a folder that contains it")
+    for name in visible(root / folder, folders=False):
         yield f"{folder}/{name}"
-    for name in _visible(root / folder, folders=True):
-        yield from _walk(root, f"{folder}/{name}")
+    for name in visible(root / folder, folders=True):
+        yield from walk(root, f"{folder}/{name}", (*around, here))
 
 
 def load(root: Path, mirror: str = "", *, image_size: int = 0, channels: int = 3) -> Arrays:  # noqa: ARG001 -- never downloaded
@@ -116,9 +133,9 @@ def load(root: Path, mirror: str = "", *, image_size: int = 0, channels: int = 3
     found = listing(root)
     if found.others:
         log.warning(
-            "warning: %d files that are no images are left out, %s first",
+            "warning: %d files that are no images are left out, %r first",
             len(found.others),
-            root / found.others[0],
+            str(root / found.others[0]),
         )
     size = image_size or _own_size(found)
     pixels = decoded(root, found.all, Form(size, channels, resize=image_size > 0))

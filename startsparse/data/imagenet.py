@@ -13,12 +13,15 @@ from torch.utils.data import DataLoader, Dataset
 from startsparse import seeding
 from startsparse.data import files
 from startsparse.data.batches import normalised, parts, steps
+from startsparse.data.folder import visible, walk
 from startsparse.errors import UserError
 
 SIZE = 224
 RESIZED = 256  # length of the shorter side, before the centre crop
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 Sample = tuple[str, int]  # path and label
 
@@ -207,15 +210,21 @@ def load(root: Path, mirror: str = "") -> Folders:  # noqa: ARG001 -- it is neve
 
 
 def _list(folder: Path) -> tuple[list[Sample], list[str]]:
-    from torchvision.datasets import ImageFolder  # imported here: no other set needs it
+    """Path and label of the images, in the order of their classes and paths, and the classes.
 
+    Hidden files and folders do not count, and other files are no images.
+    """
     if not folder.is_dir():
         raise UserError(
             f"{folder}: missing: ImageNet is not downloaded; put the images there, one folder for "
             "each class, or use --set digits, which needs no file"
         )
-    try:
-        listing = ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: {files.reason(error)}") from error
-    return listing.samples, listing.classes
+    classes, samples = sorted(visible(folder, folders=True)), []
+    if not classes:
+        raise UserError(f"{folder}: has no folder of a class")
+    for label, name in enumerate(classes):
+        images = sorted(p for p in walk(folder, name) if p.lower().endswith(SUFFIXES))
+        if not images:
+            raise UserError(f"{folder / name}: has no image; images end in {' '.join(SUFFIXES)}")
+        samples += [(str(folder / path), label) for path in images]
+    return samples, classes

@@ -1,6 +1,7 @@
 """MNIST from its four gzipped IDX files."""
 
 import gzip
+import io
 import math
 import struct
 import zlib
@@ -84,9 +85,10 @@ def load(spec: Spec, root: Path, mirror: str = "", *, checksum: bool = True) -> 
 
 def _read(path: Path, md5: str, shape: tuple[int, ...]) -> Tensor:
     """An IDX file of bytes: 0, 0, type 8, number of dimensions; big-endian uint32 sizes; data."""
-    content = files.read(path, md5)
+    content, count = files.read(path, md5), math.prod(shape)
     try:
-        data = gzip.decompress(content)
+        with gzip.open(io.BytesIO(content)) as file:
+            data = file.read(4 + 4 * len(shape) + count + 1)  # one more than there should be
         zero, kind, dimensions = struct.unpack_from(">HBB", data)
         sizes = struct.unpack_from(f">{dimensions}I", data, 4)
     except (OSError, EOFError, zlib.error, struct.error) as error:
@@ -94,8 +96,9 @@ def _read(path: Path, md5: str, shape: tuple[int, ...]) -> Tensor:
     if (zero, kind, sizes) != (0, BYTE, shape):
         raise _other(path, f"type {kind} {list(sizes)}, not {BYTE} (bytes) {list(shape)}")
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions)
-    if len(values) != math.prod(shape):
-        raise _other(path, f"{len(values)} numbers, not {math.prod(shape)}")
+    if len(values) != count:
+        found = "more numbers than" if len(values) > count else f"{len(values)} numbers, not"
+        raise _other(path, f"{found} {count}")
     return torch.from_numpy(values.reshape(shape).copy())
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from startsparse import seeding
+from startsparse import memory, seeding
 from startsparse.data.rows import Rows, halves
 from startsparse.errors import OptionError
 
@@ -88,6 +88,12 @@ def check(modulus: int, train_fraction: float) -> None:
     """Raise `OptionError` where the options leave a part empty, or training with one example."""
     if modulus < 2:
         raise OptionError(f"--modulus: {modulus} should be at least 2")
+    needed = 8 * 3 * modulus * modulus * (modulus + 1) // 2  # two one-hot tensors and their sum
+    if needed > (installed := memory.installed()):
+        raise OptionError(
+            f"--modulus: the pairs of {modulus} need {needed / 2**30:.1f} GiB of memory, this "
+            f"machine has {installed / 2**30:.1f} GiB"
+        )
     if not 0 < train_fraction < 1:
         raise OptionError(f"--train-fraction: {train_fraction} should be above 0 and below 1")
     pairs = modulus * (modulus + 1) // 2

@@ -8,6 +8,7 @@ dtype is among them: its pickled state may claim that bytes are the addresses of
 import io
 import math
 import pickle
+import pickletools
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -32,9 +33,23 @@ def loads(data: bytes, classes: Mapping[tuple[str, str], type] = _NONE) -> Any:
         pickle.UnpicklingError: the pickle is damaged or asks for anything else; one line.
     """
     try:
+        _check_memo(data)
         return _Unpickler(data, classes).load()
     except Exception as error:  # a damaged pickle raises anything
         raise pickle.UnpicklingError(reason(error)) from error
+
+
+def _check_memo(data: bytes) -> None:
+    """Refuse the number of an object that no pickle of this length has.
+
+    The unpickler makes room for as many objects as the number says: 34 GB for four bytes.
+    """
+    try:
+        for opcode, number, _ in pickletools.genops(data):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and number > len(data):
+                raise pickle.UnpicklingError(f"it numbers an object {number}")
+    except ValueError:
+        raise pickle.UnpicklingError("pickle data was truncated or is damaged") from None
 
 
 class _Unpickler(pickle.Unpickler):

@@ -4,6 +4,7 @@ Revisiting Semi-Supervised Learning with Graph Embeddings (arXiv:1603.08861). A 
 features are the words in it, its class is its topic, and an edge is a citation.
 """
 
+import hashlib
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from startsparse.console import log
 from startsparse.data import files, pickles
 from startsparse.data.files import File
 from startsparse.data.graphs import NO_LABEL, Graph
@@ -29,7 +31,8 @@ class Spec:
     """The published sizes of a set, which its files must match, as there are no checksums.
 
     ``edges`` counts each pair of different joined nodes once; ``train``, ``valid`` and ``test`` are
-    the numbers of nodes in the public split.
+    the numbers of nodes in the public split. ``content`` is a digest of the numbers in the files,
+    however these are pickled ("": none is known).
     """
 
     name: str
@@ -41,10 +44,27 @@ class Spec:
     valid: int = 500
     test: int = 1000
     url: str = URL
+    content: str = ""
 
 
-CORA = Spec("cora", nodes=2708, features=1433, classes=7, edges=5278, train=140)
-CITESEER = Spec("citeseer", nodes=3327, features=3703, classes=6, edges=4552, train=120)
+CORA = Spec(
+    "cora",
+    nodes=2708,
+    features=1433,
+    classes=7,
+    edges=5278,
+    train=140,
+    content="c02d100c25ee99df3f83ba94550fe210",
+)
+CITESEER = Spec(
+    "citeseer",
+    nodes=3327,
+    features=3703,
+    classes=6,
+    edges=4552,
+    train=120,
+    content="e6eabf20d9987ca70d38d01ba5465266",
+)
 PUBMED = Spec("pubmed", nodes=19717, features=500, classes=3, edges=44324, train=60)
 
 
@@ -54,7 +74,8 @@ def load(spec: Spec, root: Path, mirror: str = "") -> Graph:
     Missing files are fetched from ``mirror`` or ``spec.url``. The first nodes are for training, the
     500 after them for validation. test.index lists the test nodes in the order of the rows of tx.
     Citeseer has nodes in their range without a row: these have no features, no label and no part.
-    The features of a node are divided by their sum (Kipf and Welling 2017, section 5.2).
+    The features of a node are divided by their sum (Kipf and Welling 2017, section 5.2). A warning
+    says if the numbers are others than in the files that this was written for.
 
     Raises:
         UserError: names the file that is missing, damaged, or does not fit ``spec``.
@@ -88,8 +109,26 @@ def load(spec: Spec, root: Path, mirror: str = "") -> Graph:
         train=torch.arange(spec.train),
         held_out=lambda _seed: (valid, index.sort().values),
     )
-    _expect(paths["graph"], "edges", graph.adjacency.values().numel() // 2, spec.edges)
+    joined = graph.adjacency.indices()
+    _expect(paths["graph"], "edges", joined.shape[1] // 2, spec.edges)
+    found = (x, tx, allx, y, ty, ally, index, joined)
+    if spec.content and spec.content != _content(*found):
+        log.warning(
+            "warning: %s: other numbers than in the published files: damaged, or another version "
+            "of the set; delete the folder and run again to fetch it",
+            folder,
+        )
     return graph
+
+
+def _content(*parts: Tensor) -> str:
+    """A key of tensors, dense or sparse."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        for tensor in (part.indices(), part.values()) if part.is_sparse else (part,):
+            digest.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _other(path: Path, found: str) -> UserError:
@@ -133,7 +172,7 @@ def _array(path: Path, value: Any, what: str, dimensions: int) -> np.ndarray:
 
 
 def _features(path: Path, columns: int) -> Tensor:
-    """float32 sparse COO [N, columns] of a pickled csr_matrix."""
+    """float64 sparse COO [N, columns] of a pickled csr_matrix."""
     from scipy.sparse import csr_matrix  # slow to import, and seldom needed
 
     value = _unpickled(path)
@@ -149,14 +188,14 @@ def _features(path: Path, columns: int) -> Tensor:
     _expect(path, "features", matrix.shape[1], columns)
     coo = matrix.tocoo()
     places = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
-    values = torch.from_numpy(coo.data.astype(np.float32))
+    values = torch.from_numpy(coo.data.astype(np.float64))
     if not (values.isfinite() & (values >= 0)).all():
         raise _other(path, "a feature that is negative or not finite")
     return torch.sparse_coo_tensor(places, values, coo.shape, check_invariants=True).coalesce()
 
 
 def _rows(spec: Spec, *parts: tuple[Tensor, Tensor]) -> SparseRows:
-    """Features [nodes, features], each divided by the sum of its row.
+    """Features [nodes, features], each divided by the sum of its row; float32 only after that.
 
     Args:
         parts: nodes [M] and their features, sparse [M, features]; other nodes have none.
@@ -164,8 +203,8 @@ def _rows(spec: Spec, *parts: tuple[Tensor, Tensor]) -> SparseRows:
     stored = [(nodes[part.indices()[0]], part.indices()[1]) for nodes, part in parts]
     rows, columns = (torch.cat(both) for both in zip(*stored))
     values = torch.cat([part.values() for _, part in parts])
-    sums = torch.zeros(spec.nodes).index_add_(0, rows, values).clamp(min=1e-12)
-    places, values = torch.stack([rows, columns]), values / sums[rows]
+    sums = torch.zeros(spec.nodes, dtype=torch.float64).index_add_(0, rows, values)
+    places, values = torch.stack([rows, columns]), (values / sums[rows].clamp(min=1e-300)).float()
     shape = spec.nodes, spec.features
     return SparseRows(
         torch.sparse_coo_tensor(places, values, shape, check_invariants=True).coalesce()
@@ -183,10 +222,10 @@ def _classes(path: Path, columns: int) -> Tensor:
 
 def _test_index(path: Path, spec: Spec, first: int) -> Tensor:
     """int64 [spec.test] nodes, from ``first`` to the last one."""
-    try:
-        index = torch.tensor([int(line) for line in path.read_text().split()])
-    except (OSError, ValueError) as error:
-        raise _other(path, files.reason(error)) from error
+    lines = files.read(path, md5="").split()
+    for odd in [line for line in lines if not line.isdigit() or len(line) > 9][:1]:
+        raise _other(path, f"a line {odd.decode('latin1')!r}, no node")
+    index = torch.tensor([int(line) for line in lines])
     _expect(path, "test nodes", len(index.unique()), spec.test)
     _expect(path, "lines", len(index), spec.test)
     if index.min() < first or index.max() != spec.nodes - 1:
@@ -204,8 +243,7 @@ def _edges(path: Path, nodes: int) -> Tensor:
     for node, others in graph.items():
         if not isinstance(others, list):
             raise _other(path, f"node {node!r} has no list of nodes")
+        for odd in [n for n in (node, *others) if not (type(n) is int and 0 <= n < nodes)][:1]:
+            raise _other(path, f"{str(odd)[:40]!r} is no node from 0 to {nodes - 1}")
         pairs += [(node, other) for other in others]
-    for node in {node for pair in pairs for node in pair}:
-        if not (isinstance(node, int) and 0 <= node < nodes):
-            raise _other(path, f"{node!r} is no node from 0 to {nodes - 1}")
     return torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T

@@ -23,6 +23,11 @@ struct Pixels {
     for (int64_t i = 0; i < lanes; i++) present[i] = i < last;
   }
   Vec present_at(int64_t i) const { return Vec::loadu(present + i % lanes); }
+  // Sets a line of the last block to zero where there is no image.
+  void clear(Scalar* line) const {
+    for (int64_t w = 0; w < columns; w++, line += lanes)
+      std::fill(line + last, line + lanes, Scalar(0));
+  }
   double count() const { return double(((blocks - 1) * lanes + last) * height * columns); }
   bool partial(int64_t n) const { return n + 1 == blocks && last < lanes; }
 };
@@ -133,19 +138,19 @@ template <bool with_residual, bool relu>
     for (int64_t h = 0; h < p.height; h++) {
       const Scalar *from = y.row(n, h), *other = residual.row(n, h);
       Scalar* to = z.row(n, h);
-      const bool partial = p.partial(n);
       input.prefetch_line(c, n, h);
       for (int64_t i = 0; i < p.columns * lanes; i += width) {
         Vec v = at::vec::fmadd(Vec::loadu(from + i), a, b);
         if (with_residual) v = v + Vec::loadu(other + i);
         if (relu) v = at::vec::maximum(v, zero);
-        if (partial) v = v * p.present_at(i);
         v.store(to + i);
       }
+      if (p.partial(n)) p.clear(to);  // not by a product: of NaN and infinity it is not zero
     }
 }
 
-// Where the gradient goes through: everywhere, where y * scale + shift > 0, or where z > 0.
+// Where the gradient goes through: everywhere, or not where y * scale + shift <= 0, or z <= 0. So
+// it goes through NaN, as PyTorch's.
 enum class Gate { open, by_y, by_z };
 
 template <Gate gate>
@@ -155,7 +160,7 @@ struct Gradient {
   Vec operator()(const Vec& d, const Vec& y, const Scalar* z) const {
     if (gate == Gate::open) return d;
     const Vec v = gate == Gate::by_z ? Vec::loadu(z) : at::vec::fmadd(y, a, b);
-    return Vec::blendv(zero, d, v > zero);
+    return Vec::blendv(d, zero, v <= zero);
   }
 };
 
@@ -183,8 +188,9 @@ template <Gate gate>
   return {sums.all, products.all};
 }
 
-// d_y = scale * g + (y - mean) * slope + constant, and d_residual = g. May be done in place.
-template <Gate gate>
+// d_y = scale * g, with `moved` + (y - mean) * slope + constant, and d_residual = g. May be done in
+// place.
+template <Gate gate, bool moved>
 [[gnu::noinline]] void gradient_channel(const Channel& d_z, const Channel& z, const Channel& y,
                                         Scalar mean, Scalar scale, Scalar shift, Scalar slope,
                                         Scalar constant, const Channel& d_y,
@@ -196,15 +202,14 @@ template <Gate gate>
     for (int64_t h = 0; h < p.height; h++) {
       const Scalar *d = d_z.row(n, h), *result = z.row(n, h), *from = y.row(n, h);
       Scalar *to = d_y.row(n, h), *other = d_residual.row(n, h);
-      const bool partial = p.partial(n);
       input.prefetch_line(c, n, h);
       for (int64_t i = 0; i < p.columns * lanes; i += width) {
         const Vec v = Vec::loadu(from + i), g = gradient(Vec::loadu(d + i), v, result + i);
-        Vec sum = at::vec::fmadd(a, g, at::vec::fmadd(v - centre, k, b));
-        if (partial) sum = sum * p.present_at(i);
+        Vec sum = moved ? at::vec::fmadd(a, g, at::vec::fmadd(v - centre, k, b)) : a * g;
         if (other) g.store(other + i);
         sum.store(to + i);
       }
+      if (p.partial(n)) p.clear(to);
     }
 }
 
@@ -261,10 +266,10 @@ EXPORTED(affine)
 
 // Backward of `affine`: d_y, d_residual, and d_gamma, d_beta and d_before [channels].
 //
-// g = d_z where z > 0 (everywhere without ReLU); d_beta = sum g; d_gamma = sum g * normalised y. In
-// mode batch y moves mean and deviation: d_y = scale * (g - d_beta / count - normalised y * d_gamma
-// / count); else d_y = scale * g. Without a z, y tells where it is positive; a residual with ReLU
-// needs it. d_y or d_residual may be d_z itself.
+// g = d_z, but 0 where z <= 0 (without ReLU d_z everywhere); d_beta = sum g; d_gamma = sum g *
+// normalised y. In mode batch y moves mean and deviation: d_y = scale * (g - d_beta / count -
+// normalised y * d_gamma / count); else d_y = scale * g. Without a z, y tells where it is positive;
+// a residual with ReLU needs it. d_y or d_residual may be d_z itself.
 void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, int64_t last, Map d_y,
                      Map d_residual, Scalar* d_gamma, Scalar* d_beta, Scalar* d_before) {
   const Pixels p(y, last,
@@ -275,9 +280,12 @@ void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, in
   const auto sums_of = !relu    ? gradient_sums<Gate::open>
                        : z.data ? gradient_sums<Gate::by_z>
                                 : gradient_sums<Gate::by_y>;
-  const auto apply = !relu    ? gradient_channel<Gate::open>
-                     : z.data ? gradient_channel<Gate::by_z>
-                              : gradient_channel<Gate::by_y>;
+  const bool moved = norm.mode == batch;
+  const auto apply =
+      !relu    ? moved ? gradient_channel<Gate::open, true> : gradient_channel<Gate::open, false>
+      : z.data ? moved ? gradient_channel<Gate::by_z, true> : gradient_channel<Gate::by_z, false>
+      : moved  ? gradient_channel<Gate::by_y, true>
+               : gradient_channel<Gate::by_y, false>;
   each_channel(y, [&](int64_t c) {
     const Channel d = d_z.channel(c), result = z.channel(c), from = y.channel(c);
     const Channel to = d_y.channel(c);
@@ -285,7 +293,7 @@ void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, in
     const auto [sum, product] = sums_of(d, result, from, mean, scale, shift, p, output, c);
     d_beta[c] = sum, d_gamma[c] = product * norm.inverse[c];
     double slope = 0, constant = 0;
-    if (norm.mode == batch) {
+    if (moved) {
       slope = -scale * norm.inverse[c] * d_gamma[c] / count;
       constant = -scale * sum / count;
     }
@@ -293,7 +301,7 @@ void affine_backward(Map d_z, Map z, Map y, bool first, Norm norm, bool relu, in
     apply(d, result, from, mean, scale, shift, slope, constant, to, d_residual.channel(c), p, input,
           c);
     if (first) {  // y is the output of that ReLU
-      gradient_channel<Gate::by_z>(to, from, from, 0, 1, 0, 0, 0, to, {}, p, none, c);
+      gradient_channel<Gate::by_z, false>(to, from, from, 0, 1, 0, 0, 0, to, {}, p, none, c);
       d_before[c] = sum_of(to, p);
     }
   });

@@ -1,23 +1,31 @@
-"""The compiled kernels: built once on first use, kept for the next, one library per dtype."""
+"""The compiled kernels: built once on first use, kept for the next, one library per dtype.
+
+The name of a library in the cache has a key of what it was made from, one of the compiler, and a
+checksum of its content: a damaged library would end the process by a signal. A new library is
+renamed into its place. So processes that build at the same time need no lock, which some network
+file systems do not have.
+"""
 
 import hashlib
 import logging
 import os
-import shlex
+import platform
 import shutil
-import subprocess
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 import startsparse
-from startsparse.atomic import replacing
-from startsparse.errors import UserError
+from startsparse.engine.compiler import Compiler, NoKernelsError, find_compiler, split
+from startsparse.errors import one_line
 
 log = logging.getLogger("startsparse")
+
+T = TypeVar("T")
 
 _FOLDER, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
 _SCALARS = {torch.float32: "float", torch.float64: "double"}
@@ -29,63 +37,189 @@ _FLAGS = {
         "-DCPU_CAPABILITY_AVX512",
     ],
 }
+_WORK = ".startsparse-building-"  # begins the names of temporary folders
+_FORGOTTEN = 3600  # seconds after which one is of no live build, which would have timed out
+_ITS_OWN = "this run has kernels of its own"
+_REMEDY = "STARTSPARSE_CACHE names another folder"
 
 
-class NoCompilerError(UserError):
-    """The kernels are not there and cannot be built."""
+def opened(dtype: torch.dtype, load: Callable[[Path], T]) -> T:
+    """What ``load`` makes of the library for float32 or float64, which is built if need be.
 
+    A library that is damaged or cannot be loaded is built anew. Where the cache cannot be used it
+    is built in a temporary folder, which is gone when this returns.
 
-def built(dtype: torch.dtype) -> Path:
-    """The library of the kernels for float32 or float64, which is built if it is not there.
+    Args:
+        load: raises OSError or NoKernelsError if the library is not as it should be.
 
     Raises:
-        NoCompilerError: no C++ compiler, or it fails; says in one line why.
+        NoKernelsError: there is none and it cannot be built; says in one line why.
     """
-    command = compiler(dtype)
-    sources = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")])
-    texts = [(path.name, path.read_bytes()) for path in sources]
-    key = repr((command, torch.__version__, texts))
-    digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
-    path = startsparse.cache_folder() / f"{_SCALARS[dtype]}-{digest}.so"
-    if not path.exists():
-        if not shutil.which(command[0]):
-            reason = f"there is no C++ compiler {command[0]} (set CXX, or install g++)"
-            raise NoCompilerError(reason)
+    stem, cache = _stem(dtype), startsparse.cache_folder()
+    compiler = _compiler()
+    # If there is no compiler, a library that any has built will do.
+    key = compiler.key if isinstance(compiler, Compiler) else "*"
+    kept = _kept(cache, f"{stem}-{key}-") if cache else None
+    noexec = cache is not None and _noexec(cache)
+    if kept and not noexec:
+        try:
+            return load(kept)
+        except (OSError, NoKernelsError):
+            with suppress(OSError):
+                kept.unlink()
+            kept = None
+    if not kept and isinstance(compiler, NoKernelsError):
+        raise compiler
+
+    def built(work: Path) -> Path:
+        if isinstance(compiler, NoKernelsError):
+            raise compiler
         log.info("building the sparse kernels, about 15 s, once")
-        build(command, sorted(_FOLDER.glob("*.cpp")), path)
-    return path
+        return compiled(compiler, dtype, sorted(_FOLDER.glob("*.cpp")), work)
+
+    if cache is None:
+        reason = "there is no home folder for the kernels"
+    elif noexec:
+        reason = f"no program can be loaded from {cache}, which is mounted noexec"
+    else:
+        try:
+            with _work(cache) as work:
+                new = built(work)
+                result = _loaded(load, new)
+                with suppress(OSError):  # the next run builds it again
+                    new.replace(cache / f"{stem}-{key}-{_checksum(new)}.so")
+                return result
+        except OSError as error:
+            reason = f"{cache} cannot be written ({error.strerror})"
+    try:
+        with _work(Path(tempfile.gettempdir())) as work:
+            if _noexec(work):
+                raise NoKernelsError(f"{reason}, nor from {work.parent}; {_REMEDY}")
+            log.warning("warning: %s: %s; %s", one_line(reason), _ITS_OWN, _REMEDY)
+            if kept:
+                with suppress(OSError, NoKernelsError):
+                    return load(Path(shutil.copy(kept, work)))
+            return _loaded(load, built(work))
+    except OSError as error:
+        why = f"{reason}, nor a temporary folder ({error.strerror}); {_REMEDY}"
+        raise NoKernelsError(why) from None
 
 
-def compiler(dtype: torch.dtype) -> list[str]:
-    """The command that compiles for numbers of ``dtype`` and for this CPU, without files."""
+def _compiler() -> Compiler | NoKernelsError:
+    try:
+        return find_compiler()
+    except NoKernelsError as error:
+        return error
+
+
+def _flags(dtype: torch.dtype) -> list[str]:
+    """How to compile for numbers of ``dtype`` and for this CPU."""
     capability = torch.backends.cpu.get_cpu_capability()
     return [
-        *(os.environ.get("CXX", "g++"), "-std=c++20", "-O3", "-fPIC", "-fopenmp"),
+        *("-std=c++20", "-O3", "-fPIC", "-fopenmp"),
         *_FLAGS.get(capability, []),
         *(f"-DCPU_CAPABILITY={capability}", f"-DSCALAR={_SCALARS[dtype]}"),
         *("-isystem", str(_TORCH / "include")),
-        *shlex.split(os.environ.get("STARTSPARSE_CXXFLAGS", "")),
+        *split("STARTSPARSE_CXXFLAGS"),
     ]
 
 
-def build(command: list[str], sources: Sequence[Path], path: Path) -> None:
-    """Compile to ``path``; two processes that do so at the same time do not disturb each other."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _stem(dtype: torch.dtype) -> str:
+    """Begins the name of a library: its dtype, and a key of sources, flags and libraries."""
+    sources = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")])
+    texts = [(path.name, path.read_bytes()) for path in sources]
+    machine = platform.system(), platform.machine(), platform.libc_ver()
+    key = repr((_flags(dtype), torch.__version__, machine, texts))
+    return f"{_SCALARS[dtype]}-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}"
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest()
+
+
+def _kept(cache: Path, begin: str) -> Path | None:
+    """The library in the cache whose name begins so, and whose content is whole.
+
+    Damaged ones are deleted: loading a truncated library ends the process.
+    """
+    found = None
+    with suppress(OSError):
+        for path in sorted(cache.glob(f"{begin}*.so")):
+            with suppress(OSError):
+                if path.stem.endswith(f"-{_checksum(path)}"):
+                    found = found or path
+                else:
+                    path.unlink()
+    return found
+
+
+def _noexec(folder: Path) -> bool:
+    """Whether no program can be loaded from the file system of ``folder``."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    with suppress(OSError):
+        return bool(os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0))
+    return False
+
+
+def _loaded(load: Callable[[Path], T], path: Path) -> T:
+    try:
+        return load(path)
+    except OSError as error:
+        raise NoKernelsError(f"the kernels that were built cannot be loaded ({error})") from None
+
+
+@contextmanager
+def _work(folder: Path) -> Iterator[Path]:
+    """A temporary folder in ``folder``; deletes those that a killed build has left there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f"{_WORK}{_machine()}-{os.getpid()}-", dir=folder, ignore_cleanup_errors=True
+    ) as name:
+        now = Path(name).stat().st_mtime  # by the clock of the file system
+        for other in folder.glob(f"{_WORK}*"):
+            if _is_left(other, now):
+                shutil.rmtree(other, ignore_errors=True)
+        yield Path(name)
+
+
+def _is_left(work: Path, now: float) -> bool:
+    """Whether a `_work` folder is of a process that is gone."""
+    machine, _, pid = work.name.removeprefix(_WORK).partition("-")
+    with suppress(OSError):
+        if work.stat().st_mtime < now - _FORGOTTEN:
+            return True
+    try:
+        if machine == _machine():
+            os.kill(int(pid.partition("-")[0]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, OverflowError):  # another user's
+        return False
+    return False
+
+
+def _machine() -> str:
+    """A key of what numbers processes: this machine since its start, or a container."""
+    facts = [platform.node()]
+    with suppress(OSError):  # no Linux
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"))
+        facts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return hashlib.blake2b(repr(facts).encode(), digest_size=6).hexdigest()
+
+
+def compiled(compiler: Compiler, dtype: torch.dtype, sources: Sequence[Path], work: Path) -> Path:
+    """The library of these sources for numbers of ``dtype``, in the folder ``work``.
+
+    Raises:
+        NoKernelsError: the compiler fails.
+        OSError: ``work`` cannot be written.
+    """
+    flags, library = [*_flags(dtype), f"-I{_FOLDER}"], work / "library.so"
+    objects = [f"{work}/{source.stem}.o" for source in sources]
+    # Most of the time goes into PyTorch's headers.
+    jobs = [[*flags, "-c", str(s), "-o", o] for s, o in zip(sources, objects)]
+    compiler.run(jobs, work)
     link = ["-shared", f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
-    with replacing(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        objects = [f"{folder}/{source.stem}.o" for source in sources]
-        with ThreadPoolExecutor() as pool:  # most of the time goes into PyTorch's headers
-            commands = [
-                [*command, "-c", str(source), "-o", target]
-                for source, target in zip(sources, objects)
-            ]
-            list(pool.map(_run, commands))
-        _run([*command, *objects, *link, "-o", str(temporary)])
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line]
-        reason = lines[0].strip() if lines else f"exit code {done.returncode}"
-        raise NoCompilerError(f"{command[0]} cannot build the sparse kernels: {reason}")
+    compiler.run([[*flags, *objects, *link, "-o", str(library)]], work)
+    return library

@@ -56,8 +56,9 @@ class Seconds:
     agree: bool = True
 
     def over(self, other: "Seconds") -> float | None:
-        """The ratio, if it can be trusted."""
-        return self.fastest / other.fastest if self.agree and other.agree else None
+        """The ratio, if it can be trusted; a coarse clock may have seen no time at all."""
+        trusted = self.agree and other.agree and other.fastest > 0
+        return self.fastest / other.fastest if trusted else None
 
 
 def choose(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from startsparse import processes
-from startsparse.engine.build import NoCompilerError
 from startsparse.engine.choice import Choice, choose
+from startsparse.engine.compiler import NoKernelsError
 from startsparse.engine.lowering import UnsupportedError
 from startsparse.engine.network import SparseForm
 from startsparse.masks import active, can_be_sparse, sparse_layers
@@ -62,8 +62,10 @@ class Compute:
             try:
                 with processes.all_after_rank_0():  # it may have the kernels to build
                     self.form = SparseForm(model, shape)
-            except (UnsupportedError, NoCompilerError) as error:
+            except (UnsupportedError, NoKernelsError) as error:
                 obstacle = str(error)
+            if processes.all_reduce(torch.tensor([float(self.form is None)])) and not obstacle:
+                self.form, obstacle = None, "another process of this run has no kernels"
         if obstacle and (mode == "on" or _on_cpu(model)):
             log.info("sparse compute: off, %s", obstacle)
         if self.form and mode == "on":

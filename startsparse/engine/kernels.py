@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from startsparse.engine import build, memory, structs
+from startsparse.engine.compiler import NoKernelsError
 from startsparse.engine.protocol import Call, Kernels, Norm, Plane
 from startsparse.engine.structs import (
     address,
@@ -24,7 +25,6 @@ from startsparse.engine.structs import (
     plane_of,
     positions_of,
 )
-from startsparse.errors import UserError
 
 if TYPE_CHECKING:
     from startsparse.engine.entries import Listed, Positions
@@ -76,7 +76,7 @@ FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
 }
 
 
-class MismatchError(UserError):
+class MismatchError(NoKernelsError):
     """The library is not what the table says."""
 
 
@@ -118,9 +118,9 @@ def kernels_for(dtype: torch.dtype) -> Kernels:
     """The kernels for float32 or float64.
 
     Raises:
-        NoCompilerError: the library is not there and cannot be built; says in one line why.
+        NoKernelsError: the library is not there and cannot be built; says in one line why.
     """
-    return CpuKernels(load(build.built(dtype)))
+    return build.opened(dtype, lambda path: CpuKernels(load(path)))
 
 
 class CpuKernels:

@@ -41,7 +41,7 @@ class SparseForm:
 
         Raises:
             UnsupportedError: the network has a part without a sparse form.
-            NoCompilerError: the kernels are not there and cannot be built.
+            NoKernelsError: the kernels are not there and cannot be built.
         """
         self.model = model
         self.program = lower(model, shape)

@@ -12,6 +12,9 @@
 
 namespace {
 
+// As PyTorch's: NaN is larger than any number.
+inline Scalar larger(Scalar best, Scalar x) { return x > best || std::isnan(x) ? x : best; }
+
 template <typename F>
 inline void each_channel(const Plane& z, F f) {
   const int64_t grain = std::max<int64_t>(1, 4096 / (z.height * z.columns));
@@ -76,7 +79,7 @@ void plane_max_pool(Plane x, int64_t kernel, int64_t stride, int64_t padding, Pl
         Scalar best = -INFINITY;
         for (int64_t h = std::max<int64_t>(top, 0); h < std::min(top + kernel, x.height); h++)
           for (int64_t w = std::max<int64_t>(left, 0); w < std::min(left + kernel, x.columns); w++)
-            best = std::max(best, x.row(c, h)[w]);
+            best = larger(best, x.row(c, h)[w]);
         y.row(c, oh)[ow] = best;
       }
   });

@@ -50,7 +50,7 @@ void max_pool(Map x, int64_t kernel, int64_t stride, int64_t padding, Map y) {
 }
 EXPORTED(max_pool)
 
-// The gradient goes to the first of the largest, as in PyTorch.
+// As in PyTorch, the gradient goes to the first of the largest, or to the last NaN.
 void max_pool_backward(Map d_y, Map y, Map x, int64_t kernel, int64_t stride, int64_t padding,
                        Map d_x) {
   each_plane(x, [&](int64_t n, int64_t c) {
@@ -67,13 +67,18 @@ void max_pool_backward(Map d_y, Map y, Map x, int64_t kernel, int64_t stride, in
         for (int64_t r = 0; r < registers; r++) {
           const Vec best = Vec::loadu(y.at(n, c, oh, ow) + r * width), zero(Scalar(0));
           Vec left_over = Vec::loadu(d_y.at(n, c, oh, ow) + r * width);
+          const auto give = [&](int64_t h, int64_t w, const Vec& here) {
+            Scalar* to = d_x.at(n, c, h, w) + r * width;
+            (Vec::loadu(to) + Vec::blendv(zero, left_over, here)).store(to);
+            left_over = Vec::blendv(left_over, zero, here);
+          };
           for (int64_t h = down.first; h < down.last; h++)
-            for (int64_t w = right.first; w < right.last; w++) {
-              const Vec here = Vec::loadu(x.at(n, c, h, w) + r * width) == best;
-              Scalar* to = d_x.at(n, c, h, w) + r * width;
-              (Vec::loadu(to) + Vec::blendv(zero, left_over, here)).store(to);
-              left_over = Vec::blendv(left_over, zero, here);
-            }
+            for (int64_t w = right.first; w < right.last; w++)
+              give(h, w, Vec::loadu(x.at(n, c, h, w) + r * width) == best);
+          if (!best.has_inf_nan()) continue;
+          for (int64_t h = down.last - 1; h >= down.first; h--)  // what equals nothing: NaN
+            for (int64_t w = right.last - 1; w >= right.first; w--)
+              give(h, w, Vec::loadu(x.at(n, c, h, w) + r * width).isnan());
         }
       }
     }

@@ -45,15 +45,15 @@ inline bool side_by_side(const int64_t* from) {
   return from[T - 1] - from[0] == (T - 1) * lanes;
 }
 
-// to[i] = the total of vector i.
+// to[i] = the total of vector i, in one order of additions wherever it is among how many.
 inline void all_totals(const Scalar* vectors, int64_t count, Scalar* to) {
-  int64_t i = 0;
-  for (; i + width <= count; i += width) {
+  for (int64_t i = 0; i < count; i += width) {
+    const int64_t some = std::min(width, count - i);
     Vec several[width];
-    for (int64_t k = 0; k < width; k++) several[k] = Vec::loadu(vectors + (i + k) * width);
-    totals(several).store(to + i);
+    for (int64_t k = 0; k < width; k++)
+      several[k] = k < some ? Vec::loadu(vectors + (i + k) * width) : Vec(Scalar(0));
+    totals(several).store(to + i, some);
   }
-  for (; i < count; i++) to[i] = total(Vec::loadu(vectors + i * width));
 }
 
 // f(number of positions, type of their bases, input, output) for the tiles from q0 to q1.

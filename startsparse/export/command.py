@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import sys
@@ -101,7 +102,8 @@ def comparison(trained: Trained, model: nn.Module, path: Path, repeats: int) -> 
             f"Latencies are of this machine now: PyTorch, dense, {torch.get_num_threads()} "
             f"thread(s), median of up to {repeats} passes in turns."
         )
-    return "\n".join([*lines, "", f"network  {path.resolve()}"])
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return "\n".join([*lines, "", f"network  {path.resolve()}", f"sha256   {digest}"])
 
 
 def _latency_rows(

@@ -7,30 +7,33 @@ onnx         for other programs, with a batch of any size; onnxruntime has to ag
 
 Their metadata says what the network is: ``network`` (JSON, what `startsparse.models.build` takes),
 ``set``, ``density`` (of the run), ``test_accuracy``, and for images ``images``, how they are
-prepared (JSON of `startsparse.data.Images`).
+prepared (JSON of `startsparse.data.Images`). The first two are `sealed`: a digest covers every
+byte, and a damaged file is refused.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from startsparse import checkpoint, models
+from startsparse import checkpoint, models, sealed
 from startsparse.atomic import replacing
 from startsparse.data import Images
-from startsparse.errors import UserError
+from startsparse.errors import OptionError, UserError
 from startsparse.export.compact import keep_units, resize
 from startsparse.masks import sparse_layers
+from startsparse.reading import strict_json
 
-KIND = "startsparse network 1"
+KIND = "startsparse network 2"
+_UNSEALED = "startsparse network 1"  # of older versions, without a digest
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 """What --format onnx needs."""
 
+_LARGEST = 2**31  # weights of a network; none of `models` has so many
 _TOLERANCE = 1e-4  # of onnxruntime against PyTorch, relative to the largest logit
 
 Facts = Mapping[str, str]
@@ -66,7 +69,7 @@ def rebuild(
 def write_dense(path: Path, model: nn.Module, facts: Facts) -> None:
     """--format safetensors."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    _write(path, state, {**facts, "format": "dense"})
+    sealed.write(path, state, {**facts, "format": "dense"})
 
 
 def write_csr(path: Path, model: nn.Module, facts: Facts) -> None:
@@ -82,12 +85,7 @@ def write_csr(path: Path, model: nn.Module, facts: Facts) -> None:
         state[f"{name}.values"] = weight[weight != 0]
         state[f"{name}.columns"] = indices[:, 1].to(torch.int32).contiguous()
         state[f"{name}.rows"] = nn.functional.pad(per_row.cumsum(0), (1, 0)).to(torch.int32)
-    _write(path, state, {**facts, "format": "csr", "shapes": json.dumps(shapes)})
-
-
-def _write(path: Path, state: Mapping[str, Tensor], facts: Facts) -> None:
-    with replacing(path) as temporary:
-        safetensors.torch.save_file(dict(state), temporary, dict(facts))
+    sealed.write(path, state, {**facts, "format": "csr", "shapes": json.dumps(shapes)})
 
 
 def load_csr(path: Path) -> dict[str, Tensor]:
@@ -99,7 +97,7 @@ def load_csr(path: Path) -> dict[str, Tensor]:
     state, facts = _read(path)
     if facts["format"] != "csr":
         raise UserError(f"{path}: is of --format {facts['format']}, not csr; use load")
-    return _from_csr(state, facts)
+    return state
 
 
 def load(path: Path, adjacency: Tensor | None = None) -> nn.Module:
@@ -107,44 +105,92 @@ def load(path: Path, adjacency: Tensor | None = None) -> nn.Module:
 
     A compacted network equals its original in that mode only. Its attribute ``images`` is a
     `startsparse.data.Images`, the classes and how an image becomes its input; None without images.
+    A file that an older version wrote has no digest, and is read with a warning.
 
     Args:
         adjacency: of the graph, for a gcn; without it that network cannot be called.
 
     Raises:
-        UserError: the file is missing, damaged or of another kind.
+        UserError: the file is missing, damaged in as much as one bit, or of another kind.
     """
     state, facts = _read(path)
-    state = _from_csr(state, facts) if facts["format"] == "csr" else state
-    model = rebuild(json.loads(facts["network"]), state, path, adjacency)
-    images = Images.from_json(facts["images"]) if "images" in facts else None
+    try:
+        network = _network(facts, state)
+        images = Images.from_json(facts["images"]) if "images" in facts else None
+    except _ODD as error:
+        raise _other(path, error) from None
+    model = rebuild(network, state, path, adjacency)
     object.__setattr__(model, "images", images)  # neither a tensor nor a module
     return model
 
 
+# what content that no export writes can raise
+_ODD = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError, OptionError)
+
+
+def _other(path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    what = f"no '{error.args[0]}'" if isinstance(error, KeyError) else reason
+    return UserError(f"{path}: not a network that startsparse.export wrote ({what})")
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], Facts]:
+    """The dense state_dict and the metadata of a file of either format."""
+    state, facts = sealed.read(path, "network", KIND, _UNSEALED)
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise UserError(f"{path}: no network can be read there ({error.strerror})") from None
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
-    if facts.get("kind") != KIND:
-        raise UserError(f"{path}: not a network that startsparse.export wrote")
-    return state, facts
+        if facts["format"] not in ("dense", "csr"):
+            raise ValueError(f"--format {facts['format']!r}")
+        return _from_csr(state, facts) if facts["format"] == "csr" else state, facts
+    except _ODD as error:
+        raise _other(path, error) from None
+
+
+def _network(facts: Facts, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `models.build` takes, where such a network can have these tensors, or less of each."""
+    network = strict_json(facts["network"])
+    with torch.device("meta"):  # nothing is allocated for what the file claims
+        whole = models.build(**network).state_dict()
+    if sum(tensor.numel() for tensor in whole.values()) > _LARGEST:
+        raise ValueError(f"its network has more than {_LARGEST:,} weights")
+    for name in sorted(whole.keys() & state.keys()):
+        most, found = whole[name].shape, state[name].shape
+        fits = len(most) == len(found) and most[2:] == found[2:]
+        if not fits or any(a > b for a, b in zip(found, most)):
+            raise ValueError(f"{name!r} is {tuple(found)} in a network where it is {tuple(most)}")
+    return network
 
 
 def _from_csr(state: dict[str, Tensor], facts: Facts) -> dict[str, Tensor]:
     state = dict(state)
-    for name, (outputs, *rest) in json.loads(facts["shapes"]).items():
+    for name, shape in strict_json(facts["shapes"]).items():
+        if not all(type(size) is int and size > 0 for size in shape) or len(shape) < 2:
+            raise ValueError(f"the shape of {name!r} is not one of sizes")
+        outputs, inner = shape[0], math.prod(shape[1:])
+        if outputs * inner > _LARGEST:
+            raise ValueError(f"{name!r} has more than {_LARGEST:,} weights")
         values, columns, rows = (state.pop(f"{name}.{x}") for x in ("values", "columns", "rows"))
-        weight = torch.zeros(outputs, torch.Size(rest).numel(), dtype=values.dtype)
+        _check_csr(name, values, columns, rows, outputs, inner)
+        weight = torch.zeros(outputs, inner, dtype=values.dtype)
         row_of = torch.arange(outputs).repeat_interleave(rows.diff())
         weight[row_of, columns.long()] = values
-        state[name] = weight.view(outputs, *rest)
+        state[name] = weight.view(shape)
     return state
+
+
+def _check_csr(
+    name: str, values: Tensor, columns: Tensor, rows: Tensor, outputs: int, inner: int
+) -> None:
+    fits = (
+        values.dtype.is_floating_point
+        and {columns.dtype, rows.dtype} == {torch.int32}
+        and columns.shape == values.shape == (values.numel(),)
+        and rows.shape == (outputs + 1,)
+        and (int(rows[0]), int(rows[-1])) == (0, values.numel())
+        and bool((rows.diff() >= 0).all())
+        and bool(((columns >= 0) & (columns < inner)).all())
+    )
+    if not fits:
+        raise ValueError(f"{name!r} is no matrix of {outputs} compressed rows of {inner} columns")
 
 
 def write_onnx(path: Path, model: nn.Module, facts: Facts, shape: Sequence[int]) -> None:

@@ -9,8 +9,8 @@ from torch import nn
 
 from startsparse.console import log
 from startsparse.data.rows import Rows
-from startsparse.engine.build import NoCompilerError
 from startsparse.engine.choice import Seconds, choose, cpu_seconds
+from startsparse.engine.compiler import NoKernelsError
 from startsparse.engine.kernels import kernels_for
 from startsparse.engine.network import SparseForm
 from startsparse.masks import density_table
@@ -53,7 +53,7 @@ def _has_kernels(dtype: torch.dtype) -> bool:
     """Whether kernels exist here; if not, logs the reason, once."""
     try:
         kernels_for(dtype)
-    except NoCompilerError as error:
+    except NoKernelsError as error:
         log.info("sparse compute: off, %s", error)
         return False
     return True

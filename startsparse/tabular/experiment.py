@@ -10,6 +10,7 @@ together (`batched`).
 import copy
 import dataclasses
 import itertools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,8 +23,12 @@ from tqdm import tqdm
 from startsparse import flow, parallel, plots, pruning, training
 from startsparse.atomic import write_text
 from startsparse.commandline import from_flags
+from startsparse.console import log
 from startsparse.data import data_root
+from startsparse.data.arrays import device_memory
+from startsparse.data.files import reason
 from startsparse.data.rows import Rows
+from startsparse.errors import UserError
 from startsparse.masks import (
     attach_masks,
     density_table,
@@ -34,9 +39,11 @@ from startsparse.masks import (
 )
 from startsparse.models import build, init_weights
 from startsparse.ratios import layer_densities
-from startsparse.tabular import batched, compute, tables
+from startsparse.tabular import batched, compute, report, tables
 from startsparse.tabular.options import TabularOptions, check_folder, result_options
 from startsparse.tabular.tables import Table
+
+_COPIES = 5  # of float32 for each weight: at the start, now, gradient, two moments of Adam
 
 
 @dataclasses.dataclass
@@ -68,13 +75,7 @@ def make_member(
     Networks of one seed begin with the same weights and split, whatever their mask.
     """
     parts = tables.split(table, seed)
-    model = build(
-        "mlp",
-        classes=len(table.class_names),
-        channels=len(table.feature_names),
-        size=1,
-        width=options.width,
-    )
+    model = _network(table, options)
     init_weights(model, options.init, seed)
     initial = copy.deepcopy(model.state_dict())
     shapes = {name: tuple(layer.weight.shape) for name, layer in sparse_layers(model).items()}
@@ -93,6 +94,42 @@ def make_member(
         initial=initial,
         first_masks={},
     )
+
+
+def _network(table: Table, options: TabularOptions) -> nn.Module:
+    return build(
+        "mlp",
+        classes=len(table.class_names),
+        channels=len(table.feature_names),
+        size=1,
+        width=options.width,
+    )
+
+
+def check(table: Table, options: TabularOptions) -> None:
+    """Raise `UserError` unless all networks of ``options`` can train on ``table``."""
+    for seed in options.seeds:
+        parts = tables.split(table, seed)
+        if len(parts.train[1]) < 2:  # BatchNorm
+            raise UserError(f"{table.source}: has one row to train on, and two are needed")
+    with torch.device("meta"):
+        layers = sparse_layers(_network(table, options))
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    networks = math.prod(
+        map(len, (options.starts, options.reset, options.flow_preservation, options.seeds))
+    )
+    needed, there = 4 * _COPIES * networks * weights, device_memory(torch.device("cpu"))
+    if needed > there:
+        raise UserError(
+            f"--width: {networks} networks of {weights:,} weights need {needed / 2**30:,.0f} GiB "
+            f"of memory, and {there / 2**30:,.0f} are there; take a smaller width or fewer seeds"
+        )
+    for option in ("starts", "densities"):
+        for density in getattr(options, option):
+            if not round(density * weights):
+                raise UserError(
+                    f"--{option}: {density:g} leaves no weight of {weights:,}; ask for more"
+                )
 
 
 def make_members(table: Table, options: TabularOptions) -> list[Member]:
@@ -132,7 +169,7 @@ def run(members: Sequence[Member], options: TabularOptions) -> pd.DataFrame:
         any input to any output).
 
     Raises:
-        NonFiniteLoss: training diverged.
+        NonFiniteLoss, NonFiniteNetwork: training diverged.
     """
     recipe = batched.Recipe(options.optimizer, options.lr, options.weight_decay)
     rows, first_epoch, levels = [], 0, options.levels()
@@ -150,6 +187,8 @@ def run(members: Sequence[Member], options: TabularOptions) -> pd.DataFrame:
         else:
             batched.LOOPS[options.loop](models, parts, recipe, epochs, first_epoch)
         first_epoch += epochs
+        for model in models:
+            training.require_finite(model, when=f" at density {density:g}")
         rows += [measure(member, density) for member in present]
     return pd.DataFrame(rows)
 
@@ -158,7 +197,7 @@ def measure(member: Member, density: float) -> dict:
     """The row of a network at a density; see `run`."""
     layers = density_table(member.model)
     total, layers = layers.iloc[-1], layers.iloc[:-1]
-    labels = member.test.labels
+    counts = member.test.labels.bincount()
     masks = [mask for _, _, mask in masked_weights(member.model)]
     member.first_masks[density] = masks[0].clone()
     return {
@@ -170,7 +209,7 @@ def measure(member: Member, density: float) -> dict:
         "density": float(total["density"]),
         "valid_accuracy": accuracy(member.model, member.valid),
         "test_accuracy": accuracy(member.model, member.test),
-        "majority": float(labels.bincount().max() / len(labels)),
+        "majority": int(counts.max()) / int(counts.sum()),
         "dead_outputs": int(total["dead_outputs"]),
         "dead_inputs": int(total["dead_inputs"]),
         "empty_layers": " ".join(layers.loc[layers["kept"] == 0, "layer"]),
@@ -179,10 +218,19 @@ def measure(member: Member, density: float) -> dict:
 
 
 def accuracy(model: nn.Module, rows: Rows) -> float:
-    """Share of rows that the network classifies correctly."""
+    """Share of rows that the network classifies correctly.
+
+    Raises:
+        NonFiniteLoss: an output is not finite, so that it says nothing.
+    """
     device = torch.device("cpu")
     autocast = parallel.autocast(device, "off")
-    return training.evaluate(model, model, rows, autocast, device)["accuracy"]
+    found = training.evaluate(model, model, rows, autocast, device)
+    if not math.isfinite(found["loss"]):
+        raise training.NonFiniteLoss(
+            "the loss on rows that were not trained on is not finite; some are far from the others"
+        )
+    return found["accuracy"]
 
 
 def connected(masks: Sequence[Tensor]) -> bool:
@@ -199,8 +247,6 @@ def connected(masks: Sequence[Tensor]) -> bool:
 
 def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) -> None:
     """Run the experiment on each table; write results, a table of them and a picture."""
-    from startsparse.tabular import report  # matplotlib is slow to import
-
     options = from_flags(
         TabularOptions, list(sys.argv[1:] if argv is None else argv), TabularOptions()
     )
@@ -214,6 +260,8 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
         )
         for name in options.tables
     }
+    for table in loaded.values():
+        check(table, options)
     for name, table in loaded.items():
         rows = run(make_members(table, options), options)
         rows.insert(0, "table", name)
@@ -222,6 +270,14 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
     write_text(folder / "options.yaml", result_options(options))
     write_text(folder / "results.csv", rows.to_csv(index=False))
     markdown = report.markdown(rows)
-    write_text(folder / "table.md", markdown)
-    plots.save(report.accuracy_plot(rows), folder / "plot.png")
     say(markdown)
+    write_text(folder / "table.md", markdown)
+    _draw(rows, folder / "plot.png")
+
+
+def _draw(rows: pd.DataFrame, path: Path) -> None:
+    """Draw the picture; where that fails, a line says so, and the program goes on."""
+    try:
+        plots.save(report.accuracy_plot(rows), path)
+    except Exception as error:  # whatever matplotlib raises
+        log.warning("warning: %s: not drawn (%s)", path, reason(error))

@@ -2,19 +2,22 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import yaml
-
-from startsparse import ratios, results
-from startsparse.commandline import write_yaml
+from startsparse import names, ratios
+from startsparse.commandline import plain_values, read_yaml, write_yaml
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
 from startsparse.fields import PATH, Truth, called, choice, default_is, flag
 from startsparse.models import INITS
+from startsparse.numbers import Seed
 from startsparse.optimizers import OPTIMIZERS
 from startsparse.options import require_distinct, require_range
-from startsparse.tabular import batched
+from startsparse.places import check_file
+from startsparse.tabular import batched, tables
+from startsparse.tabular.csv_file import quoted
+
+FILES = ("results.csv", "table.md", "plot.png", "options.yaml")  # in --result-dir
 
 
 @dataclasses.dataclass
@@ -46,7 +49,7 @@ class TabularOptions:
     """True: after each pruning, set all weights back to their initial values"""
     flow_preservation: tuple[Truth, ...] = (False,)
     """True: after each pruning, give an edge to every unit without an incoming or outgoing one"""
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    seeds: tuple[Seed, ...] = (1, 2, 3, 4, 5)
     """Seeds; each has its own split, weights, masks and order of the data"""
 
     width: int = 256
@@ -76,6 +79,9 @@ class TabularOptions:
 
     def check(self) -> None:
         """Raise `OptionError`, which names the option, for values that make no sense."""
+        names.check(self)
+        if not self.result_dir:
+            raise OptionError("--result-dir: name a folder")
         for name in ("tables", "starts", "densities", "reset", "flow_preservation", "seeds"):
             if not getattr(self, name):
                 raise OptionError(f"--{name.replace('_', '-')}: needs at least one value")
@@ -86,9 +92,31 @@ class TabularOptions:
                     raise OptionError(f"--{name}: {density:g} should be above 0 and at most 1")
         require_range(self, "lr", low=0, open_low=True)
         require_range(self, "weight_decay", low=0)
-        for name in ("width", "epochs", "final_epochs"):
+        for name in ("epochs", "final_epochs"):
             require_range(self, name, low=1)
+        require_range(self, "width", low=1, high=2**20)
         require_range(self, "batch_size", low=2)  # BatchNorm
+        self._check_tables()
+
+    def _check_tables(self) -> None:
+        for name in self.tables:
+            if not (name in tables.TABLES or tables.is_file(name)):
+                raise tables.no_table(name)
+            if names.is_formula(name):
+                raise OptionError(
+                    f"--tables: spreadsheets would compute {quoted(name)}; write "
+                    f"{quoted('./' + name)}"
+                )
+        files = [name for name in self.tables if tables.is_file(name)]
+        if files and not self.label:
+            raise OptionError(f"--label: name the column of {files[0]} that is to be learned")
+        if self.label and not files:
+            raise OptionError("--label: has no effect without a .csv file in --tables")
+        if not set(self.tables) & set(tables.CENSUS):
+            for option in ("state", "year"):
+                if getattr(self, option) != getattr(TabularOptions, option):
+                    wanted = " or ".join(tables.CENSUS)
+                    raise OptionError(f"--{option}: has no effect without {wanted} in --tables")
 
     def levels(self) -> list[float]:
         """Densities at which networks train, falling."""
@@ -97,21 +125,34 @@ class TabularOptions:
 
 def result_options(options: TabularOptions) -> str:
     """The options that determine the result, as YAML."""
-    return write_yaml(dataclasses.replace(options, data="", result_dir=TabularOptions.result_dir))
+    return write_yaml(_that_count(options))
+
+
+def _that_count(options: TabularOptions) -> TabularOptions:
+    """The options; where the data lies and the results go is as by default."""
+    return dataclasses.replace(options, data="", result_dir=TabularOptions.result_dir)
 
 
 def check_folder(folder: Path, options: TabularOptions) -> None:
     """Raise `OptionError` if ``folder`` cannot be written, or has results of other options."""
-    results.check(folder / "table.csv")
-    file = folder / "results.csv"
-    if file.exists():
-        before = folder / "options.yaml"
-        if not before.exists():
-            raise OptionError(f"--result-dir: {file} is of unknown origin; name another folder")
-        theirs, ours = (yaml.safe_load(t) for t in (before.read_text(), result_options(options)))
-        for name, value in ours.items():
-            if theirs.get(name) != value:
-                raise OptionError(
-                    f"--result-dir: {file} is of a run with {flag(name)} {theirs.get(name)}, not "
-                    f"{value}; name another folder"
-                )
+    for name in FILES:
+        check_file("--result-dir", folder / name)
+    file, before = (folder / name for name in ("results.csv", "options.yaml"))
+    if not file.exists():
+        return
+    if not before.exists():
+        raise OptionError(f"--result-dir: {file} is of unknown origin; name another folder")
+    try:
+        theirs = plain_values(read_yaml(TabularOptions, before))
+    except OptionError as error:
+        raise OptionError(f"--result-dir: {error}; name another folder") from None
+    for name, value in plain_values(_that_count(options)).items():
+        if theirs[name] != value:
+            raise OptionError(
+                f"--result-dir: {file} is of a run with {flag(name)} {_shown(theirs[name])}, not "
+                f"{_shown(value)}; name another folder"
+            )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,16 +1,19 @@
 """Tables and pictures of `startsparse.tabular`."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from startsparse.errors import one_line
 from startsparse.labels import DENSITY
 from startsparse.plots import bars
 from startsparse.report import summarise
+
+if TYPE_CHECKING:  # matplotlib is slow to import, and needed last
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SETTING = ["start", "reset", "flow"]  # identifies a network, together with table and seed
 
@@ -77,7 +80,8 @@ def markdown(rows: pd.DataFrame) -> str:
     lines = [[*table.index.names, *table.columns]]
     lines += [["---"] * len(lines[0])]
     lines += [[*name, *cells] for name, cells in zip(table.index, table.to_numpy())]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    cells = ([one_line(cell).replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
 
 
 def collapses(rows: pd.DataFrame) -> list[str]:
@@ -97,12 +101,14 @@ def collapses(rows: pd.DataFrame) -> list[str]:
     return lines
 
 
-def accuracy_plot(rows: pd.DataFrame) -> Figure:
+def accuracy_plot(rows: pd.DataFrame) -> "Figure":
     """Test accuracy against realised density: means, 95 % intervals, the majority class.
 
     Each table has a line of panels, with a panel for each way to prune; colours are starts. A
     single run has no interval; the interval of few runs may leave the picture.
     """
+    from matplotlib.figure import Figure
+
     summary = means(rows)
     names, starts = (list(dict.fromkeys(summary[c])) for c in ("table", "start"))
     ways = sorted(set(zip(summary["flow"], summary["reset"])))
@@ -112,7 +118,8 @@ def accuracy_plot(rows: pd.DataFrame) -> Figure:
         table = summary[summary["table"] == name]
         for (flow, reset), axis in zip(ways, line):
             title = ("reset" if reset else "no reset") + (", flow preserved" if flow else "")
-            axis.set_title(f"{name}: {title}" if name else title, fontsize=9)
+            full = _shown(f"{name}: {title}" if name else title)
+            axis.set_title(full, fontsize=9, parse_math=False)
             panel = table[(table["flow"] == flow) & (table["reset"] == reset)]
             for start, curve in panel.groupby("start", sort=False):
                 curve = curve[curve["density"] > 0]  # the axis is logarithmic
@@ -146,7 +153,7 @@ def accuracy_plot(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def _density_axis(axis: Axes, ticks: Sequence[float]) -> None:
+def _density_axis(axis: "Axes", ticks: Sequence[float]) -> None:
     """Logarithmic, falling to the right, with as many of ``ticks`` as can be read."""
     axis.set_xscale("log")
     axis.invert_xaxis()
@@ -158,7 +165,13 @@ def _density_axis(axis: Axes, ticks: Sequence[float]) -> None:
     axis.minorticks_off()
 
 
-def mask_picture(masks: dict[str, Tensor], feature_names: Sequence[str]) -> Figure:
+def _shown(name: str, longest: int = 80) -> str:
+    """A name on one line, for a picture; of a long one the end."""
+    name = one_line(name)
+    return name if len(name) <= longest else f"...{name[3 - longest :]}"
+
+
+def mask_picture(masks: dict[str, Tensor], feature_names: Sequence[str]) -> "Figure":
     """First-layer masks, one below the other: features down, hidden units across, edges dark.
 
     On the right: the number of edges of each feature.
@@ -166,6 +179,8 @@ def mask_picture(masks: dict[str, Tensor], feature_names: Sequence[str]) -> Figu
     Args:
         masks: title -> bool [units, features].
     """
+    from matplotlib.figure import Figure
+
     height = 0.6 + 0.13 * len(feature_names)
     figure = Figure(figsize=(9, height * len(masks)), layout="constrained")
     axes = figure.subplots(len(masks), 2, squeeze=False, width_ratios=[5, 1])
@@ -174,8 +189,10 @@ def mask_picture(masks: dict[str, Tensor], feature_names: Sequence[str]) -> Figu
         picture.imshow(
             edges.T, aspect="auto", cmap="Greys", interpolation="nearest", vmin=0, vmax=1
         )
-        picture.set_yticks(features, feature_names, fontsize=7)
-        picture.set_title(f"{title}: {edges.sum()} of {edges.size} edges", fontsize=10)
+        names = list(map(_shown, feature_names))
+        picture.set_yticks(features, names, fontsize=7, parse_math=False)
+        shown = _shown(f"{title}: {edges.sum()} of {edges.size} edges")
+        picture.set_title(shown, fontsize=10, parse_math=False)
         counts.barh(features, edges.sum(0), color="0.4")
         counts.set(ylim=picture.get_ylim(), yticks=[])
         counts.set_title("edges of a feature", fontsize=10)

@@ -3,11 +3,13 @@
 Breast cancer (569 rows) and digits (1797) come with scikit-learn. The census tasks of the package
 folktables (Ding et al. 2021, arXiv:2108.04884) are read from the Census Bureau's own files,
 ``<data root>/<year>/1-Year/psam_p<FIPS code>.csv``, where folktables looks for them too; a missing
-file is downloaded. Any other ``.csv`` file with a label column can be named.
+file is downloaded. Any other ``.csv`` file with a label column can be named; `csv_file` says how it
+is read, and `columns` what its cells mean.
 """
 
 import datetime
 import io
+import math
 import urllib.request
 import zipfile
 from collections.abc import Iterable
@@ -24,6 +26,9 @@ from startsparse import seeding
 from startsparse.atomic import replacing
 from startsparse.data.files import TIMEOUT, reason
 from startsparse.errors import OptionError, UserError
+from startsparse.tabular import columns, csv_file
+from startsparse.tabular.csv_file import Cells, quoted
+from startsparse.tabular.standard import standardise
 
 CENSUS = ("ACSEmployment", "ACSIncome")
 TABLES = ("breast-cancer", "digits", *CENSUS)
@@ -42,24 +47,26 @@ class Table:
     """A table in memory.
 
     Attributes:
-        features: float32 [N, F], as they are in the source.
+        features: float64 [N, F], as they are in the source.
         labels: int64 [N], 0 to classes - 1.
         feature_names: F of them.
         class_names: one for each class.
+        source: what the table is, for messages.
     """
 
     features: Tensor
     labels: Tensor
     feature_names: tuple[str, ...]
     class_names: tuple[str, ...]
+    source: str = "the table"
 
 
 @dataclass(frozen=True)
 class Split:
-    """The three parts of a table, standardised: (features [N, F], labels [N]) each.
+    """The three parts of a table, standardised: (float32 features [N, F], labels [N]) each.
 
     Attributes:
-        mean, scale: float32 [F], of the training part alone.
+        mean, scale: float64 [F], of the training part alone.
     """
 
     train: tuple[Tensor, Tensor]
@@ -84,15 +91,25 @@ def load(
     Raises:
         OptionError: no such table, state, year or column to learn.
         UserError: a file cannot be fetched or read, a column is missing, a cell is not a number,
-            there are no rows, or all have the same label.
+            there are no rows, or all have the same label. The message names file, line and column.
     """
     if name in CENSUS:
         return _census(name, root, state, year)
     if name in TABLES:
         return _bundled(name)
-    if name.endswith(".csv"):
+    if is_file(name):
         return _file(Path(name), label)
-    raise OptionError(f"--table: {name!r} is none of {', '.join(TABLES)}, and no .csv file")
+    raise no_table(name)
+
+
+def no_table(name: str) -> OptionError:
+    """The error about a name that is none of a table."""
+    return OptionError(f"--tables: {quoted(name)} is none of {', '.join(TABLES)}, and no .csv file")
+
+
+def is_file(name: str) -> bool:
+    """Whether ``name`` is the path of a table of one's own."""
+    return name.lower().endswith(".csv")
 
 
 def split(table: Table, seed: int, *, valid: float = 0.1, test: float = 0.2) -> Split:
@@ -110,7 +127,9 @@ def split(table: Table, seed: int, *, valid: float = 0.1, test: float = 0.2) -> 
     rows = len(table.labels)
     tests, valids = round(test * rows), round(valid * rows)
     if min(tests, valids, rows - tests - valids) < 1:
-        raise UserError(f"{rows} rows are too few for training, validation and test")
+        raise UserError(
+            f"{table.source}: {rows} rows are too few for training, validation and test"
+        )
     order = torch.randperm(rows, generator=seeding.generator(seed, "split"))
     # Each class is spread evenly over [0, 1), so any interval holds its share of the class.
     position = torch.empty(rows, dtype=torch.float64)
@@ -120,12 +139,15 @@ def split(table: Table, seed: int, *, valid: float = 0.1, test: float = 0.2) -> 
     # From a shuffled order: ties would otherwise stay in the order of the file.
     order = order[position[order].argsort(stable=True)]
     chosen = order.split([tests, valids, rows - tests - valids])
-    std, mean = torch.std_mean(table.features[chosen[2]].double(), dim=0, correction=0)
-    # In float64 a constant column may come out as 1e-17 instead of 0.
-    std = torch.where(std > 1e-9 * mean.abs(), std, 1.0)
-    features = ((table.features.double() - mean) / std).float()
+    features, mean, scale = standardise(table.features, chosen[2])
+    if not features.isfinite().all():
+        column = table.feature_names[int((~features.isfinite()).any(0).int().argmax())]
+        raise UserError(
+            f"{table.source}: column {quoted(column)}: a value is further from those of the "
+            "training rows than float32 can say; leave the row or the column out"
+        )
     test_part, valid_part, train_part = ((features[r], table.labels[r]) for r in chosen)
-    return Split(train_part, valid_part, test_part, mean.float(), std.float())
+    return Split(train_part, valid_part, test_part, mean, scale)
 
 
 def _bundled(name: str) -> Table:
@@ -139,21 +161,23 @@ def _bundled(name: str) -> Table:
 def _file(path: Path, label: str) -> Table:
     if not label:
         raise OptionError(f"--label: name the column of {path} that is to be learned")
-    frame = _read(path)
-    if label not in frame:
-        raise UserError(f"{path}: has no column '{label}'")
-    _not_empty(frame, path)
-    features = _numbers(frame.drop(columns=label), path)
-    for column in features:
-        if features[column].isna().any():
-            line = int(features[column].isna().to_numpy().argmax()) + 2
-            raise UserError(f"{path}: line {line}, column '{column}': is empty")
-    labels, names = pd.factorize(frame[label], sort=True)
-    if (labels < 0).any():
-        raise UserError(
-            f"{path}: line {int((labels < 0).argmax()) + 2}, column '{label}': is empty"
-        )
-    return _table(features.to_numpy(), labels, features.columns, names, str(path))
+    cells = csv_file.read(path, [label])
+    if label not in cells.columns:
+        raise UserError(f"{path}: has no column {quoted(label)}; it has {_names(cells)}")
+    names = [name for name in cells.columns if name != label]
+    if not names:
+        raise UserError(f"{path}: has no column but {quoted(label)}")
+    columns.check_names(cells, names)
+    _not_empty(cells)
+    features = np.stack([columns.numbers(cells, name) for name in names], axis=1)
+    labels, classes = columns.classes(cells, label)
+    columns.warn_of_leaks(cells, names)
+    return _table(features, labels, names, classes, str(path))
+
+
+def _names(cells: Cells, most: int = 5) -> str:
+    names = [quoted(name) for name in cells.columns]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _census(name: str, root: Path, state: str, year: int) -> Table:
@@ -176,19 +200,20 @@ def _census(name: str, root: Path, state: str, year: int) -> Table:
     problem = getattr(folktables, name)
     # PWGTP, the weight of a person, is in the filter of ACSIncome.
     wanted = [*problem.features, problem.target, *(["PWGTP"] if name == "ACSIncome" else [])]
-    frame = _read(path)
-    names = list(problem.features)
-    if "RELP" not in frame and "RELSHIPP" in frame:  # since 2019, with other codes
-        frame = frame.rename(columns={"RELSHIPP": "RELP"})
-        names[names.index("RELP")] = "RELSHIPP"
-    for column in wanted:
-        if column not in frame:
-            raise UserError(f"{path}: has no column '{column}', which {name} needs")
-    _not_empty(frame, path)
-    frame = _numbers(frame[list(dict.fromkeys(wanted))], path)
+    cells = csv_file.read(path, {*wanted, "RELSHIPP"}, only=True)
+    # The column of the relationship has this name and other codes since 2019.
+    names = {n: "RELSHIPP" if n == "RELP" and n not in cells.columns else n for n in wanted}
+    for name_now in names.values():
+        if name_now not in cells.columns:
+            raise UserError(f"{path}: has no column '{name_now}', which {name} needs")
+    _not_empty(cells)
+    frame = pd.DataFrame(
+        {n: columns.numbers(cells, now, empty=math.nan) for n, now in names.items()}
+    )
     features, labels, _ = problem.df_to_numpy(frame)
     classes = {"ACSEmployment": ("not employed", "employed"), "ACSIncome": ("<= 50k", "> 50k")}
-    return _table(features, labels, names, classes[name], f"{path}, {name}")
+    shown = [names[column] for column in problem.features]
+    return _table(features, labels, shown, classes[name], f"{path}, {name}")
 
 
 def _fetch(url: str, path: Path) -> None:
@@ -207,51 +232,25 @@ def _fetch(url: str, path: Path) -> None:
         ) from error
 
 
-def _read(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path, skipinitialspace=True, low_memory=False)
-    except pd.errors.EmptyDataError:
-        raise UserError(f"{path}: is empty") from None
-    except (OSError, ValueError) as error:  # of pandas and of decoding
-        raise UserError(f"{path}: cannot be read as CSV ({reason(error)})") from error
-
-
-def _not_empty(frame: pd.DataFrame, path: Path) -> None:
-    if frame.empty:
-        raise UserError(f"{path}: has no rows")
-
-
-def _numbers(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """The frame with all columns as numbers; an empty cell is NaN."""
-    for column in frame:
-        if not pd.api.types.is_numeric_dtype(frame[column]):
-            numbers = pd.to_numeric(frame[column], errors="coerce")
-            bad = (numbers.isna() & frame[column].notna()).to_numpy()
-            if bad.any():
-                cell = frame[column].iloc[int(bad.argmax())]
-                where = f"line {int(bad.argmax()) + 2}, column '{column}'"
-                raise UserError(f"{path}: {where}: '{cell}' is not a number")
-            frame = frame.assign(**{column: numbers})
-    return frame
+def _not_empty(cells: Cells) -> None:
+    if not cells.lines:
+        raise UserError(f"{cells.path}: has no rows")
 
 
 def _table(
     features: np.ndarray, labels: np.ndarray, names: Iterable, classes: Iterable, source: str
 ) -> Table:
     table = Table(
-        torch.from_numpy(np.array(features, np.float64)).float(),
+        torch.from_numpy(np.array(features, np.float64)),
         torch.from_numpy(np.asarray(labels, np.int64)),
         tuple(map(str, names)),
         tuple(map(str, classes)),
+        source,
     )
     if len(table.labels) == 0:
         raise UserError(f"{source}: no rows are left")
     labels_present = table.labels.unique()
     if len(labels_present) < 2:
         name = table.class_names[int(labels_present[0])]
-        raise UserError(f"{source}: all {len(table.labels)} rows have the label {name!r}")
-    finite = table.features.isfinite()
-    if not finite.all():
-        column = table.feature_names[int((~finite).any(0).int().argmax())]
-        raise UserError(f"{source}: column '{column}' is not finite")
+        raise UserError(f"{source}: all {len(table.labels)} rows have the label {quoted(name)}")
     return table
