@@ -17,6 +17,7 @@ import pytest
 import torch
 from script_runs import MLP, crashing
 
+from ER_DST.main import found_ratio
 from startsparse import atomic, checkpoint, locks, runs
 from startsparse.atomic import replacing, write_text
 from startsparse.console import log
@@ -25,7 +26,7 @@ from startsparse.options import Options
 from startsparse.trainer import Trainer
 from STR.main import main
 
-TINY_MLP = [*MLP, "--sparse-compute", "off", "--epochs", "2"]
+TINY_MLP = [*MLP, "--sparse-compute", "of", "--epochs", "2"]
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_the_folder_is_synced_after_the_file(tmp_path, monkeypatch):
     synced, fsync = [], os.fsync
 
     def note(handle):
-        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        synced.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
         fsync(handle)
 
     if not Path("/proc/self/fd").exists():
@@ -317,6 +318,19 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path, name, text):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"flops": null}', "\x00"])
+def test_a_damaged_search_is_named(tmp_path, text):
+    (tmp_path / "ratios.json").write_text('{"fc": 0.1}')
+    (tmp_path / "search.json").write_text(text)
+    with pytest.raises(UserError, match=r"--resume: .*search.json is damaged; start the run anew"):
+        found_ratio(tmp_path)
+    (tmp_path / "search.json").write_text('{"flops": 3}')
+    assert found_ratio(tmp_path) == ({"fc": 0.1}, 3.0)
+    (tmp_path / "ratios.json").unlink()
+    with pytest.raises(UserError, match=r"--resume: .*ratios.json does not exist"):
+        found_ratio(tmp_path)
+
+
 def test_empty_options_are_no_options(interrupted, small):
     (interrupted / "options.yaml").write_text("")
     with pytest.raises(OptionError, match=r"--resume: .*options.yaml is empty"):
@@ -380,8 +394,8 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path):
     code = (
         "from startsparse import errors, runs; from startsparse.options import Options\n"
         "def main():\n"
-        f"    with runs.open_run(Options(log_dir={str(tmp_path)!r}, mirror='gr\u00f6\u00dfe')):\n"
-        "        runs.log.warning('\u00b1 1')\n"
+        f"    with runs.open_run(Options(log_dir={str(tmp_path)!r}, mirror={'größe'!a})):\n"
+        f"        runs.log.warning({'± 1'!a})\n"
         "errors.run_script(main)"
     )
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
