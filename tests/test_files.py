@@ -26,7 +26,7 @@ from startsparse.options import Options
 from startsparse.trainer import Trainer
 from STR.main import main
 
-TINY_MLP = [*MLP, "--sparse-compute", "of", "--epochs", "2"]
+TINY_MLP = [*MLP, "--sparse-compute", "off", "--epochs", "2"]
 
 
 @pytest.fixture
