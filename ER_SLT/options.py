@@ -45,7 +45,7 @@ class SLTOptions(Options):
     name: Annotated[str, called("save-file", "--name"), default_is("the network and densities")] = (
         ""
     )
-    """Name of the run"""
+    """Name of the run; a slash makes folders"""
     evaluate: Annotated[str, PATH, default_is("train")] = ""  # type: ignore[assignment]  # no switch here
     """Do not train: print the test accuracy of this ticket file, or of the ticket in this run
     folder, with the options that the ticket holds"""

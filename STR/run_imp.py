@@ -21,7 +21,7 @@ from typing import Annotated
 import pandas as pd
 
 from startsparse import effects, labels, names, plots, processes, report, results, runs
-from startsparse.atomic import write_text
+from startsparse.atomic import remove_leftovers, write_text
 from startsparse.commandline import from_flags, named, parse
 from startsparse.data import SETS
 from startsparse.errors import OptionError, UserError
@@ -277,7 +277,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = run_all(jobs, options.at_once, options.devices.split(","))
     if any(job.finished for job in jobs):
         collect(jobs, levels)
-        print(write_report(levels))
+        with results.locked(levels):
+            for name in ("table.csv", "table.md", "plot.png"):
+                remove_leftovers(levels.parent, name)
+            text = write_report(levels)
+        print(text)
     for job in failed:
         print(f"error: {job.title} failed; see {job.log}", file=sys.stderr)
     return 1 if failed else 0

@@ -89,6 +89,18 @@ def sync_folder(path: Path) -> None:
             os.close(folder)
 
 
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove temporary files of `replacing` that killed processes left in a folder.
+
+    Only for who holds a lock that keeps others from writing there.
+
+    Args:
+        name: of the files that they should have replaced; * stands for any.
+    """
+    for path in folder.glob(f".{name[:50]}-????????"):
+        path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str, *, make_folder: bool = True) -> None:
     """Write a text file in UTF-8, whole or not at all; see `replacing`."""
     with replacing(path, make_folder=make_folder) as temporary:

@@ -36,7 +36,7 @@ class Options(Meaning):
     config: Annotated[str, PATH, default_is("configs/<set>.yaml, if there")] = ""
     """YAML file with options; the command line wins"""
     name: Annotated[str, default_is("the network and its density")] = ""
-    """Name of the run"""
+    """Name of the run; a slash makes folders"""
     seed: Seed = 1
     """Seed of every random draw: split, weights, masks, order and augmentation of the data"""
     log_dir: Annotated[str, PATH] = "runs"

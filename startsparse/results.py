@@ -20,7 +20,7 @@ import pandas as pd
 from filelock import Timeout
 
 from startsparse import locks
-from startsparse.atomic import replacing
+from startsparse.atomic import remove_leftovers, replacing
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import normal
 from startsparse.names import CELLS, is_formula
@@ -122,6 +122,7 @@ def add(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     rows = [{k: cell(v) for k, v in {**row, "run": key(path, row["run"])}.items()} for row in rows]
     try:
         with locked(path):
+            remove_leftovers(path.parent, path.name)
             table = read_runs(path)
             table = _without_moved(without(table, path, folders), path, rows)
             columns = list(table.columns)

@@ -25,11 +25,8 @@ A run never makes its folder again: a folder that is gone was removed or renamed
 """
 
 import dataclasses
-import hashlib
-import itertools
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -40,10 +37,11 @@ import pandas as pd
 from filelock import Timeout
 from torch import nn
 
-from startsparse import effects, locks, machine, paths, processes, results, stopping
-from startsparse.atomic import replacing, sync_folder, write_text
+from startsparse import beginning, effects, locks, machine, processes, results, stopping
+from startsparse.atomic import remove_leftovers, write_text
+from startsparse.beginning import DIGESTS, SOURCES
 from startsparse.boards import Boards
-from startsparse.commandline import read_values, read_yaml, run_folder, write_yaml
+from startsparse.commandline import read_values, read_yaml, run_folder
 from startsparse.console import log, number
 from startsparse.data import Images
 from startsparse.errors import DISK_FULL, OptionError, UserError, about, reason
@@ -63,8 +61,6 @@ MEASURED = ("requested", "density", "weights", "kept", "epoch", "valid_accuracy"
 MEASURED += ("inference_flops", "inference_flops_share", "training_flops", "training_flops_share")
 MEASURED += ("seconds",)
 
-SOURCES = "sources"  # folder in the run folder
-DIGESTS = "sha256.json"  # in that
 PLAIN_WEIGHTS = "dense_weights.pt"
 IMAGES = "data.json"
 
@@ -87,6 +83,8 @@ class Run:
             self._open.enter_context(locks.locked(folder / ".lock", "train the same run", 0))
         except Timeout:
             raise UserError(f"--resume: {folder} is in use by another process") from None
+        for written in (folder, folder / "levels"):
+            remove_leftovers(written)
         self._open.enter_context(_logging_to(folder / "log.txt"))
         self._open.enter_context(stopping.advice(f"--resume {folder} continues"))
 
@@ -166,22 +164,6 @@ class Run:
         elif before != images.to_json():
             path = self.folder / IMAGES
             raise UserError(f"--data: {self.folder} was trained on other images, see {path}")
-
-    @by_rank_0
-    def keep_sources(self) -> None:
-        """Copy the files of other runs that this one uses, so that it no longer needs them."""
-        digests = {}
-        for name, files in self.options.sources().items():
-            for inside, path in files.items():
-                copy = self.folder / SOURCES / name / inside
-                try:
-                    with replacing(copy) as temporary:
-                        shutil.copyfile(path, temporary)
-                except OSError as error:
-                    raise UserError(f"{flag(name)}: cannot copy {path}: {about(error)}") from None
-                digests[f"{name}/{inside}"] = _digest(copy)
-        if digests:
-            self.write_json(f"{SOURCES}/{DIGESTS}", digests)
 
     def source(self, name: str) -> Path:
         """The path from which this run reads what option ``name`` points to."""
@@ -368,15 +350,11 @@ def _check_sources(folder: Path) -> None:
         digests = dict(json.loads(path.read_text(encoding="utf-8")))
         for name, digest in digests.items():
             copy = folder / SOURCES / name
-            if not copy.exists() or _digest(copy) != digest:
+            if not copy.exists() or beginning.digest(copy) != digest:
                 what = "has changed" if copy.exists() else "is gone"
                 raise UserError(f"--resume: {copy} {what} since the run began; start the run anew")
     except (OSError, ValueError, TypeError):
         raise UserError(f"--resume: {path} is damaged; start the run anew") from None
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check_same(options: Options, saved: Options, what: str) -> None:
@@ -406,18 +384,7 @@ def open_run(options: Options, folder: Path | None = None) -> Run:
     """The run in ``folder``, or a new one."""
     if folder is not None:
         return Run(folder, options)
-    folder = _create_by_rank_0(_base(options))
-    run = Run(folder, options)
-    try:
-        run.write_json(machine.ENVIRONMENT, machine.environment())
-        run.keep_sources()
-        run.write_text("options.yaml", write_yaml(paths.all_absolute(options)))
-    except BaseException:  # without options.yaml nobody could resume it
-        run.__exit__(None, None, None)
-        if processes.rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return run
+    return Run(_create_by_rank_0(options, machine.environment()), options)
 
 
 def _resumed(options: Options) -> Path | None:
@@ -454,25 +421,12 @@ def _newest(options: Options) -> Path | None:
 
 def next_folder(options: Options) -> Path:
     """The folder that a new run gets, unless another process is faster."""
-    return next(folder for folder in _folders(_base(options)) if not folder.exists())
-
-
-def _folders(base: Path) -> Iterator[Path]:
-    """``base``, and the same with -2, -3 ...: no run ever overwrites another."""
-    yield base
-    for count in itertools.count(2):
-        yield base.with_name(f"{base.name}-{count}")
+    return beginning.free_folder(_base(options))
 
 
 @by_rank_0
-def _create_by_rank_0(base: Path) -> Path:
-    base.parent.mkdir(parents=True, exist_ok=True)
-    for folder in _folders(base):
-        with suppress(FileExistsError):
-            folder.mkdir()
-            sync_folder(base.parent)
-            return folder
-    raise AssertionError
+def _create_by_rank_0(options: Options, environment: dict[str, Any]) -> Path:
+    return beginning.create(_base(options), options, environment)
 
 
 class _LogFile(logging.FileHandler):

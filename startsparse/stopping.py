@@ -260,6 +260,18 @@ def _say(line: str) -> None:
             os.write(2, f"{line}\n".encode())
 
 
+_forking = threading.local()
+
+
+def _hold() -> None:
+    """Before a fork: a signal for the child must not come while it has the handlers of this one."""
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _program.before)
+
+
+def _let_go() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
 def _forget() -> None:
     """In a forked process: signals are its own affair."""
     if _program.before:
@@ -269,7 +281,8 @@ def _forget() -> None:
                 os.close(end)
         _uninstall()
         _program.__init__()  # type: ignore[misc]
+    _let_go()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_forget)

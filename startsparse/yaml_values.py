@@ -13,6 +13,9 @@ import yaml
 
 from startsparse.errors import OptionError
 
+_OWN = "tag:yaml.org,2002:"
+_TAGS = {_OWN + name for name in ("map", "seq", "str", "int", "float", "bool", "null")}
+
 
 def read_values(path: Path) -> dict[str, str | list[str]]:
     """Option -> its text in the file at ``path``, or the texts of its list.
@@ -27,19 +30,32 @@ def read_values(path: Path) -> dict[str, str | list[str]]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise OptionError(f"{path}: is not YAML: {reason}") from None
+    except RecursionError:
+        raise OptionError(f"{path}: is nested too deeply; one 'option: value' a line") from None
     if root is None:
         return {}
     if not isinstance(root, yaml.MappingNode):
         raise OptionError(f"{path}: should hold one 'option: value' per line")
+    _check_tags(path, root)
     values: dict[str, str | list[str]] = {}
     for key, value in root.value:
         line = f"line {key.start_mark.line + 1}"
+        _check_tags(path, key, value)
         if not isinstance(key, yaml.ScalarNode):
             raise OptionError(f"{path}: {line}: should be one 'option: value'")
         if key.value in values:
             raise OptionError(f"{path}: {line}: names {key.value} again")
         values[key.value] = _value(value, lambda: f"{path}: {key.value}: should be one value")  # noqa: B023
     return values
+
+
+def _check_tags(path: Path, *nodes: yaml.Node) -> None:
+    """Refuse what other readers of YAML would make objects of, or run."""
+    for node in nodes:
+        if node.tag not in _TAGS:
+            tag = node.tag.replace(_OWN, "!!")
+            line = f"line {node.start_mark.line + 1}"
+            raise OptionError(f"{path}: {line}: has the tag {tag!r}; write the value alone")
 
 
 def _value(node: yaml.Node, problem: Callable[[], str]) -> str | list[str]:

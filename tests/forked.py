@@ -32,13 +32,22 @@ class Script:
     Args:
         folder: of the files stdout and stderr with its output; is created.
         forks: whether the runs of a sweep are `Forked` too.
+        kill_at: number of the operation on files below ``folder`` before which it is killed.
     """
 
-    def __init__(self, script: Path, argv: Sequence[object], folder: Path, forks: bool = False):
+    def __init__(
+        self,
+        script: Path,
+        argv: Sequence[object],
+        folder: Path,
+        forks: bool = False,
+        kill_at: int = 0,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.said = folder / "stdout", folder / "stderr"
         words = [str(script), *map(str, argv)]
-        self._process = _CONTEXT.Process(target=_child, args=(words, self.said, forks), daemon=True)
+        more = (forks, str(folder), kill_at)
+        self._process = _CONTEXT.Process(target=_child, args=(words, self.said, *more), daemon=True)
         self._process.start()
         self.pid = self._process.pid
 
@@ -51,7 +60,7 @@ class Script:
         """Wait for the end of the process; its stdout and stderr."""
         self._process.join(300)
         assert self.exit_code is not None
-        out, err = (path.read_text() for path in self.said)
+        out, err = (path.read_text() if path.exists() else "" for path in self.said)
         return out, err
 
 
@@ -85,13 +94,35 @@ class Forked:
             os.kill(self.pid, signal.SIGTERM)
 
 
-def _child(words: list[str], said: tuple[Path, Path], forks: bool) -> None:
+def _child(
+    words: list[str], said: tuple[Path, Path], forks: bool, folder: str, kill_at: int
+) -> None:
     if forks:
         from STR import jobs
 
         jobs.subprocess = SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT)
     out, err = (os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for path in said)
+    if kill_at:
+        _kill_at(kill_at, folder)
     os._exit(_exit_code(words, out, err))
+
+
+def _kill_at(operation: int, folder: str) -> None:
+    """Kill this process before an operation that changes files below the folder, counted from 1."""
+    done = 0
+
+    def look(event: str, args: tuple) -> None:
+        nonlocal done
+        if event == "open":
+            changes = isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        else:
+            changes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod")
+        if changes and str(args[0]).startswith(folder):
+            done += 1
+            if done == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
 
 
 def _exit_code(words: Sequence[str], out: int, err: int) -> int:

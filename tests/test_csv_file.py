@@ -94,6 +94,8 @@ def test_numbers_to_the_last_bit(load):
         cells = map(form, numbers)
         table = load("a,y\n" + "".join(f"{cell},{i % 2}\n" for i, cell in enumerate(cells)))
         assert table.features[:, 0].tolist() == numbers
+    long = load(f"a,y\n1{5000 * '0'}e-5000,0\n1,0\n1.0,1\n1,1\n")  # int() refuses 5000 digits
+    assert long.features[:, 0].tolist() == [1, 1, 1, 1]
     truth = load("a,y\nTrue,0\nfalse,1\nTRUE,0\nFalse,1\n")
     assert truth.features[:, 0].tolist() == [1, 0, 1, 0]
 
@@ -146,6 +148,10 @@ REFUSED = {
     "no column of that name": (lines("1,u", header="a,Y"), "has no column 'y'; it has 'a', 'Y'"),
     "no other column": ("y\nu\nv\n", "has no column but 'y'"),
     "a column without a name": (lines("1,2,u", header="a,,y"), "column 2 has no name; name it"),
+    "two indices of pandas": (
+        lines("0,0,2,u", header=",Unnamed: 0,a,y"),
+        r"column 2 has no name of its own \('Unnamed: 0' is pandas' word for none\); name it",
+    ),
     "an index with gaps": (lines("1,2,u", "3,4,u", header=",a,y"), "column 1 has no name; name it"),
     "a name twice": (
         lines("1,2,u", header="a, a,y"),

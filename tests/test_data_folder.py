@@ -391,6 +391,16 @@ def test_a_damaged_cache_is_made_again(tmp_path, what, damage):
     assert again.images == first.images
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    images(tmp_path)
+    store = tmp_path / decoded.STORE
+    store.mkdir()
+    for name in (".x-16-3.npy-abc", ".x-16-3-sums.npz-abc"):
+        (store / name).write_bytes(b"half")
+    load(tmp_path)
+    assert sorted(path.suffix for path in store.iterdir()) == ["", ".json", ".npy", ".npz"]
+
+
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
     images(tmp_path)
 

@@ -45,7 +45,7 @@ def commands():
 COMMANDS = list(commands())
 MODULES = {  # python -m -> its options, and their defaults
     "startsparse.tabular": (tabular.TabularOptions, tabular.TabularOptions()),
-    "startsparse.report": (report.ReportOptions, report.ReportOptions(Path("results.csv"))),
+    "startsparse.report": (report.ReportOptions, report.ReportOptions("results.csv")),
     "startsparse.export": (ExportOptions, ExportOptions("run")),
 }
 

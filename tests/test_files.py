@@ -18,7 +18,7 @@ import torch
 from script_runs import MLP, crashing
 
 from ER_DST.main import found_ratio
-from startsparse import atomic, checkpoint, locks, runs
+from startsparse import atomic, beginning, checkpoint, locks, runs
 from startsparse.atomic import replacing, write_text
 from startsparse.console import log
 from startsparse.errors import OptionError, UserError, about, run_script
@@ -231,7 +231,7 @@ def test_a_full_disk_says_how_to_go_on(small, monkeypatch, tmp_path):
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "write_yaml", no_space)
+    monkeypatch.setattr(beginning, "write_yaml", no_space)
     with pytest.raises(OSError, match="No space"):
         runs.open_run(Options(log_dir=str(tmp_path / "runs")))
     assert not list(tmp_path.glob("runs/*/*/*"))

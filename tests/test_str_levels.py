@@ -9,6 +9,7 @@ import pytest
 import torch
 from script_runs import MLP, TINY, same, weights
 
+from startsparse import checkpoint
 from startsparse.data import SHAPES
 from startsparse.errors import OptionError
 from startsparse.masks import masked_weights
@@ -93,6 +94,11 @@ def test_mask_ref_takes_the_masks_of_another_run(run):
         run(*other, "--threshold-list", "0.12", where="x")
     with pytest.raises(OptionError, match="--target-expt-name: .*level-3.pt: no such checkpoint"):
         run(*other, "--threshold-list", "0.1", "0.03", "0.02", where="x")
+    first = checkpoint.load(source / "levels/level-1.pt")
+    first["model"]["hidden.0.weight_mask"] = first["model"]["hidden.0.weight_mask"].float()
+    checkpoint.save_by_rank_0(source / "levels/level-1.pt", first)
+    with pytest.raises(OptionError, match="--target-expt-name: the mask of 'hidden.0'"):
+        run(*other, where="y")
 
 
 def test_start_from_begins_with_weights_and_masks_of_another_run(run, monkeypatch):

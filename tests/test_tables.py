@@ -80,6 +80,8 @@ def test_bundled_tables():
     assert cancer.labels.bincount().tolist() == [212, 357] and cancer.labels.dtype == torch.int64
     assert digits.features.shape == (1797, 64) and len(digits.class_names) == 10
     assert digits.features.max() == 16
+    # as in committed results, which began from float32
+    assert torch.equal(cancer.features, cancer.features.float().double())
 
 
 def test_employment_is_what_the_file_says(tmp_path):

@@ -233,6 +233,8 @@ def _decode(
         return Pixels(np.stack(list(images())).reshape(shape), moments, content)
     target, sums = _files(store, content, form)
     try:
+        for left in store.glob(".*-*"):  # by a process that was killed: no other writes now
+            left.unlink(missing_ok=True)
         with replacing(target) as part, part.open("wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             npy.write_array_header_2_0(file, header)

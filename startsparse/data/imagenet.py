@@ -1,5 +1,6 @@
 """ImageNet from folders of JPEGs, decoded by worker processes while the device trains."""
 
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,15 +117,33 @@ class FolderBatches:
             sampler=[rows[part].tolist() for part in mine],  # an "index" is the rows of a batch
             batch_size=None,
             num_workers=self.workers,
+            worker_init_fn=_ignore_interrupts,
             pin_memory=self.device.type == "cuda",
             # Unused, but without one the loader would draw from the global generator.
             generator=seeding.generator(self.seed, "workers", epoch),
         )
-        for batch in loader:
+        for batch in _whole(loader):
             if isinstance(batch, UserError):
                 raise batch
             pixels, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
             yield normalised(pixels.flatten(2), self._mean, self._std), labels
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; the run ends its workers after its checkpoint."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _whole(loader: DataLoader) -> Iterator:
+    """The batches. Raises `UserError` where a worker is gone, as without memory for it."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "--workers: a process that reads images was killed, perhaps for lack of memory"
+        ) from None
 
 
 def _augmented(flip: bool) -> Any:

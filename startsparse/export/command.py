@@ -22,6 +22,7 @@ from startsparse.export.formats import PACKAGES, write_csr, write_dense, write_o
 from startsparse.export.trained import Trained, read_run
 from startsparse.fields import PATH, choice, default_is
 from startsparse.options import require_range
+from startsparse.places import check_file, check_folder
 
 ENDINGS = {"safetensors": ".safetensors", "csr": ".csr.safetensors", "onnx": ".onnx"}
 """Ending of a file's name, by --format."""
@@ -51,6 +52,10 @@ class ExportOptions:
             raise OptionError(f"--output: {self.output} should end in {ENDINGS[self.format]}")
         if self.output and Path(self.output).exists():
             raise OptionError(f"--output: {self.output} exists; remove it or name another file")
+        if self.output:
+            check_file("--output", Path(self.output))
+        elif Path(self.run).is_dir():
+            check_folder("--output", Path(self.run) / "export")
         missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
         if self.format == "onnx" and missing:
             raise UserError(f"--format onnx: packages are missing; pip install {' '.join(missing)}")

@@ -77,12 +77,14 @@ def _read_options(path: Path) -> tuple[dict[str, Any], str, str]:
     """The options of a run, and the names of its data set and network."""
     try:
         options = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError, ValueError):
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError):
         options = {}
     # The three scripts name these options differently; where data is the set, data_dir is there.
     name = options.get("set") or options.get("dataset") or options.get("data")
     arch = options.get("arch") or options.get("model")
-    if name not in data.SHAPES or arch not in models.MODELS:
+    width, kind = options.get("width", 0), options.get("resnet_type", "")
+    known = isinstance(name, str) and isinstance(arch, str) and isinstance(kind, str)
+    if not known or name not in data.SHAPES or arch not in models.MODELS or type(width) is not int:
         raise UserError(f"{path}: names no known network and data set")
     return options, name, arch
 

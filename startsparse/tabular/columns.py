@@ -88,7 +88,7 @@ def _check_rounding(cells: Cells, column: str, found: np.ndarray) -> None:
     with np.errstate(over="ignore"):
         if not len(found) or np.abs(found).max() <= 2.0**32 * np.ptp(found):
             return
-    exact = {text: Fraction(text) for text in set(cells.columns[column]) if text}
+    exact = {text: Fraction(Decimal(text)) for text in set(cells.columns[column]) if text}
     lost = [abs(v - Fraction(float(text))) for text, v in exact.items() if not _of_float64(text)]
     if lost and max(lost) * 2**20 > max(exact.values()) - min(exact.values()) > 0:
         raise UserError(

@@ -179,13 +179,18 @@ def _check_names(path: Path, header: list[str], kept: list[int]) -> None:
     for position in kept:
         name = header[position]
         if position and _NO_NAME.fullmatch(name):
-            raise UserError(f"{path}: column {position + 1} has no name; name it, or delete it")
+            raise _nameless(path, position, name)
         if name in first:
             raise UserError(
                 f"{path}: columns {first[name] + 1} and {position + 1} are both called "
                 f"{quoted(name)}; rename one"
             )
         first[name] = position
+
+
+def _nameless(path: Path, position: int, name: str) -> UserError:
+    so = f" of its own ({quoted(name)} is pandas' word for none)" if name else ""
+    return UserError(f"{path}: column {position + 1} has no name{so}; name it, or delete it")
 
 
 def _without_index(
@@ -196,6 +201,6 @@ def _without_index(
     if name not in columns or not _NO_NAME.fullmatch(name):
         return columns
     if not counts_up(columns[name]):
-        raise UserError(f"{path}: column 1 has no name; name it, or delete it")
+        raise _nameless(path, 0, name)
     log.warning("warning: %s: column 1 has no name and numbers the rows; it is left out", path)
     return {other: cells for other, cells in columns.items() if other != name}

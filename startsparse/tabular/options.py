@@ -25,7 +25,8 @@ class TabularOptions:
     """Networks on tables that start sparse and are pruned further."""
 
     tables: tuple[str, ...] = ("breast-cancer",)
-    """breast-cancer, digits, ACSEmployment, ACSIncome, or the paths of .csv files"""
+    """breast-cancer, digits, ACSEmployment, ACSIncome, or the paths of .csv files (docs/data.md has
+    their rules)"""
     data: Annotated[
         str, PATH, default_is("$STARTSPARSE_DATA, else data/ of the checkout, or here")
     ] = ""
@@ -96,6 +97,8 @@ class TabularOptions:
             require_range(self, name, low=1)
         require_range(self, "width", low=1, high=2**20)
         require_range(self, "batch_size", low=2)  # BatchNorm
+        names.check_characters("--result-dir", self.result_dir)
+        self.result_dir = names.home("--result-dir", self.result_dir)
         self._check_tables()
 
     def _check_tables(self) -> None:

@@ -35,7 +35,7 @@ def standardise(features: Tensor, train: Tensor) -> tuple[Tensor, Tensor, Tensor
         result = result.astype(np.float32)
         mean = np.ldexp(np.ldexp(mean, second) + base, first)
         scale = np.where(constant, 1, np.ldexp(std, first + second))
-    return tuple(map(torch.from_numpy, (result, mean, scale)))
+    return torch.from_numpy(result), torch.from_numpy(mean), torch.from_numpy(scale)
 
 
 def _exponents(values: np.ndarray) -> np.ndarray:

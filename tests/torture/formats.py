@@ -68,7 +68,7 @@ def _equal(one, other) -> bool:
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
-        return list(one) == list(other) and all(_equal(one[k], other[k]) for k in one)
+        return one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
     if isinstance(one, tuple):
         return len(one) == len(other) and all(map(_equal, one, other))
     return one == other
@@ -246,7 +246,7 @@ VALUES = (
         "nan",
         "inf",
     ),
-    *("é\n", "x" * 100_000, "--seed=3", "../../x", "resnet18", "mlp", "digits", "1e-320", "010"),
+    *("é\n", "x" * 3_000, "--seed=3", "../../x", "resnet18", "mlp", "digits", "1e-320", "010"),
 )
 NAMES = (
     *(
@@ -286,4 +286,4 @@ def crafted_options(case, folder):
         options = parse(SLTOptions, CONFIGS, [], saved)
         check_shapes(ticket, options, path)
 
-    refused(read, naming="")
+    refused(read, naming="--")

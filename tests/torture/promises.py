@@ -26,7 +26,7 @@ class Promise:
         text: what is promised, as docs/reliability.md says it.
         inputs: what is tried.
         cases: number of inputs that `make torture` tries; fewer if there are not so many.
-        sample: number of inputs that `make test` tries.
+        sample: number of inputs that `make test` tries; 0: they take too long for it.
         check: raises if the promise is broken; takes an input and an empty folder.
     """
 

@@ -3,6 +3,7 @@
 import csv
 import io
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -182,3 +183,45 @@ def a_malformed_row_is_named(value, folder):
         assert said.startswith(f"{path}: {message.format(line, name)}") and said.isprintable(), said
     else:
         raise AssertionError("it was read")
+
+
+@st.composite
+def damaged(draw: Any) -> bytes:
+    """Bytes, or those of a table with some replaced, put in or left out."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(st.binary(max_size=200))
+    with TemporaryDirectory() as folder:
+        table = draw(written())
+        table.write(path := Path(folder, "t.csv"), table.rows())
+        content = path.read_bytes()
+    bits = st.one_of(
+        st.binary(max_size=3),
+        st.sampled_from(
+            [b'"', b",", b"\r", b"\n", b"\0", b"label", b" ", b"\xff\xfe", b"1e400", b";"]
+        ),
+    )
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, len(content)))
+        end = min(len(content), start + draw(st.integers(0, 3)))
+        content = content[:start] + draw(bits) + content[end:]
+    return content
+
+
+@promise(
+    "Whatever bytes a .csv file holds, it is a table whose parts are finite, or one line names it",
+    damaged(),
+    cases=1000,
+    sample=25,
+)
+def any_bytes_are_a_table_or_a_line(content, folder):
+    path = folder / "t.csv"
+    path.write_bytes(content)
+    try:
+        with patch.object(log, "disabled", True):
+            table = tables.load(str(path), label="label")
+            split = tables.split(table, 1)
+    except UserError as error:
+        assert str(error).startswith(f"{path}: ") and str(error).isprintable(), str(error)
+        return
+    assert all(features.isfinite().all() for features, _ in _parts(split))
+    assert sum(len(labels) for _, labels in _parts(split)) == len(table.labels)
