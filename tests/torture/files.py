@@ -114,7 +114,7 @@ NAMES = st.text(
 
 
 @promise(
-    "Folders of runs and results may have any name that the file system takes",
+    "Folders of runs and results may have any name, or it is refused by one line",
     NAMES,
     cases=200,
     sample=3,
@@ -126,7 +126,9 @@ def names(name, folder):
     except OSError:  # the file system takes no such name
         return
     code, said = in_process("--epochs", 1, *places(there))
-    assert (code, said) == (0, [])
+    if code:  # what no table can hold, such as a line break
+        assert (code, len(said)) == (2, 1)
+        return
     run = run_folder(there)
     assert len(results.read_runs(there / "results.csv")) == 1
     assert in_process("--resume", run, "--evaluate") == (0, [])
@@ -330,7 +332,8 @@ def wrong_contents(case, folder):
     code, said = in_process("--resume", path.parent, *places(folder))
     if code:
         assert (code, len(said)) == (1, 1)
-        assert said[0].startswith(f"error: {path}: "), (place, name, said)
+        starts = (f"error: {path}: ", "error: --resume: ")  # the latter of its options
+        assert said[0].startswith(starts), (place, name, said)
         assert path.read_bytes() == before
     elif place or name not in ("images", "options"):  # older versions had none
         right = checkpoint.load(run_folder(finished()) / "best.pt")["model"]
@@ -374,12 +377,13 @@ def full_disks(size, folder):
         code, said = in_process(*places(there))
         if code == 0:
             return
-        assert (code, len(said)) == (1, 1)
-        assert "No space left on device; free space" in said[0]
+        assert len(said) == 1
+        # At the start the room that a run needs is an option's fault.
+        assert code == 2 or "No space left on device; free space" in said[0], said
         resize(50_000)
         again = list(there.glob("runs/*/*/seed-1"))
         assert not list(there.rglob(".*.pt-*"))
-        assert bool(again) == ("--resume" in said[0])
+        assert code == 2 or bool(again) == ("--resume" in said[0]), said
         assert in_process(*["--resume", *again][: 2 * len(again)], *places(there)) == (0, [])
         one, right = (content(run_folder(where)) for where in (there, finished()))
         assert one["best.pt"] == right["best.pt"]
