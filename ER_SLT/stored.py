@@ -10,6 +10,7 @@ from startsparse import masks, recipe
 from startsparse.commandline import from_values
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import names, normal
+from startsparse.reading import is_number
 from startsparse.runs import FREE
 
 
@@ -22,7 +23,7 @@ def stored(path: Path) -> tuple[Ticket, SLTOptions, float]:
     try:
         ticket = load_ticket(path)
         options, accuracy = (ticket.description.get(n) for n in ("options", "test_accuracy"))
-        if type(accuracy) not in (int, float) or not 0 <= accuracy <= 1:
+        if not is_number(accuracy) or not 0 <= accuracy <= 1:
             raise UserError(f"{path}: its test_accuracy is {accuracy!r}, not one from 0 to 1")
         if not isinstance(options, dict):
             raise UserError(f"{path}: the ticket has no 'options'")

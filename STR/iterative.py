@@ -111,8 +111,11 @@ def check_reference(model: nn.Module, options: STROptions, level: int, count: in
     masks, entries = reference_masks(source, level), list(masked_weights(model))
     for name, _, mask in entries:
         other = masks.get(f"{name}.weight_mask")
-        fits = other is not None and (other.dtype, other.shape) == (mask.dtype, mask.shape)
-        if not fits or bool((other & ~mask.cpu()).any()):
+        if (
+            other is None
+            or (other.dtype, other.shape) != (mask.dtype, mask.shape)
+            or bool((other & ~mask.cpu()).any())
+        ):
             raise OptionError(
                 f"--target-expt-name: the mask of '{name}' in {options.target_expt_name} does not "
                 "lie inside this run's; both need the same network, --seed and --er-sparse-*"

@@ -36,7 +36,7 @@ S = TypeVar("S", bound="Options")  # of a script
 
 # tyro's own messages speak of Python; these speak of the value.
 _plain = ConstructorRegistry()
-_LISTED = {float: REAL, int: WHOLE, str: TEXT}
+_LISTED: dict[Any, PrimitiveConstructorSpec] = {float: REAL, int: WHOLE, str: TEXT}
 """Of a list's elements by their type, where that declares nothing."""
 
 
@@ -58,7 +58,8 @@ def _list_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     if get_origin(info.type) is not tuple or rest != [...]:
         return None
     specs: tuple = getattr(element, "__metadata__", ())
-    spec = next((s for s in specs if isinstance(s, PrimitiveConstructorSpec)), _LISTED.get(element))
+    declared = [s for s in specs if isinstance(s, PrimitiveConstructorSpec)]
+    spec = declared[0] if declared else _LISTED.get(element)
     if spec is None:
         return None
     return PrimitiveConstructorSpec(

@@ -13,7 +13,7 @@ from startsparse.errors import OptionError, UserError
 from startsparse.masks import attach_masks, draw_masks, sparse_layers
 from startsparse.options import Options
 from startsparse.ratios import layer_densities
-from startsparse.reading import read_bytes, strict_json
+from startsparse.reading import is_number, read_bytes, strict_json
 
 _LARGEST_JSON = 16 << 20  # bytes; a file of a network with a thousand layers has 0.1 MiB
 
@@ -108,7 +108,7 @@ def _json_densities(path: Path) -> dict[str, float]:
     densities = {}
     for name, value in content.items():
         density = value.get("density") if isinstance(value, dict) else value
-        if type(density) not in (int, float) or not 0 <= density <= 1:
+        if not is_number(density) or not 0 <= density <= 1:
             what = f"is {_short(density)}, not a number from 0 to 1"
         elif 0 < density < sys.float_info.min:
             what = f"is {density!r}, too small to compute with; write 0"

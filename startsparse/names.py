@@ -4,7 +4,6 @@ import dataclasses
 import os
 import re
 import unicodedata
-from pathlib import Path
 from typing import Any
 
 from startsparse.errors import OptionError
@@ -14,14 +13,10 @@ LONGEST = 200  # bytes of a part; files are called after it, and 255 are possibl
 FORMULA = ("=", "+", "-", "@")  # how a cell begins that a spreadsheet computes
 CELLS = {"name", "expt_setup", "er_sparsity_file", "start_from", "target_expt_name"}
 """Options whose text is a cell of a table, also where it looks like a number."""
-FOLDERS = {"log_dir", "result_dir"}  # options that name a folder to write into
 
 
 def check(options: Any) -> None:
-    """Raise `OptionError` for a text of ``options`` that no table could hold as it is.
-
-    Folders to write into that begin with ~ become those of the home folder.
-    """
+    """Raise `OptionError` for a text of ``options`` that no table could hold as it is."""
     for field in dataclasses.fields(options):
         value, option = getattr(options, field.name), flag(field.name)
         for text in value if isinstance(value, tuple) else (value,):
@@ -29,8 +24,6 @@ def check(options: Any) -> None:
                 check_characters(option, text)
         if field.name in CELLS:
             check_cell(option, value)
-        if field.name in FOLDERS:
-            setattr(options, field.name, home(option, value))
 
 
 def is_formula(cell: str) -> bool:
@@ -76,15 +69,6 @@ def check_name(option: str, name: str) -> None:
         if len(os.fsencode(part)) > LONGEST:
             length = f"{len(os.fsencode(part))} bytes long, and at most {LONGEST} are possible"
             raise OptionError(f"{option}: '{shortened(part)}' is {length}")
-
-
-def home(option: str, path: str) -> str:
-    """A path with ~ as the home folder. Raises `OptionError` if there is none."""
-    try:
-        return str(Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError:
-        user = path.partition("/")[0]
-        raise OptionError(f"{option}: '{path}': there is no home folder {user}") from None
 
 
 def shortened(text: str, length: int = 60) -> str:

@@ -1,7 +1,7 @@
 """Devices: which to use, and a network on several of them; for several processes: `processes`."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,14 +49,14 @@ class Parallel(nn.DataParallel):
     """
 
     def scatter(
-        self, inputs: tuple[Tensor, ...], kwargs: dict[str, Any], device_ids: list[Any]
-    ) -> tuple[list[tuple[Tensor, ...]], list[dict[str, Any]]]:
+        self, inputs: tuple[Tensor, ...], kwargs: dict[str, Any] | None, device_ids: Sequence[Any]
+    ) -> Any:
         """One tuple of inputs for each device that has work."""
         (examples,) = inputs
         working = device_ids[: max(1, len(examples) // 2)]
         parts = examples.tensor_split(len(working))
         scattered = [(p.to(d, non_blocking=True),) for p, d in zip(parts, working)]
-        return scattered, [kwargs] * len(working)
+        return scattered, [kwargs or {}] * len(working)
 
 
 def parallel(model: nn.Module, devices: list[torch.device]) -> nn.Module:

@@ -4,7 +4,7 @@ import errno
 import json
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 LARGEST = 2 << 30
 """Bytes of the largest file that `read_bytes` reads; all that this project reads are smaller."""
@@ -23,6 +23,11 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
     if path.stat().st_size > largest:
         raise OSError(errno.EFBIG, f"has more than {largest:,} bytes", str(path))
     return path.read_bytes()
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of a JSON text is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def strict_json(text: str | bytes, nan: bool = False) -> Any:

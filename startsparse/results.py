@@ -63,7 +63,9 @@ def read(path: Path) -> pd.DataFrame:
 
 def _cells(file: TextIO) -> tuple[list[str], list[list[str]]]:
     """Header and rows. Raises ValueError, which says in which line, unless they fit."""
-    reader, header, rows = csv.reader(file, strict=True), [], []
+    reader = csv.reader(file, strict=True)
+    header: list[str] = []
+    rows: list[list[str]] = []
     try:
         for row in filter(None, reader):
             if not header:
@@ -88,8 +90,11 @@ def write(path: Path, table: pd.DataFrame) -> None:
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         for row in (list(table.columns), *table.to_numpy().tolist()):
             # Some versions of Python leave a carriage return bare, and then it ends the row.
-            quoting = csv.QUOTE_ALL if "\r" in "".join(row) else csv.QUOTE_MINIMAL
-            csv.writer(file, lineterminator="\n", quoting=quoting).writerow(row)
+            every = "\r" in "".join(row)
+            how = csv.writer(
+                file, lineterminator="\n", quoting=csv.QUOTE_ALL if every else csv.QUOTE_MINIMAL
+            )
+            how.writerow(row)
 
 
 def read_runs(path: Path) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from startsparse.errors import UserError
 from startsparse.optimizers import kept
 from startsparse.options import Options
 from startsparse.phases import Phase, Position
+from startsparse.reading import is_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +24,10 @@ class Kind:
     fits: Callable[[Any], bool]
 
 
-def _number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
 COUNT = Kind("a whole number from 0 on", lambda v: type(v) is int and v >= 0)
-NUMBER = Kind("a number", _number)
-AMOUNT = Kind("a finite number from 0 on", lambda v: _number(v) and 0 <= v < math.inf)
-SHARE = Kind("a share", lambda v: _number(v) and not (v < 0 or v > 1))  # NaN: of no examples
+NUMBER = Kind("a number", is_number)
+AMOUNT = Kind("a finite number from 0 on", lambda v: is_number(v) and 0 <= v < math.inf)
+SHARE = Kind("a share", lambda v: is_number(v) and not (v < 0 or v > 1))  # NaN: of no examples
 TEXT = Kind("a text", lambda v: type(v) is str)
 CELL = Kind("a cell of a table", lambda v: v is None or type(v) in (str, bool, int, float))
 SUMS = Kind(

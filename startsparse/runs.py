@@ -51,15 +51,18 @@ from startsparse.optimizers import OPTIMIZERS
 from startsparse.options import Options
 from startsparse.places import check_folder, check_room
 from startsparse.processes import by_rank_0
+from startsparse.reading import is_number
 
 # Options that may change when a run resumes: they do not affect the result.
 FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
 FREE |= {"workers", "data_memory", "multigpu", "compile", "sparse_compute"}
 
 # What every summary.json holds.
-MEASURED = ("requested", "density", "weights", "kept", "epoch", "valid_accuracy", "test_accuracy")
-MEASURED += ("inference_flops", "inference_flops_share", "training_flops", "training_flops_share")
-MEASURED += ("seconds",)
+MEASURED = (
+    *("requested", "density", "weights", "kept", "epoch", "valid_accuracy", "test_accuracy"),
+    *("inference_flops", "inference_flops_share", "training_flops", "training_flops_share"),
+    "seconds",
+)
 
 PLAIN_WEIGHTS = "dense_weights.pt"
 IMAGES = "data.json"
@@ -197,7 +200,7 @@ def summary(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         result = json.loads(text)
-        missing = [n for n in MEASURED if type(result[n]) not in (int, float)]
+        missing = [n for n in MEASURED if not is_number(result[n])]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         missing = [reason(error)]
     if missing:

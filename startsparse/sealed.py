@@ -84,4 +84,5 @@ def _parts(file: bytes) -> tuple[dict, bytes]:
 
 def _filled(file: bytes, old: str, new: str) -> bytes:
     """The file with another digest. Inside a JSON string its quotes would be escaped."""
-    return file.replace(*(f'"sha256":"{text}"'.encode() for text in (old, new)), 1)
+    before, after = (f'"sha256":"{text}"'.encode() for text in (old, new))
+    return file.replace(before, after, 1)

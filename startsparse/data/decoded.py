@@ -218,7 +218,7 @@ def _decode(
             elif not damaged:
                 wide = image.astype(np.int64)
                 moments[row] = wide.sum((0, 1)), (wide * wide).sum((0, 1))
-                crcs[row // _PIECE] = zlib.crc32(image, crcs[row // _PIECE])
+                crcs[row // _PIECE] = zlib.crc32(image.data, crcs[row // _PIECE])
                 yield image
         if damaged:
             more = len(damaged) - _NAMED

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, cast
 from urllib.error import URLError
 
 import numpy as np
@@ -188,7 +188,7 @@ def _extract(path: Path, folder: str, names: Sequence[str], largest: int) -> Non
         packed = raw.read(2) == b"\x1f\x8b"
     with gzip.open(path) if packed else path.open("rb") as file:
         bounded = _Bounded(file, largest)
-        with tarfile.open(fileobj=bounded, mode="r|") as archive:
+        with tarfile.open(fileobj=cast(IO[bytes], bounded), mode="r|") as archive:
             for member in archive:
                 name = posixpath.normpath(member.name)
                 if name in names and member.isfile():
@@ -207,7 +207,7 @@ def _extract(path: Path, folder: str, names: Sequence[str], largest: int) -> Non
 class _Bounded:
     """A file to read, of which only so many bytes exist; one more is an error."""
 
-    def __init__(self, file: BinaryIO, largest: int) -> None:
+    def __init__(self, file: IO[bytes] | gzip.GzipFile, largest: int) -> None:
         self._file, self._left, self._largest = file, largest, largest
 
     def read(self, size: int) -> bytes:

@@ -46,7 +46,7 @@ def _check_memo(data: bytes) -> None:
     """
     try:
         for opcode, number, _ in pickletools.genops(data):
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and number > len(data):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > len(data):
                 raise pickle.UnpicklingError(f"it numbers an object {number}")
     except ValueError:
         raise pickle.UnpicklingError("pickle data was truncated or is damaged") from None

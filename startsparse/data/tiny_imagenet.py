@@ -52,14 +52,14 @@ def load(spec: Spec, root: Path, mirror: str = "", *, checksum: bool = True) -> 
     archive that is there may be a re-encoded one. Raises `UserError` where an image is missing or
     damaged.
     """
-    pixels = 3 * SIZE**2 * (spec.train_images + 2 * spec.test_images)
+    unpacked = 3 * SIZE**2 * (spec.train_images + 2 * spec.test_images)
     files.unpacked(
         root,
         [spec.folder],
         spec.archive,
         spec.url,
         mirror,
-        largest=pixels + (64 << 20),  # no image takes more as a JPEG; and the lists
+        largest=unpacked + (64 << 20),  # no image takes more as a JPEG; and the lists
         checksum=checksum,
     )
     folder = root / spec.folder

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from startsparse import names, ratios
 from startsparse.commandline import plain_values, read_yaml, write_yaml
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
 from startsparse.fields import PATH, Truth, called, choice, default_is, flag
+from startsparse.locks import locked
 from startsparse.models import INITS
 from startsparse.numbers import Seed
 from startsparse.optimizers import OPTIMIZERS
@@ -101,8 +102,6 @@ class TabularOptions:
             require_range(self, name, low=1)
         require_range(self, "width", low=1, high=2**20)
         require_range(self, "batch_size", low=2)  # BatchNorm
-        names.check_characters("--result-dir", self.result_dir)
-        self.result_dir = names.home("--result-dir", self.result_dir)
         self._check_tables()
 
     def _check_tables(self) -> None:
@@ -170,13 +169,12 @@ def alone(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(folder / ".results.csv.lock", timeout=0).acquire()
+        with locked(folder / ".results.csv.lock", "write into one folder", 0):
+            yield
     except Timeout:
         raise OptionError(
             f"--result-dir: another run writes into {folder}; wait for it, or name another folder"
         ) from None
-    with lock:
-        yield
 
 
 def _shown(value: Any) -> str:

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.errors import UnsatisfiedAssumption
 from hypothesis.strategies import SearchStrategy
 
 Check = Callable[[Any, Path], None]
@@ -92,6 +93,8 @@ def try_out(promise: Promise, cases: int, begin: int = 0) -> Outcome:
         try:
             with TemporaryDirectory() as folder:
                 promise.check(value, Path(folder).resolve())
+        except UnsatisfiedAssumption:
+            raise
         except Exception as error:
             outcome.faults.append((value, error))
 
