@@ -25,7 +25,7 @@ from ER_DST.sparse_inits import find_snip, pruner_ratio
 from startsparse import data, er, flops, masks, parallel, recipe, runs
 from startsparse.commandline import own_names, parse
 from startsparse.emptied import require_weights
-from startsparse.errors import OptionError
+from startsparse.errors import OptionError, UserError
 from startsparse.processes import run_script
 from startsparse.trainer import Trainer
 
@@ -113,8 +113,7 @@ def network(
         requested = flops.densities(model)
     else:
         if options.searches and folder and (folder / "search.json").exists():
-            requested = er.read_densities(folder / "ratios.json")
-            spent = json.loads((folder / "search.json").read_text())["flops"]
+            requested, spent = found_ratio(folder)
         elif options.searches:
             ratio, spent = pruner_ratio(model, options, dataset)
             requested = er.requested_densities(model, options, ratio)
@@ -128,6 +127,22 @@ def network(
     if options.moves:
         remember(model, options.growth_rule)
     return model, requested, spent
+
+
+def found_ratio(folder: Path) -> tuple[dict[str, float], float]:
+    """The density of each layer that the run in ``folder`` found, and the FLOPs of its search.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    path = folder / "search.json"
+    try:
+        spent = float(json.loads(path.read_text(encoding="utf-8"))["flops"])
+        return er.read_densities(folder / "ratios.json"), spent
+    except OptionError as error:
+        raise UserError(f"--resume: {str(error).partition(': ')[2]}") from None
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"--resume: {path} is damaged; start the run anew") from None
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from startsparse import conditions as on
 from startsparse import masks, ratios, schedules
 from startsparse.data import PADDINGS, SETS
 from startsparse.errors import OptionError
-from startsparse.fields import Condition, Truth, called, choice, counts, default_is
+from startsparse.fields import PATH, SOURCE, Condition, Truth, called, choice, counts, default_is
 from startsparse.models import MODELS
 from startsparse.options import Options, require_range
 
@@ -50,12 +50,13 @@ class DSTOptions(Options):
         "hardware": Options.groups["hardware"],
     }
 
-    log_dir: Annotated[str, called("log-dir", "--save")] = "runs"
+    log_dir: Annotated[str, PATH, called("log-dir", "--save")] = "runs"
     """Folder that holds the run folders: <log-dir>/<config>/<name>/seed-<seed>"""
     set: Annotated[str, choice(SETS), called("data")] = "digits"
     """Data set"""
     data: Annotated[
         str,
+        PATH,
         called("data-dir"),
         default_is("$STARTSPARSE_DATA, else data/ of the checkout, or here"),
         counts(on.FILES),
@@ -83,7 +84,7 @@ class DSTOptions(Options):
     er_sparse_init: Annotated[float, called("init-density"), counts(on.MASK)] = 0.5
     """Density of the initial mask, in (0, 1]: kept weights of all weights"""
     er_sparsity_file: Annotated[
-        str, called("ratios-from"), default_is("none"), counts(on.MASK, on.FILE)
+        str, SOURCE, called("ratios-from"), default_is("none"), counts(on.MASK, on.FILE)
     ] = ""
     """Run folder, checkpoint or JSON of layer densities. --sparse-init network takes its ratio;
     ER_snip, ER_synflow and ER_imp take it too, instead of pruning here. In a run folder it is the

@@ -9,7 +9,7 @@ from startsparse import conditions as on
 from startsparse import ratios, schedules
 from startsparse.data import SETS
 from startsparse.errors import OptionError
-from startsparse.fields import Condition, Truth, called, choice, counts, default_is
+from startsparse.fields import PATH, Condition, Truth, called, choice, counts, default_is
 from startsparse.models import MODELS
 from startsparse.options import Options, require_range
 
@@ -46,7 +46,7 @@ class SLTOptions(Options):
         ""
     )
     """Name of the run; a slash makes folders"""
-    evaluate: Annotated[str, default_is("train")] = ""  # type: ignore[assignment]  # no switch here
+    evaluate: Annotated[str, PATH, default_is("train")] = ""  # type: ignore[assignment]  # no switch here
     """Do not train: print the test accuracy of this ticket file, or of the ticket in this run
     folder, with the options that the ticket holds"""
 

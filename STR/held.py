@@ -12,7 +12,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
+
+from startsparse.locks import locked
 
 BUSY = 75  # exit code: another process holds the lock
 
@@ -20,7 +22,7 @@ BUSY = 75  # exit code: another process holds the lock
 def main(lock: str, argv: list[str]) -> None:
     """Run main.py with ``argv`` while ``lock`` is held; exit code `BUSY` if another holds it."""
     try:
-        with FileLock(lock, timeout=0):
+        with locked(Path(lock), "run this sweep", 0):
             from startsparse.processes import run_script  # slow: the lock comes first
             from STR.main import main
 

@@ -8,10 +8,10 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from tqdm import tqdm
 
-from startsparse import runs, stopping, threads
+from startsparse import locks, runs, stopping, threads
 from startsparse.errors import Interrupted
 from STR.held import BUSY
 from STR.options import STROptions
@@ -161,15 +161,15 @@ def _start(job: Job, device: str, environment: dict[str, str], position: int) ->
 def _launch(job: Job, device: str, environment: dict[str, str]) -> subprocess.Popen | None:
     """The process of a job; None while another sweep runs the job."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    lock = str(job.log.with_name(f".{job.log.name}.lock"))
-    command = [sys.executable, str(HELD), lock, *job.argv]
+    lock = job.log.with_name(f".{job.log.name}.lock")
+    command = [sys.executable, str(HELD), str(lock), *job.argv]
     command += ["--multigpu", device] if device else []
     try:
-        with FileLock(lock, timeout=0):
+        with locks.locked(lock, "run this sweep", 0):
             pass
     except Timeout:
         return None
-    with job.log.open("a") as log:
+    with job.log.open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
             command,
             env=environment,
@@ -184,4 +184,4 @@ def _launch(job: Job, device: str, environment: dict[str, str]) -> subprocess.Po
 def _show(job: Job, bar: tqdm) -> None:
     path = job.folder and job.folder / "epochs.csv"
     if path and path.exists():
-        bar.update(max(0, path.read_text().count("\n") - 1 - bar.n))
+        bar.update(max(0, path.read_bytes().count(b"\n") - 1 - bar.n))

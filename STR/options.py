@@ -8,7 +8,7 @@ from torch import nn
 
 from startsparse import runs, schedules, scores
 from startsparse.errors import OptionError
-from startsparse.fields import Condition, choice, counts, default_is
+from startsparse.fields import SOURCE, Condition, choice, counts, default_is
 from startsparse.models import MODELS, RESNET_TYPES
 from startsparse.models.init import INITS
 from startsparse.options import Options, require_range
@@ -80,9 +80,9 @@ class STROptions(Options):
     """How to choose the weights to prune; mask-ref takes the masks of the run --target-expt-name"""
     grasp_temperature: Annotated[float, counts(PRUNES, GRASP)] = scores.TEMPERATURE
     """--pruner grasp divides the logits by this; 1 gives the loss of the training"""
-    target_expt_name: Annotated[str, default_is("none"), counts(PRUNES, TARGET)] = ""
+    target_expt_name: Annotated[str, SOURCE, default_is("none"), counts(PRUNES, TARGET)] = ""
     """Run folder whose masks, level by level, --pruner mask-ref takes"""
-    start_from: Annotated[str, default_is("none")] = ""
+    start_from: Annotated[str, SOURCE, default_is("none")] = ""
     """Folder of a finished run; this run begins with its tested weights and masks, and takes its
     requested density instead of --er-sparse-init"""
     final_prune_epoch: Annotated[int, counts(PRUNES)] = 150

@@ -25,7 +25,7 @@ from startsparse.atomic import remove_leftovers, write_text
 from startsparse.commandline import from_flags, named, parse
 from startsparse.data import SETS
 from startsparse.errors import OptionError, UserError
-from startsparse.fields import Condition, choice, counts, default_is, normal
+from startsparse.fields import PATH, Condition, choice, counts, default_is, normal
 from startsparse.numbers import Seed
 from startsparse.options import require_gpus, require_range
 from startsparse.places import check_file
@@ -42,7 +42,7 @@ KEYS = ["er_sparse_method", "er_sparse_init", "pruner", "rewind"]  # they make a
 class SweepOptions:
     """Iterative pruning from ER networks, over seeds, ratios, densities and pruners."""
 
-    config: str = str(CONFIGS / "largescale/resnet18-cifar-str-1.yaml")
+    config: Annotated[str, PATH] = str(CONFIGS / "largescale/resnet18-cifar-str-1.yaml")
     """YAML file of the runs"""
     set: Annotated[str, choice(("", *SETS)), default_is("the config's")] = ""
     """Data set"""
@@ -54,7 +54,7 @@ class SweepOptions:
     """Densities of the random masks; 1 is the dense start"""
     pruners: tuple[str, ...] = ("mag",)
     """How to choose the weights to prune; --pruner of main.py"""
-    target_expt_name: Annotated[str, default_is("none")] = ""
+    target_expt_name: Annotated[str, PATH, default_is("none")] = ""
     """Run folder whose masks the pruner mask-ref takes. Here and in the flags after --, {seed},
     {method}, {init} (density of the random mask) and {rewind} stand for the values of each run, as
     in runs/imp/digits/{method}-{init}-mag-weights/seed-{seed}"""
@@ -68,9 +68,9 @@ class SweepOptions:
     densities: Annotated[tuple[float, ...], default_is("from --keep and --target")] = ()
     """Densities of the levels, instead of --keep and --target; those not below the density of
     the random mask are left out"""
-    log_dir: str = "runs/imp"
+    log_dir: Annotated[str, PATH] = "runs/imp"
     """Folder of the run folders, and of the output of each run"""
-    result_dir: str = "results/imp"
+    result_dir: Annotated[str, PATH] = "results/imp"
     """Folder of results.csv, levels.csv, table.csv, table.md and plot.png; sweeps that share it are
     reported together"""
     jobs: Annotated[int | None, default_is("one for each of --devices")] = None

@@ -10,18 +10,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
-from startsparse.atomic import write_text
+from startsparse import paths
+from startsparse.atomic import sync_folder, write_text
 from startsparse.commandline import write_yaml
 from startsparse.errors import UserError
 from startsparse.fields import flag
+from startsparse.locks import locked
 from startsparse.machine import ENVIRONMENT
 from startsparse.options import Options
 
 SOURCES = "sources"  # folder in the run folder
 DIGESTS = "sha256.json"  # in that
 
+_BEGIN = "begin a run at the same moment"
 _NEW = ".new-"  # begins the name of a run folder that has no options.yaml yet
 
 
@@ -49,13 +52,14 @@ def create(base: Path, options: Options, environment: dict[str, Any]) -> Path:
     new = base.parent / f"{_NEW}{secrets.token_hex(4)}"
     new.mkdir()
     try:
-        with FileLock(new / ".lock"):
+        with locked(new / ".lock", _BEGIN):
             write_text(new / ENVIRONMENT, json.dumps(environment, indent=1) + "\n")
             _copy_sources(new, options)
-            write_text(new / "options.yaml", write_yaml(options))
+            write_text(new / "options.yaml", write_yaml(paths.all_absolute(options)))
         for folder in _folders(base):
             try:
                 new.rename(folder)  # also replaces an empty folder, on Unix
+                sync_folder(base.parent)
                 return folder
             except OSError:
                 if not folder.exists():
@@ -82,7 +86,7 @@ def _remove_never_begun(folder: Path) -> None:
     for new in folder.glob(f"{_NEW}*"):
         with suppress(Timeout, OSError):  # at work, or another user's
             if (new / ".lock").exists():
-                with FileLock(new / ".lock", timeout=0):
+                with locked(new / ".lock", _BEGIN, 0):
                     shutil.rmtree(new)
 
 

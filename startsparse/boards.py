@@ -41,6 +41,7 @@ class Boards:
             if board not in writers:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import
 
+                self.folder.mkdir(exist_ok=True)  # alone: a run folder that is gone stays gone
                 writers[board] = SummaryWriter(self.folder / board, purge_step=step)
             for name, value in numbers.items():
                 writers[board].add_scalar(name, value, step)

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from startsparse import effects, help_text
-from startsparse.errors import OptionError, UserError
+from startsparse import effects, help_text, paths
+from startsparse.errors import OptionError, UserError, about
 from startsparse.fields import TEXT, TRUTH, default, flag, names, normal, opposites, shown, truth
 from startsparse.numbers import REAL, WHOLE
 from startsparse.yaml_values import read_values, write_values
@@ -84,7 +84,15 @@ def parse(
     Raises:
         OptionError: with one line that names the option or the file.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _parse(kind, configs, list(sys.argv[1:] if argv is None else argv), base)
+    except BrokenPipeError:  # nobody reads --help
+        raise
+    except OSError as error:  # a name that is too long, or a folder that may not be looked into
+        raise OptionError(about(error)) from None
+
+
+def _parse(kind: type[S], configs: Path, argv: list[str], base: S | None) -> S:
     alone = glance(kind, argv)
     base = _base(kind, configs, alone, base)
     if any(word in help_text.FLAGS for word in argv):
@@ -259,15 +267,16 @@ def from_flags(kind: type[T], argv: Sequence[str], base: T) -> T:
         if word.startswith("-"):
             raise OptionError(f"{word}: unknown option{_near(word, kind, '--')}")
         raise OptionError(f"'{word}': a value without an option that takes it")
-    return options
+    return paths.settled(options)
 
 
 def _require_text(word: str) -> None:
     """Raise `OptionError` for a word that no file can name or hold."""
+    encoding = sys.getfilesystemencoding()
     try:
-        word.encode()
+        word.encode(encoding)
     except UnicodeEncodeError:
-        raise OptionError(f"{word!a}: is not UTF-8 text") from None
+        raise OptionError(f"{word!a}: is not {encoding.upper()} text") from None
     if "\0" in word:
         raise OptionError(f"{word!a}: contains a NUL character")
 

@@ -2,7 +2,9 @@
 
 import logging
 import math
+import os
 import sys
+from contextlib import suppress
 
 from tqdm import tqdm
 
@@ -28,8 +30,21 @@ class _Console(logging.Handler):
     """Lines to standard output, between the progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record))
-        sys.stdout.flush()  # so that a file of the output can be read while the run goes on
+        try:
+            tqdm.write(self.format(record))
+            sys.stdout.flush()  # so that a file of the output can be read while the run goes on
+        except BrokenPipeError:  # the reader has seen enough
+            raise
+        except OSError as error:
+            _leave(error)
+
+
+def _leave(error: OSError) -> None:
+    """Print nothing more: the terminal is gone, say, or a file on a full disk; log.txt goes on."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        reason = f"standard output cannot be written ({error.strerror})"
+        print(f"warning: {reason}; log.txt has what follows", file=sys.stderr, flush=True)
 
 
 log.setLevel(logging.INFO)

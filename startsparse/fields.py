@@ -94,6 +94,10 @@ Truth = Annotated[tyro.conf.FlagConversionOff[bool], TRUTH]
 """The type of a switch that is written out: ``--flag False``."""
 
 
+PATH, SOURCE = "path", "path of another run"
+"""Parts of the Annotated type of an option that names a file or folder; see `paths`."""
+
+
 # --- when an option counts ------------------------------------------------------------------------
 
 

@@ -13,5 +13,5 @@ def installed() -> float:
     with suppress(AttributeError, ValueError, OSError):  # not on every platform
         sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     with suppress(OSError, ValueError):  # no container, or "max"
-        sizes.append(float(_LIMIT.read_text()))
+        sizes.append(float(_LIMIT.read_text(encoding="utf-8")))
     return min(sizes)

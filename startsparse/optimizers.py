@@ -13,19 +13,24 @@ class Kind(NamedTuple):
 
     Attributes:
         make: takes groups of parameters and ``lr``; see ``momentum``.
-        momentum: whether it takes ``momentum`` and ``nesterov``, too.
+        keeps: what it keeps of each parameter, in a checkpoint too.
+        momentum: whether it takes ``momentum`` and ``nesterov``, too; 0 keeps nothing.
         states: tensors that it keeps for each parameter, as large as that.
     """
 
     make: Callable[..., torch.optim.Optimizer]
+    keeps: tuple[str, ...]
     momentum: bool = False
     states: int = 2
 
 
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
 OPTIMIZERS: dict[str, Kind] = {
-    "sgd": Kind(partial(torch.optim.SGD, fused=True), momentum=True, states=1),
-    "adam": Kind(partial(torch.optim.Adam, fused=True)),
-    "adamw": Kind(partial(torch.optim.AdamW, fused=True)),
+    "sgd": Kind(partial(torch.optim.SGD, fused=True), ("momentum_buffer",), True, states=1),
+    "adam": Kind(partial(torch.optim.Adam, fused=True), _MOMENTS),
+    "adamw": Kind(partial(torch.optim.AdamW, fused=True), _MOMENTS),
 }
 
 
@@ -41,9 +46,15 @@ def make_optimizer(
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"no optimizer is called {name!r}; choose from {', '.join(OPTIMIZERS)}")
-    make, takes_momentum, _ = OPTIMIZERS[name]
-    more = {"momentum": momentum, "nesterov": nesterov} if takes_momentum else {}
-    return make(parameters, lr=lr, **more)
+    kind = OPTIMIZERS[name]
+    more = {"momentum": momentum, "nesterov": nesterov} if kind.momentum else {}
+    return kind.make(parameters, lr=lr, **more)
+
+
+def kept(name: str, momentum: float) -> tuple[str, ...]:
+    """What the optimizer ``name`` keeps of each parameter."""
+    kind = OPTIMIZERS[name]
+    return () if kind.momentum and not momentum else kind.keeps
 
 
 def decay_groups(model: nn.Module, decay: Callable[[nn.Module, str], float]) -> list[dict]:

@@ -15,6 +15,8 @@ from startsparse.data import OWN_PARTS, PADDINGS, SETS, SHAPES, data_root, modul
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
 from startsparse.fields import (
+    PATH,
+    SOURCE,
     also,
     choice,
     counts,
@@ -31,17 +33,17 @@ from startsparse.optimizers import OPTIMIZERS, decay_groups, make_optimizer
 class Options(Meaning):
     """Options of every script."""
 
-    config: Annotated[str, default_is("configs/<set>.yaml, if there")] = ""
+    config: Annotated[str, PATH, default_is("configs/<set>.yaml, if there")] = ""
     """YAML file with options; the command line wins"""
     name: Annotated[str, default_is("the network and its density")] = ""
     """Name of the run; a slash makes folders"""
     seed: Seed = 1
     """Seed of every random draw: split, weights, masks, order and augmentation of the data"""
-    log_dir: str = "runs"
+    log_dir: Annotated[str, PATH] = "runs"
     """Folder that holds the run folders: <log-dir>/<config>/<name>/seed-<seed>"""
-    result_dir: str = "results"
+    result_dir: Annotated[str, PATH] = "results"
     """Folder of results.csv, which gets one line per finished run"""
-    resume: Annotated[str, default_is("a new run")] = ""
+    resume: Annotated[str, PATH, default_is("a new run")] = ""
     """Continue a run: its folder, or auto for the newest one with these options' name and seed"""
     evaluate: bool = False
     """Do not train: print the accuracies of the best weights of the run that --resume names"""
@@ -51,7 +53,10 @@ class Options(Meaning):
     set: Annotated[str, choice(SETS)] = "digits"
     """Data set"""
     data: Annotated[
-        str, default_is("$STARTSPARSE_DATA, else data/ of the checkout, or here"), counts(on.FILES)
+        str,
+        PATH,
+        default_is("$STARTSPARSE_DATA, else data/ of the checkout, or here"),
+        counts(on.FILES),
     ] = ""
     """Folder of the data sets; of --set folder, the one that holds train/CLASS/*"""
     image_size: Annotated[int, counts(on.FOLDER)] = 0
@@ -99,7 +104,7 @@ class Options(Meaning):
     """Layer-wise ratio of the random mask; network: the ratio of --er-sparsity-file"""
     er_sparse_init: Annotated[float, counts(on.MASK)] = 0.2
     """Density of the random mask, in (0, 1]: kept weights of all weights"""
-    er_sparsity_file: Annotated[str, default_is("none"), counts(on.MASK, on.FILE)] = ""
+    er_sparsity_file: Annotated[str, SOURCE, default_is("none"), counts(on.MASK, on.FILE)] = ""
     """Run folder, checkpoint or JSON of layer densities that --er-sparse-method network copies; a
     run folder gives the ratio that a pruner found (ratios.json), else the last one (layers.json)"""
     er_budget: Annotated[str, choice(ratios.BUDGETS), counts(on.MASK, on.CLIPS)] = "exact"

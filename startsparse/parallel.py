@@ -1,13 +1,15 @@
 """Devices: which to use, and a network on several of them; for several processes: `processes`."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from startsparse import processes
-from startsparse.errors import OptionError, UserError
+from startsparse.errors import OptionError, UserError, one_line
 
 log = logging.getLogger("startsparse")
 
@@ -60,6 +62,37 @@ class Parallel(nn.DataParallel):
 def parallel(model: nn.Module, devices: list[torch.device]) -> nn.Module:
     """``model``, or DataParallel around it where there are several devices."""
     return Parallel(model, [d.index for d in devices]) if len(devices) > 1 else model
+
+
+def check_compile(device: torch.device) -> None:
+    """Compile a small function: torch.compile itself begins when the first batch is trained on.
+
+    Raises:
+        OptionError: it fails, without a C++ compiler for one.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of compilers, caches, subprocesses, threads
+        raise OptionError(f"--compile: does not work here ({_of_compile(error)})") from None
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """What torch.compile raises inside is a `UserError` of one line."""
+    try:
+        yield
+    except Exception as error:
+        if not any("torch._dynamo" in kind.__module__ for kind in type(error).__mro__):
+            raise
+        raise UserError(f"--compile: failed ({_of_compile(error)})") from None
+
+
+def _of_compile(error: Exception) -> str:
+    """The first line, and the compiler's first error, of its many lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    others = [line for line in lines[1:] if "error:" in line]
+    return one_line("; ".join([first, *others[:1]])[:400])
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:

@@ -1,6 +1,7 @@
 """Pictures of runs, of tables over settings, and of curves over epochs."""
 
 import itertools
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ import pandas as pd
 
 from startsparse import labels
 from startsparse.atomic import replacing
-from startsparse.errors import OptionError, UserError, say
+from startsparse.errors import OptionError, UserError, one_line, say
 from startsparse.processes import by_rank_0
 
 if TYPE_CHECKING:  # matplotlib is slow to import, and needed when a run has finished
@@ -21,6 +22,8 @@ if TYPE_CHECKING:  # matplotlib is slow to import, and needed when a run has fin
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+
+log = logging.getLogger("startsparse")
 
 SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -55,6 +58,33 @@ def save(figure: "Figure", path: Path, dpi: int = 120) -> None:
 
 
 @contextmanager
+def optional(path: Path) -> Iterator[None]:
+    """Around the picture ``path``, which a run can do without: it says what fails, and goes on.
+
+    Matplotlib may be missing or broken, and its fonts and settings are the user's.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        log.warning("warning: %s: not drawn (%s)", path, one_line(reason))
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty one, in inches.
+
+    Raises:
+        UserError: matplotlib cannot be imported.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except Exception as error:  # of a broken installation, any
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"pictures need matplotlib, which cannot be imported ({reason})") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+@contextmanager
 def _missing_glyphs(path: Path) -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -75,15 +105,20 @@ def _missing_glyphs(path: Path) -> Iterator[None]:
 def plot_run_by_rank_0(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
     """Draw loss, accuracy and density of a run over the epochs, and its density per layer.
 
+    If it cannot be drawn, a line says so.
+
     Axes of densities are logarithmic where some are below 0.1.
 
     Args:
         epochs: the rows of epochs.csv.
         layers: a `startsparse.masks.density_table`.
     """
-    from matplotlib.figure import Figure
+    with optional(path):
+        _plot_run(epochs, layers, path)
 
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+
+def _plot_run(epochs: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
+    figure = new_figure(11, 7.5)
     axes = figure.subplots(2, 2)
     loss, accuracy, density, per_layer = axes.flat
     x = epochs["epoch"]
@@ -147,8 +182,6 @@ def plot(
         path: its suffix is one of `SUFFIXES`.
         band: a value of the colour; its mean and interval are a grey band across each panel.
     """
-    from matplotlib.figure import Figure
-
     means = means.assign(_="")  # stands for a missing column of ``by``
     if len(by) > 4:
         name = ", ".join(by[3:])
@@ -158,7 +191,7 @@ def plot(
     panels, limits = list(dict.fromkeys(means[panel])), means
     in_band = (means[colour].map(labels.shown) == band) & bool(band)
     means, across = means[~in_band], means[in_band]
-    figure = Figure(figsize=(2.5 + 4 * len(panels), 5), layout="constrained")
+    figure = new_figure(2.5 + 4 * len(panels), 5)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     x_axis, looks = _x_axis(means[x]), _looks(means[colour], means[style])
     lines = {}
@@ -308,9 +341,7 @@ def plot_curves(means: pd.DataFrame, by: Sequence[str], path: Path) -> None:
 
     Means of three runs or more have a band of 95 %.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
+    figure = new_figure(8.5, 4.5)
     axis = figure.subplots()
     groups = means.groupby(list(by), dropna=False, sort=False) if by else [((), means)]
     for i, (setting, rows) in enumerate(groups):

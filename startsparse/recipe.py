@@ -14,6 +14,7 @@ from startsparse import (
     masks,
     memory,
     models,
+    parallel,
     plots,
     processes,
     report,
@@ -150,7 +151,13 @@ def _require_variance(model: torch.nn.Module, shape: data.Shape) -> None:
 
 
 def load_data(options: Options, device: torch.device) -> data.Data:
-    """The data set of --set, on ``device``."""
+    """The data set of --set, on ``device``.
+
+    Raises:
+        OptionError: --compile does not work here, which is found before the data is read.
+    """
+    if options.compile:
+        parallel.check_compile(device)
     with processes.all_after_rank_0():  # rank 0 fetches and unpacks missing files
         return data.load(
             options.set,

@@ -17,8 +17,9 @@ from typing import Any, TextIO
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
+from startsparse import locks
 from startsparse.atomic import remove_leftovers, replacing
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import normal
@@ -219,7 +220,7 @@ def _lock(path: Path) -> Path:
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file beside ``path``. Raises filelock.Timeout after `LOCK_SECONDS`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(_lock(path), timeout=LOCK_SECONDS):
+    with locks.locked(_lock(path), "finish a run at the same moment", LOCK_SECONDS):
         yield
 
 

@@ -20,28 +20,31 @@
     export/           what startsparse.export writes
     sources/          copies of files of other runs, by option
     summary.json      the result; a run that has it is finished
+
+A run never makes its folder again: a folder that is gone was removed or renamed.
 """
 
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch import nn
 
-from startsparse import beginning, effects, machine, processes, results, stopping
+from startsparse import beginning, effects, locks, machine, processes, results, stopping
 from startsparse.atomic import remove_leftovers, write_text
 from startsparse.beginning import DIGESTS, SOURCES
 from startsparse.boards import Boards
 from startsparse.commandline import read_values, read_yaml, run_folder
 from startsparse.console import log, number
 from startsparse.data import Images
-from startsparse.errors import OptionError, UserError
+from startsparse.errors import DISK_FULL, OptionError, UserError, about, reason
 from startsparse.fields import flag
 from startsparse.names import check_characters
 from startsparse.optimizers import OPTIMIZERS
@@ -53,6 +56,11 @@ from startsparse.processes import by_rank_0
 FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
 FREE |= {"workers", "data_memory", "multigpu", "compile", "sparse_compute"}
 
+# What every summary.json holds.
+MEASURED = ("requested", "density", "weights", "kept", "epoch", "valid_accuracy", "test_accuracy")
+MEASURED += ("inference_flops", "inference_flops_share", "training_flops", "training_flops_share")
+MEASURED += ("seconds",)
+
 PLAIN_WEIGHTS = "dense_weights.pt"
 IMAGES = "data.json"
 
@@ -61,17 +69,18 @@ class Run:
     """The folder of one run, locked by this process, or rank 0 of several, until it is closed.
 
     A context manager: the end of the ``with`` closes it. Its methods are collectives: all processes
-    call them, and rank 0 does their work.
+    call them, and rank 0 does their work. With --evaluate it is only read, and needs no lock.
     """
 
     def __init__(self, folder: Path, options: Options):
         self.folder, self.options = folder, options
         self._boards: Boards | None = None
         self._open = ExitStack()
-        if processes.rank() > 0:
+        self._read_only = bool(options.evaluate)
+        if processes.rank() > 0 or self._read_only:
             return
         try:
-            self._open.enter_context(FileLock(folder / ".lock", timeout=0))
+            self._open.enter_context(locks.locked(folder / ".lock", "train the same run", 0))
         except Timeout:
             raise UserError(f"--resume: {folder} is in use by another process") from None
         for written in (folder, folder / "levels"):
@@ -82,8 +91,22 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self._open.close()
+        if isinstance(error, OSError) and not self.folder.is_dir():
+            raise UserError(
+                f"{self.folder}: the run folder was removed or renamed while the run used it; "
+                "the run has stopped"
+            ) from None
+        if isinstance(error, OSError) and error.errno in DISK_FULL and not self._read_only:
+            raise UserError(f"{about(error)}, then --resume {self.folder} continues") from None
+
+    def subfolder(self, name: str) -> Path:
+        """A folder inside the run folder; makes it."""
+        path = self.folder / name
+        if not self._read_only:
+            path.mkdir(exist_ok=True)
+        return path
 
     @by_rank_0
     def record(self, row: dict, watched: dict[str, float]) -> None:
@@ -113,8 +136,12 @@ class Run:
 
     @by_rank_0
     def write_text(self, name: str, text: str) -> None:
-        """Write a file of the run folder, whole or not at all."""
-        write_text(self.folder / name, text)
+        """Write a file of the run folder, or of one folder inside it; whole or not at all."""
+        if self._read_only:
+            return
+        folder, _, file = name.rpartition("/")
+        path = (self.subfolder(folder) if folder else self.folder) / file
+        write_text(path, text, make_folder=False)
 
     def write_table(self, name: str, table: pd.DataFrame) -> None:
         """Write a table of the run folder as CSV, whole or not at all."""
@@ -131,10 +158,12 @@ class Run:
         Raises:
             UserError: the run began with other images.
         """
-        path, text = self.folder / IMAGES, images.to_json()
-        if path.exists() and path.read_text() != text:
+        before = _text(self.folder / IMAGES)
+        if before is None:
+            self.write_text(IMAGES, images.to_json())
+        elif before != images.to_json():
+            path = self.folder / IMAGES
             raise UserError(f"--data: {self.folder} was trained on other images, see {path}")
-        write_text(path, text)
 
     def source(self, name: str) -> Path:
         """The path from which this run reads what option ``name`` points to."""
@@ -163,16 +192,19 @@ def summary(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: summary.json is damaged.
     """
-    path = folder / "summary.json"
-    if not path.exists():
+    text = _text(path := folder / "summary.json")
+    if text is None:
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict) or "test_accuracy" not in content:
-        raise UserError(f"{path}: is damaged; remove it, and --resume {folder} finishes the run")
-    return content
+        result = json.loads(text)
+        missing = [n for n in MEASURED if type(result[n]) not in (int, float)]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        missing = [reason(error)]
+    if missing:
+        raise UserError(
+            f"{path}: is damaged ({missing[0]}); remove it, and --resume {folder} writes it again"
+        )
+    return result
 
 
 def computed(options: Options) -> dict[str, Any]:
@@ -182,9 +214,31 @@ def computed(options: Options) -> dict[str, Any]:
 
 
 def images(folder: Path) -> Images | None:
-    """How a run's images were prepared; None: it has none, or an older version wrote it."""
-    path = folder / IMAGES
-    return Images.from_json(path.read_text()) if path.exists() else None
+    """How a run's images were prepared; None: it has none, or an older version wrote it.
+
+    Raises:
+        UserError: data.json is damaged.
+    """
+    text = _text(path := folder / IMAGES)
+    try:
+        return None if text is None else Images.from_json(text)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: is damaged ({reason(error)}); remove it, and --resume {folder} writes it "
+            "again, if the run is not finished"
+        ) from None
+
+
+def _text(path: Path) -> str | None:
+    """The text of a file; None: there is none. Raises `UserError` if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(about(error)) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is damaged: it is no text in UTF-8") from None
 
 
 def selected_weights(folder: Path, select: str) -> Path:
@@ -274,6 +328,8 @@ def find_run_by_rank_0(options: Options) -> Path | None:
     folder = _resumed(options)
     if folder is None and options.evaluate:
         raise OptionError(f"--evaluate: there is no run in {_base(options)} yet")
+    if folder is not None and not read_values(path := folder / "options.yaml"):
+        raise OptionError(f"--resume: {path} is empty; put back what the run wrote there")
     if folder is not None:
         saved = read_yaml(type(options), folder / "options.yaml")
         saved.resume = str(folder)  # its copies of files of other runs are there
@@ -373,10 +429,29 @@ def _create_by_rank_0(options: Options, environment: dict[str, Any]) -> Path:
     return beginning.create(_base(options), options, environment)
 
 
+class _LogFile(logging.FileHandler):
+    """log.txt: where a line cannot be written, one line says so, and the run goes on."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        log.removeHandler(self)
+        log.warning("warning: %s: the log ends here: %s", self.baseFilename, about(error))
+
+    def close(self) -> None:
+        with suppress(OSError):  # what is left of a line on a full disk
+            super().close()
+
+
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
-    file = logging.FileHandler(path)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    file = _LogFile(path)
     log.addHandler(file)
     try:
         yield

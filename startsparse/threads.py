@@ -60,7 +60,7 @@ def cores() -> int:
 def _limit() -> float:
     """Cores that cgroups allow: the least limit of this process's group and its parents."""
     try:
-        lines = _OWN_CGROUPS.read_text().splitlines()
+        lines = _OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux
         return math.inf
     limits = [math.inf]
@@ -83,7 +83,7 @@ def _limit() -> float:
 def _quota(group: Path) -> float:
     """The limit of cgroup v2: "max 100000", or microseconds of CPU time and of their period."""
     try:
-        quota, period = (group / "cpu.max").read_text().split()
+        quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()
     except OSError:  # no such group here, or no limit can be set
         return math.inf
     return math.inf if quota == "max" else int(quota) / int(period)
@@ -93,7 +93,8 @@ def _quota_of_version_1(group: Path) -> float:
     """The limit of cgroup v1, where -1 is none."""
     try:
         quota, period = (
-            int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
+            int((group / f"cpu.cfs_{name}_us").read_text(encoding="utf-8"))
+            for name in ("quota", "period")
         )
     except OSError:
         return math.inf

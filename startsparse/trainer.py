@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from startsparse import checkpoint, flops, machine, parallel, processes, schedules
+from startsparse import checkpoint, flops, machine, parallel, processes, resumption, schedules
 from startsparse.candidates import Candidates
 from startsparse.clock import Clock
 from startsparse.data import AnyBatches, Data
@@ -126,19 +126,29 @@ class Trainer(Learner, Generic[S]):
         )
 
     def load(self) -> None:
-        """Continue from checkpoint.pt, if the run folder has one.
+        """Continue from checkpoint.pt, if the run has begun.
 
         Raises:
-            UserError: it does not fit, is damaged, is of an older version, or of other options.
+            UserError: it is gone, does not fit, is damaged, is of an older version, or of other
+                options.
         """
         if not self._path.exists():
+            if (self.run.folder / "epochs.csv").exists():
+                raise UserError(
+                    f"{self._path}: is gone, and the run cannot continue without it; put it back, "
+                    "or start a new run"
+                )
             return
         state = checkpoint.load(self._path, self.device)
+        steps = len(self.data.train)
+        resumption.check(state, self._path, self.optimizer, self.options, steps)
         check_trained(self.options, state.get("options", {}), self.run.folder)
-        if not {"ledger", "clock"} <= state.keys():
-            raise UserError(f"{self._path}: an older version wrote it; start the run anew")
         checkpoint.load_model(self.model, state, self._path)
-        self.optimizer.load_state_dict(state["optimizer"])
+        # The settings of the groups are those of the options; the schedule sets their rates.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict(
+            {"state": state["optimizer"]["state"], "param_groups": groups}
+        )
         self.position = Position(**state["position"])
         if processes.rank() == 0:
             self.sums = state["sums"]  # of all processes
@@ -160,8 +170,9 @@ class Trainer(Learner, Generic[S]):
             Interrupted: a signal came in an epoch, after a checkpoint was saved.
             Stopped: a signal came elsewhere, where all is saved.
             NonFiniteLoss, NonFiniteNetwork: the last good checkpoint stays.
-            UserError: no layer has a weight left.
+            UserError: no layer has a weight left, or --compile fails.
         """
+        resumption.check_place(self.position, len(self.history), phases, self._path)
         self.emptied.check("at the start")
         with self.clock:
             while self.position.phase < len(phases):
@@ -176,7 +187,7 @@ class Trainer(Learner, Generic[S]):
                     )
                 while self.position.epoch < phase.epochs:
                     self.decide()
-                    with self.stop:
+                    with self.stop, parallel.compiling():
                         self._epoch(phase)
                 phase.then(self)
                 if self.position.phase + 1 == len(phases):

@@ -24,7 +24,7 @@ def read_values(path: Path) -> dict[str, str | list[str]]:
         OptionError: names the file, and the line.
     """
     try:
-        root = yaml.compose(path.read_text(), Loader=yaml.BaseLoader)
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except OSError as error:
         raise OptionError(f"--config: cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

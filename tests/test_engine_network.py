@@ -286,6 +286,7 @@ def test_the_time_of_the_processor_counts_that_of_all_threads():
 def test_a_ratio_of_times_that_disagree_is_none():
     steady, other = choice.Seconds(2.0), choice.Seconds(4.0, agree=False)
     assert steady.over(choice.Seconds(4.0)) == 0.5
+    assert steady.over(choice.Seconds(0.0)) is None  # a coarse clock
     assert steady.over(other) is other.over(steady) is None
 
 

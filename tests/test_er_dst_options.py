@@ -172,8 +172,8 @@ BAD = {
     "--ratios-from: has no effect without --sparse-init network or": [
         *("--sparse", "--sparse-init", "snip", "--ratios-from", "x.json")
     ],
-    "--ratios-from: none.json does not exist": [
-        *("--sparse", "--sparse-init", "ER_imp", "--ratios-from", "none.json")
+    "--ratios-from: /none.json does not exist": [
+        *("--sparse", "--sparse-init", "ER_imp", "--ratios-from", "/none.json")
     ],
     "--sparse-init: network needs an --ratios-from": ["--sparse", "--sparse-init", "network"],
     "--final-density: 0.05 is below the share of the layers kept dense": [

@@ -143,7 +143,7 @@ def test_start_from_begins_with_weights_and_masks_of_another_run(run, monkeypatc
         assert share == pytest.approx(flips[0] / kept)
         assert flips[0] != flips[1]
 
-    with pytest.raises(OptionError, match="--start-from: nowhere is no folder of a finished run"):
+    with pytest.raises(OptionError, match="--start-from: .*nowhere is no folder of a finished run"):
         run(*MLP, "--start-from", "nowhere")
     with pytest.raises(OptionError, match="--threshold-list: 0.45 should be above 0 and at most 0"):
         run(*MLP, "--start-from", str(first), "--threshold-list", "0.45")

@@ -199,7 +199,7 @@ BAD = {
         "--er-sparse-init",
         "0.0005",
     ],
-    "--er-sparsity-file: none.json does not exist": [
+    "--er-sparsity-file: .*none.json does not exist": [
         "--er-sparse-method",
         "network",
         "--er-sparsity-file",

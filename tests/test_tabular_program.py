@@ -10,7 +10,7 @@ from startsparse.console import log
 from startsparse.data.rows import Rows
 from startsparse.errors import OptionError, UserError
 from startsparse.tabular import TabularOptions, experiment, report
-from startsparse.tabular.options import FILES
+from startsparse.tabular.options import FILES, alone
 
 QUICK = [
     "--seeds", "1", "--width", "4", "--epochs", "1", "--final-epochs", "1", "--starts", "1",
@@ -147,6 +147,25 @@ def test_a_picture_that_fails_costs_a_line(here, monkeypatch, error):
     (line,) = said
     assert line.startswith("warning: out/plot.png: not drawn (no") or "No space left" in line
     assert line.isprintable()
+
+
+@pytest.mark.usefixtures("never_trains")
+def test_two_runs_do_not_write_into_one_folder(here):
+    with alone(here / "out"), pytest.raises(OptionError, match="another run writes into out; wait"):
+        experiment.main([*QUICK, "--result-dir", "out"])
+
+
+def test_a_table_that_cannot_be_written_is_printed(here, monkeypatch):
+    def fail_later(path, text):
+        if path.name == "table.md":
+            raise OSError(28, "No space left on device")
+        path.write_text(text)
+
+    said = []
+    monkeypatch.setattr(experiment, "write_text", fail_later)
+    with pytest.raises(OSError, match="No space left"):
+        experiment.main([*QUICK, "--result-dir", "out"], say=said.append)
+    assert said[0].startswith("| table |") and len(pd.read_csv(here / "out/results.csv")) == 2
 
 
 def rows_at(accuracy, **more):

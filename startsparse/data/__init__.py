@@ -34,6 +34,7 @@ from startsparse.data.imagenet import FolderBatches, Folders
 from startsparse.data.modular import Pairs
 from startsparse.data.rows import Repeated, Rows
 from startsparse.errors import OptionError, UserError
+from startsparse.paths import expanded
 
 __all__ = [
     "DIGITS",
@@ -220,12 +221,13 @@ def data_root(option: str) -> Path:
     Raises:
         OptionError: --data names no folder.
     """
-    if option and not Path(option).expanduser().is_dir():
+    if option and not Path(option := expanded(option, "--data")).is_dir():
         raise OptionError(
             f"--data: '{option}' is no folder; name, or make, the one that holds the sets"
         )
     usual = (startsparse.checkout() or Path()) / "data"
-    return Path(option or os.environ.get("STARTSPARSE_DATA") or usual).expanduser()
+    given = expanded(os.environ.get("STARTSPARSE_DATA", ""), "STARTSPARSE_DATA")
+    return Path(option or given or usual)
 
 
 def load(

@@ -20,7 +20,7 @@ from startsparse.export import footprint
 from startsparse.export.compact import compact
 from startsparse.export.formats import PACKAGES, write_csr, write_dense, write_onnx
 from startsparse.export.trained import Trained, read_run
-from startsparse.fields import choice, default_is
+from startsparse.fields import PATH, choice, default_is
 from startsparse.options import require_range
 from startsparse.places import check_file, check_folder
 
@@ -32,13 +32,13 @@ ENDINGS = {"safetensors": ".safetensors", "csr": ".csr.safetensors", "onnx": ".o
 class ExportOptions:
     """The tested network of a finished run as a file."""
 
-    run: Annotated[str, tyro.conf.Positional] = ""
+    run: Annotated[str, PATH, tyro.conf.Positional] = ""
     """Run folder"""
     format: Annotated[str, choice(ENDINGS)] = "safetensors"
     """safetensors: dense, with zeros; csr: layers as compressed sparse rows; onnx"""
     compact: bool = False
     """Remove the units that are dead on either side, and all that only they feed"""
-    output: Annotated[str, default_is("in RUN/export")] = ""
+    output: Annotated[str, PATH, default_is("in RUN/export")] = ""
     """File to write; it must not exist"""
     repeats: int = 20
     """Forward passes per latency, which is their median (0: do not measure)"""

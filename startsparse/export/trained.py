@@ -76,7 +76,7 @@ def read_run(folder: Path) -> Trained:
 def _read_options(path: Path) -> tuple[dict[str, Any], str, str]:
     """The options of a run, and the names of its data set and network."""
     try:
-        options = dict(yaml.safe_load(path.read_text()))
+        options = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, TypeError, ValueError, RecursionError):
         options = {}
     # The three scripts name these options differently; where data is the set, data_dir is there.

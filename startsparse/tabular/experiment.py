@@ -23,10 +23,8 @@ from tqdm import tqdm
 from startsparse import flow, parallel, plots, pruning, training
 from startsparse.atomic import write_text
 from startsparse.commandline import from_flags
-from startsparse.console import log
 from startsparse.data import data_root
 from startsparse.data.arrays import device_memory
-from startsparse.data.files import reason
 from startsparse.data.rows import Rows
 from startsparse.errors import UserError
 from startsparse.masks import (
@@ -40,7 +38,7 @@ from startsparse.masks import (
 from startsparse.models import build, init_weights
 from startsparse.ratios import layer_densities
 from startsparse.tabular import batched, compute, report, tables
-from startsparse.tabular.options import TabularOptions, check_folder, result_options
+from startsparse.tabular.options import TabularOptions, alone, check_folder, result_options
 from startsparse.tabular.tables import Table
 
 _COPIES = 5  # of float32 for each weight: at the start, now, gradient, two moments of Adam
@@ -262,22 +260,25 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
     }
     for table in loaded.values():
         check(table, options)
-    for name, table in loaded.items():
-        rows = run(make_members(table, options), options)
-        rows.insert(0, "table", name)
-        parts.append(rows)
-    rows = pd.concat(parts, ignore_index=True)
+    with alone(folder):
+        check_folder(folder, options)  # another run may have written meanwhile
+        for name, table in loaded.items():
+            rows = run(make_members(table, options), options)
+            rows.insert(0, "table", name)
+            parts.append(rows)
+        _write(pd.concat(parts, ignore_index=True), folder, options, say)
+
+
+def _write(
+    rows: pd.DataFrame, folder: Path, options: TabularOptions, say: Callable[[str], None]
+) -> None:
+    """Write what determines the rows, the rows, their table and picture; print the table."""
     write_text(folder / "options.yaml", result_options(options))
     write_text(folder / "results.csv", rows.to_csv(index=False))
     markdown = report.markdown(rows)
-    say(markdown)
-    write_text(folder / "table.md", markdown)
-    _draw(rows, folder / "plot.png")
-
-
-def _draw(rows: pd.DataFrame, path: Path) -> None:
-    """Draw the picture; where that fails, a line says so, and the program goes on."""
     try:
-        plots.save(report.accuracy_plot(rows), path)
-    except Exception as error:  # whatever matplotlib raises
-        log.warning("warning: %s: not drawn (%s)", path, reason(error))
+        write_text(folder / "table.md", markdown)
+        with plots.optional(folder / "plot.png"):
+            plots.save(report.accuracy_plot(rows), folder / "plot.png")
+    finally:
+        say(markdown)

@@ -1,14 +1,18 @@
 """The options of `startsparse.tabular`, and the folder of its results."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
+
+from filelock import FileLock, Timeout
 
 from startsparse import names, ratios
 from startsparse.commandline import plain_values, read_yaml, write_yaml
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError
-from startsparse.fields import Truth, called, choice, default_is, flag
+from startsparse.fields import PATH, Truth, called, choice, default_is, flag
 from startsparse.models import INITS
 from startsparse.numbers import Seed
 from startsparse.optimizers import OPTIMIZERS
@@ -27,7 +31,9 @@ class TabularOptions:
     tables: tuple[str, ...] = ("breast-cancer",)
     """breast-cancer, digits, ACSEmployment, ACSIncome, or the paths of .csv files (docs/data.md has
     their rules)"""
-    data: Annotated[str, default_is("$STARTSPARSE_DATA, else data/ of the checkout, or here")] = ""
+    data: Annotated[
+        str, PATH, default_is("$STARTSPARSE_DATA, else data/ of the checkout, or here")
+    ] = ""
     """Folder of the census files"""
     state: str = "AL"
     """State of the census, two letters"""
@@ -72,7 +78,7 @@ class TabularOptions:
     sparse_compute: Annotated[str, choice(MODES)] = "auto"
     """on: train one after the other, and compute and store only what is inside the masks; auto: do
     so at densities where a trial of a few steps is faster. The same within rounding"""
-    result_dir: str = "runs/tabular"
+    result_dir: Annotated[str, PATH] = "runs/tabular"
     """Folder of results.csv, table.md, plot.png and options.yaml; results of other options in it
     are never overwritten"""
 
@@ -153,6 +159,24 @@ def check_folder(folder: Path, options: TabularOptions) -> None:
                 f"--result-dir: {file} is of a run with {flag(name)} {_shown(theirs[name])}, not "
                 f"{_shown(value)}; name another folder"
             )
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the folder of results, which is made, against other runs of the program.
+
+    Raises:
+        OptionError: another run writes into it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / ".results.csv.lock", timeout=0).acquire()
+    except Timeout:
+        raise OptionError(
+            f"--result-dir: another run writes into {folder}; wait for it, or name another folder"
+        ) from None
+    with lock:
+        yield
 
 
 def _shown(value: Any) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from startsparse.errors import one_line
 from startsparse.labels import DENSITY
-from startsparse.plots import bars
+from startsparse.plots import bars, new_figure
 from startsparse.report import summarise
 
 if TYPE_CHECKING:  # matplotlib is slow to import, and needed last
@@ -107,12 +107,10 @@ def accuracy_plot(rows: pd.DataFrame) -> "Figure":
     Each table has a line of panels, with a panel for each way to prune; colours are starts. A
     single run has no interval; the interval of few runs may leave the picture.
     """
-    from matplotlib.figure import Figure
-
     summary = means(rows)
     names, starts = (list(dict.fromkeys(summary[c])) for c in ("table", "start"))
     ways = sorted(set(zip(summary["flow"], summary["reset"])))
-    figure = Figure(figsize=(0.8 + 3 * len(ways), 1 + 2.6 * len(names)), layout="constrained")
+    figure = new_figure(0.8 + 3 * len(ways), 1 + 2.6 * len(names))
     axes = figure.subplots(len(names), len(ways), sharex=True, sharey="row", squeeze=False)
     for name, line in zip(names, axes):
         table = summary[summary["table"] == name]
@@ -179,10 +177,8 @@ def mask_picture(masks: dict[str, Tensor], feature_names: Sequence[str]) -> "Fig
     Args:
         masks: title -> bool [units, features].
     """
-    from matplotlib.figure import Figure
-
     height = 0.6 + 0.13 * len(feature_names)
-    figure = Figure(figsize=(9, height * len(masks)), layout="constrained")
+    figure = new_figure(9, height * len(masks))
     axes = figure.subplots(len(masks), 2, squeeze=False, width_ratios=[5, 1])
     for (title, mask), (picture, counts) in zip(masks.items(), axes):
         edges, features = mask.numpy(), range(len(feature_names))

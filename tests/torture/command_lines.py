@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from itertools import chain
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import yaml
@@ -12,8 +13,11 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from ER_DST.options import DSTOptions
 from ER_SLT.options import CIFAROptions, SLTOptions
+from startsparse import effects
+from startsparse.commandline import parse
 from startsparse.export.command import ExportOptions
 from startsparse.fields import is_flag, names, shown
+from startsparse.options import Options
 from startsparse.report import ReportOptions
 from startsparse.tabular.options import TabularOptions
 from STR.options import STROptions
@@ -23,19 +27,27 @@ from torture.scripts_tried import Start
 MLP = ["--arch", "mlp", "--width", "8", "--set", "digits"]
 TABLE = ["--seeds", "1", "--width", "4", "--epochs", "1", "--final-epochs", "1"]
 
-# what a command line begins with, so that most of them train something small
-SCRIPTS: dict[str, tuple[type, list[str]]] = {
-    "STR.main": (STROptions, MLP),
-    "ER_DST.main": (DSTOptions, [*MLP, "--sparse"]),
-    "ER_SLT.main": (SLTOptions, MLP),
-    "ER_SLT.cifar_main": (CIFAROptions, MLP),
-    "STR.run_imp": (SweepOptions, ["--config", "configs/digits.yaml", "--set", "digits"]),
-    "startsparse.tabular": (TabularOptions, TABLE),
-    "startsparse.report": (ReportOptions, ["{tmp}/results/results.csv"]),
-    "startsparse.export": (ExportOptions, ["{tmp}/run", "--repeats", "1"]),
+# What command lines begin with, so that most of them train something small.
+SCRIPTS: dict[str, tuple[type, list[list[str]]]] = {
+    "STR.main": (
+        STROptions,
+        [
+            MLP,
+            [*MLP, "--threshold-list", "0.1", "--final-prune-epoch", "1"],
+            [*MLP, "--conv-type", "STRConvER"],
+        ],
+    ),
+    "ER_DST.main": (DSTOptions, [[*MLP, "--sparse"], [*MLP, "--sparse", "--method", "DST"]]),
+    "ER_SLT.main": (SLTOptions, [MLP]),
+    "ER_SLT.cifar_main": (CIFAROptions, [MLP]),
+    "STR.run_imp": (SweepOptions, [["--config", "{tmp}/small.yaml", "--set", "digits"]]),
+    "startsparse.tabular": (TabularOptions, [TABLE]),
+    "startsparse.report": (ReportOptions, [["{tmp}/results/results.csv"]]),
+    "startsparse.export": (ExportOptions, [["{tmp}/run", "--repeats", "1"]]),
 }
+OF_OTHER_RUNS = {"config", "resume", "evaluate", "start_from", "target_expt_name"}
 
-WHOLE = ["0", "1", "2", "3", "7", "16", "2147483647"]
+WHOLE = ["1", "2", "3", "7", "0", "16", "2147483647"]
 BAD_WHOLE = [
     "-1",
     "-7",
@@ -50,7 +62,22 @@ BAD_WHOLE = [
     "+2",
     "010",
 ]
-REAL = ["0", "1", "0.5", "0.1", "0.3", "1e-3", "1e-6", "2", "1e10", "1e38", ".5", "5.", "1e-400"]
+REAL = [
+    "0.5",
+    "0.1",
+    "0.3",
+    "1",
+    "0",
+    "0.05",
+    "1e-3",
+    "1e-6",
+    "2",
+    "1e10",
+    "1e38",
+    ".5",
+    "5.",
+    "1e-400",
+]
 BAD_REAL = [
     "-1",
     "-0.1",
@@ -75,43 +102,43 @@ PATHS = ["{tmp}", "{tmp}/nosuch", "{tmp}/file", "{tmp}/file/x", "{tmp}/a b, é",
          "{tmp}/plot.png", "{tmp}/plot.jpg", "{tmp}/run/checkpoint.pt", "{tmp}/out.safetensors",
          "{tmp}/out.onnx", ".", "..", "../x", "/dev/null", "/dev/full", "/proc/nosuch", "~", "~/x",
          "~nosuch/x", "auto", "0", "0,1", "0,,1", "best.pt", "//", "a//b"]  # fmt: skip
+WORDS = ["a", "density", "test_accuracy", "{tmp}/table.csv", "breast-cancer", "seed", "a/b", "~",
+         "{tmp}/abs", "../up", "a b", "=1+1", "a/../b", "."]  # fmt: skip
 SETS = ["digits", "karate", "modular-addition", "cifar10", "imagenet", "folder", "cora", "mnist"]
 WIDTHS = ["0", "1", "2", "5", "33", "-1", "100000", "2147483647", "2147483648"]
 
 
-def texts(kind: type, field: str) -> st.SearchStrategy[str]:
-    """Values of an option: mostly good ones, then odd and bad ones."""
-    hint, *_ = [get_type_hints(kind, include_extras=True)[field]]
-    plain = get_type_hints(kind)[field]
+def usual_and_bad(kind: type, field: str) -> tuple[list[str], list[str]]:
+    """Values of an option, most of which are good, and values that look like good ones."""
+    hint, plain = (get_type_hints(kind, include_extras=more)[field] for more in (True, False))
     types = {plain, *get_args(plain)}
     specs = [e for e in get_args(hint)[1:] if isinstance(e, PrimitiveConstructorSpec)]
     metavar = str(specs[0].metavar) if specs else ""
     if field in ("width", "modulus", "image_size", "year"):
-        good = [*WIDTHS, "59", "2018"]
-    elif field == "repeats":
-        good = ["0", "1", "2", "-1"]
-    elif field == "set":
-        good = SETS
-    elif metavar.startswith("{") and bool not in types:
-        good = [*metavar.strip("{}").split(","), "nosuch"]
-        good += [good[0].upper().replace("-", "_")]
-    elif bool in types:
-        good = ["True", "False", "no", "on", "0", "maybe"]
-    elif float in types:
-        return st.sampled_from(REAL) | st.sampled_from(REAL + BAD_REAL) | odd()
-    elif int in types:
-        return st.sampled_from(WHOLE) | st.sampled_from(WHOLE + BAD_WHOLE) | odd()
-    elif field in ("name", "expt_setup", "tables", "by", "of", "band"):
-        good = ["a", "a/b", "{tmp}/abs", "../up", "seed", "density", "test_accuracy", "a b", "=1+1",
-                "{tmp}/table.csv", "breast-cancer", "digits", "~", "a/../b", "."]  # fmt: skip
-    else:
-        return st.sampled_from(PATHS) | st.sampled_from(PATHS) | odd()
-    return st.sampled_from(good) | st.sampled_from(good) | odd()
+        return ["0", "2", "5", "8", "33", "59"], [*WIDTHS, "2018"]
+    if field == "repeats":
+        return ["0", "1", "2"], ["-1", "2147483648"]
+    if field == "set":
+        return ["digits", "digits", *SETS], ["nosuch"]
+    if metavar.startswith("{") and bool not in types:
+        good = metavar.strip("{}").split(",")
+        return good, ["nosuch", good[0].upper().replace("-", "_")]
+    if bool in types:
+        return ["True", "False", "no", "on"], ["0", "maybe", "nosuch"]
+    if float in types:
+        return REAL, BAD_REAL
+    if int in types:
+        return WHOLE, BAD_WHOLE
+    if field in ("name", "expt_setup", "tables", "by", "of", "band"):
+        return WORDS[:6], WORDS
+    return PATHS, ["nosuch"]
 
 
-def odd() -> st.SearchStrategy[str]:
-    """Values that no option expects."""
-    return st.sampled_from(ODD)
+def texts(kind: type, field: str, careful: bool = False) -> st.SearchStrategy[str]:
+    """Values of an option: mostly good ones, then odd and bad ones, unless ``careful``."""
+    good, bad = usual_and_bad(kind, field)
+    usual = st.sampled_from(good)
+    return usual if careful else usual | st.sampled_from(good + bad) | st.sampled_from(ODD)
 
 
 def spelled(name: str) -> st.SearchStrategy[str]:
@@ -123,28 +150,43 @@ def spelled(name: str) -> st.SearchStrategy[str]:
 
 
 @st.composite
-def option(draw: Callable, kind: type) -> list[str]:
-    """An option with its value, or without one, or with one too many."""
-    field = draw(st.sampled_from(sorted(shown(kind))))
+def option(draw: Callable, kind: type, idle: frozenset[str] = frozenset()) -> list[str]:
+    """An option with its value, and perhaps misspelled, without one, or with two.
+
+    Args:
+        idle: options that have no effect; if there are any, all goes well with the others.
+    """
+    careful = bool(idle)
+    field = draw(st.sampled_from(sorted({*shown(kind)} - idle)))
     known = sorted(n for n, of in names(kind).items() if of == field) or [field]
-    word = draw(spelled(draw(st.just(shown(kind)[field]) | st.sampled_from(known))))
-    value = draw(texts(kind, field))
-    if isinstance(getattr(kind, field, None), tuple):
-        return [word, *draw(st.lists(texts(kind, field), max_size=3))]
-    bare = isinstance(getattr(kind, field, None), bool) and is_flag(kind, field)
+    name = draw(st.just(shown(kind)[field]) | st.sampled_from(known))
+    word = draw(spelled(name)) if not careful else "--" + name.lstrip("-").replace("_", "-")
+    if isinstance(getattr(kind, field), tuple):
+        return [word, *draw(st.lists(texts(kind, field, careful), max_size=3))]
+    bare = isinstance(getattr(kind, field), bool) and is_flag(kind, field)
+    value = draw(texts(kind, field, careful))
     how = draw(st.integers(0, 11))
-    if how == 0 or (bare and how < 8):
+    if bare and (careful or how < 8):
         return [word]
-    if how == 1:
+    if how == 0 and not careful:
+        return [word]
+    if how == 1 and not careful:
         return [word, value, value]
     return [f"{word}={value}"] if how < 5 else [word, value]
 
 
-def lines(kind: type, first: list[str], most: int = 5) -> st.SearchStrategy[list[str]]:
-    """Command lines."""
-    options = st.lists(option(kind), max_size=most).map(lambda found: [*chain(*found)])
+def lines(
+    kind: type, first: list[str], careful: bool = False, most: int = 6
+) -> st.SearchStrategy[list[str]]:
+    """Command lines that begin with ``first``; if not ``careful``, some end so, or lack it."""
+    idle = frozenset(OF_OTHER_RUNS) if careful else frozenset()
+    if careful and issubclass(kind, Options):
+        idle |= effects.idle(parse(kind, Path("/nosuch"), first)).keys()
+    options = st.lists(option(kind, idle), max_size=most).map(lambda found: [*chain(*found)])
     begun = options.map(lambda words: [*first, *words])
-    return begun | begun | begun | options.map(lambda words: [*words, *first]) | options
+    return (
+        begun if careful else begun | begun | options.map(lambda words: [*words, *first]) | options
+    )
 
 
 ENVIRONMENTS: list[dict] = [
@@ -165,9 +207,9 @@ ENVIRONMENTS: list[dict] = [
     {"environment": {"OMP_NUM_THREADS": "0"}},
     {"environment": {"OMP_NUM_THREADS": "abc"}},
     {"environment": {"OMP_NUM_THREADS": "-1"}},
-    {"environment": {"STARTSPARSE_CACHE": "{tmp}/file"}},
-    {"environment": {"STARTSPARSE_CACHE": "{tmp}/closed"}, "unprivileged": True},
-    {"environment": {"STARTSPARSE_CACHE": ""}},
+    {"environment": {"STARTSPARSE_CACHE": "{tmp}/file", "CXX": "nosuch"}},
+    {"environment": {"STARTSPARSE_CACHE": "{tmp}/closed", "CXX": "nosuch"}, "unprivileged": True},
+    {"environment": {"STARTSPARSE_CACHE": "", "CXX": "nosuch"}},
     {"environment": {"STARTSPARSE_DATA": "{tmp}/nosuch"}},
     {"environment": {"STARTSPARSE_DATA": "{tmp}/file"}},
     {"environment": {"CXX": "nosuch -O1"}},
@@ -180,7 +222,6 @@ ENVIRONMENTS: list[dict] = [
     {"environment": {"USER": "", "LOGNAME": ""}},
     {"encoding": "ascii"},
     {"encoding": "latin-1"},
-    {"encoding": "utf-16"},
     {"umask": 0o077},
     {"umask": 0},
     {"umask": 0o777, "unprivileged": True},
@@ -204,18 +245,22 @@ class Case:
 
 
 def cases(module: str) -> st.SearchStrategy[Case]:
-    """Command lines in the usual environment, and in others."""
-    kind, first = SCRIPTS[module]
-    usual = lines(kind, first).map(lambda argv: Case(Start(module, argv)))
-    other = st.tuples(lines(kind, first, most=2), st.sampled_from(ENVIRONMENTS)).map(
-        lambda both: in_environment(module, *both)
-    )
-    if kind not in (STROptions, DSTOptions, SLTOptions):
-        return usual | usual | other
-    files = st.tuples(lines(kind, first, most=1), texts_of_yaml(kind)).map(
-        lambda both: Case(Start(module, [*both[0], "--config", "{tmp}/x.yaml"]), text=both[1])
-    )
-    return usual | files | other
+    """Good and odd command lines, with files and in other environments; half of them are good."""
+    kind, firsts = SCRIPTS[module]
+    good = st.one_of([lines(kind, first, careful=True) for first in firsts])
+    short = lines(kind, firsts[0], careful=True, most=2)
+    ways = {
+        "good": good.map(lambda argv: Case(Start(module, argv))),
+        "odd": lines(kind, firsts[0]).map(lambda argv: Case(Start(module, argv))),
+        "elsewhere": st.tuples(short, st.sampled_from(ENVIRONMENTS)).map(
+            lambda both: in_environment(module, *both)
+        ),
+    }
+    if issubclass(kind, Options):
+        ways["file"] = st.tuples(short, texts_of_yaml(kind)).map(
+            lambda both: Case(Start(module, [*both[0], "--config", "{tmp}/x.yaml"]), text=both[1])
+        )
+    return st.sampled_from([*ways, "good", "good"]).flatmap(ways.__getitem__)
 
 
 def in_environment(module: str, argv: list[str], settings: dict) -> Case:
@@ -240,7 +285,7 @@ def texts_of_yaml(draw: Callable, kind: type) -> bytes:
             value, quoted[0], json.dumps(value), json.dumps(values), f"[{value}]", f"&a {value}",
             f"!!int {value}", f"!!python/object:os.system {value}", f"'{value}'", f"{value} # x",
             f"\n  - {value}", f"\n  {name}: {value}", "~", "null", ".inf", ".NaN", "1:30", "1_000",
-            "0x10", "010", "yes", "off", "2026-01-01", "*a", "|\n  x\n  y", "? x", "\t3"])))  # fmt: skip
+            "0x10", "010", "yes", "off", "2026-01-01", "|\n  x\n  y", "\t3"])))  # fmt: skip
     text = "\n".join(rows) + draw(
         st.sampled_from(["", "\n", "\n---\na: 1\n", "\n...\n", "\n<<: *a\n"])
     )

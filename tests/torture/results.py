@@ -314,7 +314,7 @@ def a_name(given, folder):
         options.resume = "auto"
         assert runs.find_run_by_rank_0(options) == run.folder
     path = runs.results_csv(options)
-    (row,) = results.read(path).to_dict("records")
+    (row,) = results.read(results.real(path)).to_dict("records")
     assert row["name"] == options.name and row["expt_setup"] == options.expt_setup
     assert results.folder(path, row["run"]).samefile(run.folder)
     assert not row["run"].startswith(("=", "+", "-", "@"))

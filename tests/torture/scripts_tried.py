@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from startsparse import cache_folder
+
 TESTS = Path(__file__).parents[1]
 TRAINED = 99  # exit code of a script that was stopped after its first optimizer step
 LIMIT = 60  # CPU seconds
@@ -43,6 +45,9 @@ class Ended:
 @functools.cache
 def _server() -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    # Kernels are compiled once, whatever the HOME of a case is.
+    if folder := cache_folder():
+        environment["STARTSPARSE_CACHE"] = str(folder)
     server = subprocess.Popen(
         [sys.executable, str(TESTS / "script_server.py")],
         stdin=subprocess.PIPE,
