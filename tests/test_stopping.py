@@ -299,7 +299,8 @@ def test_temporary_files_of_killed_processes_go(tmp_path):
     kept = [folder / "options.yaml", folder / ".lock", tmp_path / ".table.md-0a1b2c3d"]
     for path in (*left, kept[-1]):
         path.write_text("")
-    open_run(options(tmp_path), folder).__exit__()
+    with open_run(options(tmp_path), folder):
+        pass
     results.add(tmp_path / "results.csv", [{"run": folder}])
     assert not any(path.exists() for path in left)
     assert all(path.exists() for path in kept)

@@ -128,7 +128,7 @@ def stopped(case, folder):
     "A second signal ends it at once, 5 to 500 ms after the first",
     st.tuples(st.sampled_from(sorted(RUNS)), MOMENT, STOP, st.floats(0.005, 0.5)),
     cases=60,
-    sample=1,
+    sample=0,
 )
 def stopped_twice(case, folder):
     name, moment, signum, gap = case
@@ -163,7 +163,7 @@ def killed_at_an_operation(case, folder):
     "A run that is killed at random, three times, goes on as the run that it was",
     st.tuples(st.sampled_from(sorted(RUNS)), MOMENT, MOMENT, MOMENT),
     cases=100,
-    sample=1,
+    sample=0,
 )
 def killed_at_random(case, folder):
     name, *moments = case
