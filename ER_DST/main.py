@@ -3,7 +3,7 @@
 cd ER_DST && python main.py [--config FILE.yaml] [options]; --help lists them.
 """
 
-from startsparse import stopping  # before torch
+from startsparse import finding, stopping  # before torch
 
 if __name__ == "__main__":
     stopping.watch()
@@ -22,7 +22,7 @@ from ER_DST.dynamic import phase, preserve_flow, remember
 from ER_DST.initializers import init_weights, ortho_repair
 from ER_DST.options import DSTOptions
 from ER_DST.sparse_inits import find_snip, pruner_ratio
-from startsparse import data, er, flops, masks, parallel, recipe, runs
+from startsparse import data, er, flops, masks, parallel, recipe
 from startsparse.commandline import own_names, parse
 from startsparse.emptied import require_weights
 from startsparse.errors import OptionError, UserError
@@ -42,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(options: DSTOptions) -> None:
     """Do the run that ``options`` describe."""
-    folder = runs.find_run_by_rank_0(options)
+    folder = finding.find_run_by_rank_0(options)
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
         model, planned = plan(options, recipe.expected_shape(options))
-    runs.check_room_by_rank_0(options, folder, model)
+    finding.check_room_by_rank_0(options, folder, model)
     devices = parallel.choose_devices(options.multigpu)
     recipe.show_run(options, folder, model, devices)
     check_flow(model, planned, options)
@@ -56,7 +56,7 @@ def train(options: DSTOptions) -> None:
     if not planned:
         check_flow(model, requested, options)
 
-    with runs.open_run(options, folder) as run:
+    with finding.open_run(options, folder) as run:
         if options.searches:
             run.write_json("ratios.json", requested)
             run.write_json("search.json", {"flops": spent})

@@ -3,7 +3,7 @@
 cd ER_SLT && python main.py [--config FILE.yaml] [options]; --help lists them.
 """
 
-from startsparse import stopping  # before torch
+from startsparse import finding, stopping  # before torch
 
 if __name__ == "__main__":
     stopping.watch()
@@ -30,7 +30,7 @@ from ER_SLT.levels import (
 from ER_SLT.options import SLTOptions
 from ER_SLT.stored import check_shapes, stored
 from ER_SLT.ticket import put_in_place
-from startsparse import data, er, flops, masks, parallel, recipe, runs, training
+from startsparse import data, er, flops, masks, parallel, recipe, training
 from startsparse.commandline import glance, own_names, parse
 from startsparse.emptied import require_weights
 from startsparse.errors import OptionError
@@ -54,13 +54,13 @@ def main(argv: Sequence[str] | None = None, kind: type[SLTOptions] = SLTOptions)
 
 def train(options: SLTOptions) -> None:
     """Do the run that ``options`` describe."""
-    folder = runs.find_run_by_rank_0(options)
+    folder = finding.find_run_by_rank_0(options)
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
         planned, _ = plan(options, recipe.expected_shape(options))
 
-    runs.check_room_by_rank_0(options, folder, planned)
+    finding.check_room_by_rank_0(options, folder, planned)
     devices = parallel.choose_devices(options.multigpu)
     recipe.show_run(options, folder, planned, devices)
     dataset = recipe.load_data(options, devices[0])
@@ -71,7 +71,7 @@ def train(options: SLTOptions) -> None:
     set_density(model, densities(options)[0])
     model.to(devices[0]).to(memory_format=torch.channels_last)
 
-    with runs.open_run(options, folder) as run:
+    with finding.open_run(options, folder) as run:
         warn_of_small_logits(model, dataset.train, options)
         trainer = Trainer(model, dataset, options, run, devices, lambda: flops.densities(model))
         trainer.load()
@@ -120,7 +120,7 @@ def evaluate(path: Path, argv: list[str]) -> None:
     ticket, saved, expected = stored(path)
     options = parse(SLTOptions, CONFIGS, argv, saved)
     with own_names(SLTOptions):
-        runs.check_same(options, saved, f"the ticket {path} was found")
+        finding.check_same(options, saved, f"the ticket {path} was found")
     check_shapes(ticket, options, path)
 
     device = parallel.choose_devices(options.multigpu)[0]

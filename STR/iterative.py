@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from startsparse import checkpoint, runs
+from startsparse import checkpoint, finding, runs
 from startsparse.data import first_batch
 from startsparse.errors import OptionError, UserError
 from startsparse.flops import densities
@@ -107,7 +107,7 @@ def mask_size(model: nn.Module) -> int:
 
 def check_reference(model: nn.Module, options: STROptions, level: int, count: int) -> None:
     """Raise `OptionError` where the masks of --target-expt-name do not fit this run."""
-    source = runs.source(options, "target_expt_name")
+    source = finding.source(options, "target_expt_name")
     masks, entries = reference_masks(source, level), list(masked_weights(model))
     for name, _, mask in entries:
         other = masks.get(f"{name}.weight_mask")
@@ -147,7 +147,7 @@ def start_from(model: nn.Module, options: STROptions) -> dict[str, float]:
         Layer -> its density in that run.
     """
     try:
-        path = runs.tested_weights(runs.source(options, "start_from"))
+        path = runs.tested_weights(finding.source(options, "start_from"))
         checkpoint.load_model(model, checkpoint.load(path), path)
     except UserError as error:
         raise OptionError(f"--start-from: {error}") from None

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import Timeout
 from tqdm import tqdm
 
-from startsparse import locks, runs, stopping, threads
+from startsparse import finding, locks, runs, stopping, threads
 from startsparse.errors import Interrupted
 from STR.held import BUSY
 from STR.options import STROptions
@@ -37,7 +37,7 @@ class Job:
     @property
     def folder(self) -> Path | None:
         """Run folder; None until the run begins."""
-        self._folder = self._folder or runs.find_run_by_rank_0(self.options)
+        self._folder = self._folder or finding.find_run_by_rank_0(self.options)
         return self._folder
 
     @property

@@ -3,7 +3,7 @@
 cd STR && python main.py [--config FILE.yaml] [options]; --help lists them.
 """
 
-from startsparse import stopping  # before torch
+from startsparse import finding, stopping  # before torch
 
 if __name__ == "__main__":
     stopping.watch()
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from startsparse import data, er, flops, masks, models, parallel, recipe, runs
+from startsparse import data, er, flops, masks, models, parallel, recipe
 from startsparse.commandline import parse
 from startsparse.effective import replace_layers
 from startsparse.emptied import require_weights
@@ -32,13 +32,13 @@ log = logging.getLogger("startsparse")
 def main(argv: Sequence[str] | None = None) -> None:
     """One run, from options to report."""
     options = parse(STROptions, CONFIGS, argv)
-    folder = runs.find_run_by_rank_0(options)
+    folder = finding.find_run_by_rank_0(options)
     if recipe.already_done(options, folder):
         return
     with torch.device("meta"):  # bad options are named before data or a device is touched
         planned, _ = plan(options, recipe.expected_shape(options))
 
-    runs.check_room_by_rank_0(options, folder, planned)
+    finding.check_room_by_rank_0(options, folder, planned)
     devices = parallel.choose_devices(options.multigpu)
     recipe.show_run(options, folder, planned, devices)
     dataset = recipe.load_data(options, devices[0])
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_levels(model, options)
     model.to(devices[0]).to(memory_format=torch.channels_last)
 
-    with runs.open_run(options, folder) as run:
+    with finding.open_run(options, folder) as run:
         trainer = Trainer(model, dataset, options, run, devices, lambda: watched(model))
         if options.evaluate:
             recipe.say_accuracies(trainer)

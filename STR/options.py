@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from torch import nn
 
-from startsparse import runs, schedules, scores
+from startsparse import finding, runs, schedules, scores
 from startsparse.errors import OptionError
 from startsparse.fields import SOURCE, Condition, choice, counts, default_is
 from startsparse.models import MODELS, RESNET_TYPES
@@ -202,7 +202,7 @@ class STROptions(Options):
     def derive(self) -> None:
         """The density of the run --start-from; --reset-weights is --rewind weights."""
         if self.start_from:
-            result = runs.summary(runs.source(self, "start_from"))
+            result = runs.summary(finding.source(self, "start_from"))
             if result is None:
                 raise OptionError(f"--start-from: {self.start_from} is no folder of a finished run")
             if self.masked:

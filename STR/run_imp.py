@@ -4,7 +4,7 @@ cd STR && python run_imp.py [options] [-- flags for every main.py]; --help lists
 Running it again skips what is finished and resumes what was interrupted.
 """
 
-from startsparse import stopping  # before torch
+from startsparse import finding, stopping  # before torch
 
 if __name__ == "__main__":
     stopping.watch()
@@ -200,7 +200,7 @@ def check_places(jobs: list[Job], path: Path) -> None:
         check_file("--log-dir", job.log)
     planned = pd.DataFrame(runs.computed(job.options) for job in jobs).map(results.cell)
     # A run that is to begin gets the folder of its row if that is gone, as in a fresh checkout.
-    folders = {results.identity(job.folder or runs.next_folder(job.options)) for job in jobs}
+    folders = {results.identity(job.folder or finding.next_folder(job.options)) for job in jobs}
     known = results.without(results.read_runs(path), path, folders).drop_duplicates("run")
     both = results.numbers(pd.concat([known, planned.assign(run="this sweep")]).fillna(""))
     try:

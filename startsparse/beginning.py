@@ -74,6 +74,16 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def copy_or_original(folder: Path | None, options: Options, name: str) -> Path:
+    """Where option ``name`` leads: to its copy in the run folder, or to what the user named."""
+    original = Path(getattr(options, name))
+    copy = folder and folder / SOURCES / name
+    if not copy or not copy.exists():
+        return original
+    file = copy / original.name  # the option named a file
+    return file if file.is_file() else copy
+
+
 def _folders(base: Path) -> Iterator[Path]:
     """``base``, and the same with -2, -3 ...: no run ever overwrites another."""
     yield base

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from startsparse import checkpoint, ratios, runs
+from startsparse import checkpoint, finding, ratios
 from startsparse.effective import formulas
 from startsparse.errors import OptionError, UserError
 from startsparse.masks import attach_masks, draw_masks, sparse_layers
@@ -35,7 +35,7 @@ def requested_densities(
     shapes = {name: tuple(layer.weight.shape) for name, layer in sparse_layers(model).items()}
     names = list(shapes)
     if profile is None and options.er_sparsity_file:
-        profile = read_densities(runs.source(options, "er_sparsity_file"))
+        profile = read_densities(finding.source(options, "er_sparsity_file"))
     try:
         densities = layer_densities(
             options.er_sparse_method if profile is None else "network",

@@ -10,6 +10,7 @@ import torch
 from startsparse import (
     checkpoint,
     data,
+    finding,
     flops,
     masks,
     memory,
@@ -45,7 +46,7 @@ def already_done(options: Options, folder: Path | None) -> bool:
         if runs.add_missing_row_by_rank_0(options, folder, done):
             log.info("%-20s %s", "row added to", runs.results_csv(options))
     elif not options.evaluate:
-        runs.check_places_by_rank_0(options, folder)
+        finding.check_places_by_rank_0(options, folder)
     return bool(done)
 
 
@@ -70,7 +71,7 @@ def show_run(
         threads = torch.get_num_threads()
         device += f", {threads} thread" + "s" * (threads > 1)
     log.info("config   %s", options.config or "none")
-    log.info("run      %s", folder or runs.next_folder(options))
+    log.info("run      %s", folder or finding.next_folder(options))
     log.info("network  %s, %s parameters", options.network_name, f"{count:,}")
     log.info("device   %s", device)
     log.info("options  %s", " ".join(words) or "all at their defaults")

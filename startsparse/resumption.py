@@ -10,10 +10,12 @@ import torch
 
 from startsparse.checkpoint import tensor_fault
 from startsparse.errors import UserError
+from startsparse.fields import flag
 from startsparse.optimizers import kept
 from startsparse.options import Options
 from startsparse.phases import Phase, Position
 from startsparse.reading import is_number
+from startsparse.runs import computed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ def check(
     Args:
         state: of `checkpoint.load`; its model is checked by `checkpoint.load_model`.
         optimizer: that is to continue from the state.
-        options: of the run; `runs.check_trained` compares them with those in the checkpoint.
+        options: of the run; `check_trained` compares them with those in the checkpoint.
         steps: of an epoch.
     """
     if set(state) == {"model"}:
@@ -88,6 +90,19 @@ def check(
         fault = _fault(state["options"], {...: ANY}, "options")
     if fault:
         raise UserError(f"{path}: is no state of this run: {fault}")
+
+
+def check_trained(options: Options, trained: Mapping[str, Any], folder: Path) -> None:
+    """Raise `UserError` for the first option that is not as in ``trained``, of a checkpoint.
+
+    Then options.yaml has changed since the checkpoint was written.
+    """
+    for name, value in computed(options).items():
+        if name in trained and trained[name] != value:
+            raise UserError(
+                f"--resume: {folder}/options.yaml has {flag(name)} {value}, but the run was "
+                f"trained with {trained[name]}; put that back, or start another run with --config"
+            )
 
 
 def check_place(position: Position, epochs: int, phases: Sequence[Phase], path: Path) -> None:

@@ -30,7 +30,7 @@ from startsparse.masks import density, keep_inside
 from startsparse.method import Method
 from startsparse.options import Options
 from startsparse.phases import Phase, Position
-from startsparse.runs import Run, check_trained, computed, selected_weights
+from startsparse.runs import Run, computed, selected_weights
 from startsparse.stopping import StopSignal
 from startsparse.training import (
     Learner,
@@ -142,7 +142,7 @@ class Trainer(Learner, Generic[S]):
         state = checkpoint.load(self._path, self.device)
         steps = len(self.data.train)
         resumption.check(state, self._path, self.optimizer, self.options, steps)
-        check_trained(self.options, state.get("options", {}), self.run.folder)
+        resumption.check_trained(self.options, state.get("options", {}), self.run.folder)
         checkpoint.load_model(self.model, state, self._path)
         # The settings of the groups are those of the options; the schedule sets their rates.
         groups = self.optimizer.state_dict()["param_groups"]

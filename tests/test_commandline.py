@@ -16,7 +16,7 @@ import ER_SLT.main
 import STR.main
 from ER_DST.options import DSTOptions
 from ER_SLT.options import SLTOptions
-from startsparse import data, recipe, runs
+from startsparse import data, finding, recipe
 from startsparse.commandline import from_flags, parse, read_yaml, write_yaml
 from startsparse.errors import OptionError, run_script
 from startsparse.fields import normal, shown
@@ -308,8 +308,8 @@ def test_the_first_lines_say_what_the_run_is(script, tmp_path, monkeypatch, caps
 def test_the_next_folder_is_the_one_that_is_made(tmp_path):
     options = dataclasses.replace(STROptions(), log_dir=str(tmp_path), name="n")
     for _ in range(3):
-        expected = runs.next_folder(options)
-        with runs.open_run(options) as run:
+        expected = finding.next_folder(options)
+        with finding.open_run(options) as run:
             assert run.folder == expected
 
 

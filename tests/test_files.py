@@ -18,7 +18,7 @@ import torch
 from script_runs import MLP, crashing
 
 from ER_DST.main import found_ratio
-from startsparse import atomic, beginning, checkpoint, locks, runs
+from startsparse import atomic, beginning, checkpoint, finding, locks, runs
 from startsparse.atomic import replacing, write_text
 from startsparse.console import log
 from startsparse.errors import OptionError, UserError, about, run_script
@@ -233,7 +233,7 @@ def test_a_full_disk_says_how_to_go_on(small, monkeypatch, tmp_path):
 def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(beginning, "write_yaml", no_space)
     with pytest.raises(OSError, match="No space"):
-        runs.open_run(Options(log_dir=str(tmp_path / "runs")))
+        finding.open_run(Options(log_dir=str(tmp_path / "runs")))
     assert not list(tmp_path.glob("runs/*/*/*"))
 
 
@@ -394,7 +394,7 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path):
     code = (
         "from startsparse import errors, runs; from startsparse.options import Options\n"
         "def main():\n"
-        f"    with runs.open_run(Options(log_dir={str(tmp_path)!r}, mirror={'größe'!a})):\n"
+        f"    with finding.open_run(Options(log_dir={str(tmp_path)!r}, mirror={'größe'!a})):\n"
         f"        runs.log.warning({'± 1'!a})\n"
         "errors.run_script(main)"
     )

@@ -18,7 +18,7 @@ from torch import nn
 from ER_DST import main as dst
 from ER_SLT import main as slt
 from ER_SLT.options import SLTOptions
-from startsparse import places, report, results, runs
+from startsparse import finding, places, report, results, runs
 from startsparse.commandline import own_names
 from startsparse.errors import OptionError, UserError
 from startsparse.options import Options
@@ -192,13 +192,13 @@ def test_a_disk_that_is_full_or_too_small(tmp_path, monkeypatch):
         usage = shutil._ntuple_diskusage(2**40, 0, free * 2**20)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
         if fits:
-            runs.check_room_by_rank_0(options, None, network)
+            finding.check_room_by_rank_0(options, None, network)
         else:
             with pytest.raises(OptionError, match=r"^--log-dir: .* has 23 MiB free, .* needs 24;"):
-                runs.check_room_by_rank_0(options, None, network)
+                finding.check_room_by_rank_0(options, None, network)
     monkeypatch.setattr(places.tempfile, "TemporaryFile", full)
     with pytest.raises(OptionError, match=r"^--log-dir: .*: No space left on device$"):
-        runs.check_places_by_rank_0(options, None)
+        finding.check_places_by_rank_0(options, None)
 
 
 @pytest.mark.parametrize("main", [script.main, dst.main, slt.main], ids=["STR", "ER_DST", "ER_SLT"])
@@ -275,7 +275,7 @@ def test_a_table_that_breaks_while_a_run_trains(tmp_path, monkeypatch, capsys):
 def test_a_sweep_adds_rows_that_are_missing(tmp_path, monkeypatch):
     """And takes the numbers of levels as they are written."""
     options = script.STROptions(name="net", log_dir=str(tmp_path), threshold_list=(0.1,))
-    with runs.open_run(options) as run:
+    with finding.open_run(options) as run:
         run.write_text(
             "levels.csv", "requested,density,test_accuracy\n0.1,0.1,0.30000000000000004\n"
         )
@@ -334,12 +334,12 @@ def test_names_that_are_refused(name, reason):
 def test_names_that_work_everywhere(tmp_path, name):
     options = Options(name=name, log_dir=str(tmp_path / "runs"), result_dir=str(tmp_path))
     options.check()
-    runs.check_places_by_rank_0(options, None)
-    with runs.open_run(options) as run:
+    finding.check_places_by_rank_0(options, None)
+    with finding.open_run(options) as run:
         run.finish({"test_accuracy": 0.5, "seconds": 1.0})
         run.show("", {"x": 1.0}, 1)
     options.resume = "auto"
-    assert runs.find_run_by_rank_0(options) == run.folder
+    assert finding.find_run_by_rank_0(options) == run.folder
     assert run.folder == tmp_path / "runs/digits" / name / "seed-1"
     report.main([f"{tmp_path}/results.csv", "--of", "test_accuracy", "--by", "name",
                  "--plot", f"{tmp_path}/x.svg"])  # fmt: skip

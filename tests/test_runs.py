@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from startsparse import plots, report, results, runs
+from startsparse import finding, plots, report, results
 from startsparse.console import log
 from startsparse.errors import UserError
 from startsparse.options import Options
@@ -45,25 +45,25 @@ def test_a_run_has_one_line_and_new_columns_are_added(tmp_path):
 
 def test_a_run_belongs_to_one_process(tmp_path):
     options = Options(log_dir=str(tmp_path))
-    run = runs.open_run(options)
+    run = finding.open_run(options)
     code = (
         "from startsparse import runs; from startsparse.options import Options; "
-        f"runs.open_run(Options(log_dir={str(tmp_path)!r}), runs.Path({str(run.folder)!r}))"
+        f"finding.open_run(Options(log_dir={str(tmp_path)!r}), runs.Path({str(run.folder)!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "UserError: --resume" in done.stderr
     assert "is in use by another process" in done.stderr
     with pytest.raises(UserError, match="in use"):
-        runs.open_run(options, run.folder)
+        finding.open_run(options, run.folder)
 
 
 def test_a_closed_run_is_anyones(tmp_path):
     options = Options(log_dir=str(tmp_path))
-    with runs.open_run(options) as run:
+    with finding.open_run(options) as run:
         run.show("levels", {"density": 0.1}, step=1)
         log.info("within")
     log.info("after")
-    with runs.open_run(options, run.folder):
+    with finding.open_run(options, run.folder):
         log.info("again")
     said = [line.split()[-1] for line in (run.folder / "log.txt").read_text().splitlines()]
     assert said == ["within", "again"]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from script_runs import MLP, ROOT, newest
 
-from startsparse import atomic, beginning, results, runs
-from startsparse.runs import open_run
+from startsparse import atomic, beginning, finding, results
+from startsparse.finding import open_run
 from startsparse.stopping import StopSignal
 from STR import main as script
 
@@ -253,13 +253,13 @@ def test_a_run_that_is_killed_as_it_begins_leaves_no_orphan(tmp_path, monkeypatc
         if written == "after":
             patch.setattr(Path, "rename", lambda *_: exec("raise Killed", {"Killed": Killed}))
         open_run(options(tmp_path))
-    assert runs.find_run_by_rank_0(options(tmp_path, "--resume", "auto")) is None
+    assert finding.find_run_by_rank_0(options(tmp_path, "--resume", "auto")) is None
     (left,) = (tmp_path / "runs/digits/mlp-ConvMask-balanced-0.2").iterdir()
     assert left.name.startswith(".new-")
     with open_run(options(tmp_path)) as run:
         assert run.folder.name == "seed-1"
         assert list(run.folder.parent.iterdir()) == [run.folder]
-    assert runs.find_run_by_rank_0(options(tmp_path, "--resume", "auto")) == run.folder
+    assert finding.find_run_by_rank_0(options(tmp_path, "--resume", "auto")) == run.folder
 
 
 def test_runs_that_begin_at_the_same_time_do_not_disturb_each_other(tmp_path, monkeypatch):
@@ -280,7 +280,7 @@ def test_runs_that_begin_at_the_same_time_do_not_disturb_each_other(tmp_path, mo
 def test_an_empty_folder_is_used(tmp_path):
     empty = tmp_path / "runs/digits/mlp-ConvMask-balanced-0.2/seed-1"
     empty.mkdir(parents=True)
-    assert runs.next_folder(options(tmp_path)) == empty
+    assert finding.next_folder(options(tmp_path)) == empty
     with open_run(options(tmp_path)) as run:
         assert run.folder == empty
 

@@ -142,7 +142,7 @@ def test_auto_takes_the_newest_run_that_began(run, tmp_path):
     third.mkdir()  # gone before its options were written
     second.joinpath("summary.json").unlink()
     first.joinpath("checkpoint.pt").unlink()
-    assert script.runs.find_run_by_rank_0(
+    assert script.finding.find_run_by_rank_0(
         script.parse(script.STROptions, script.CONFIGS,
                      [*MLP, "--resume", "auto", "--log-dir", f"{tmp_path}/a/runs"])
     ) == second  # fmt: skip
@@ -161,4 +161,4 @@ def test_auto_reads_the_seed_from_options_yaml(run):
             script.STROptions, script.CONFIGS,
             [*MLP, "--seed", seed, "--resume", "auto", "--log-dir", str(folder.parents[2])],
         )  # fmt: skip
-        assert script.runs.find_run_by_rank_0(options) == folder
+        assert script.finding.find_run_by_rank_0(options) == folder

@@ -16,7 +16,7 @@ from script_runs import few_digits
 
 from ER_DST import main as dst
 from ER_SLT import main as slt
-from startsparse import data, plots, report, results, runs
+from startsparse import data, finding, plots, report, results, runs
 from startsparse.errors import UserError
 from startsparse.trainer import Trainer
 from STR import main as str_
@@ -302,17 +302,17 @@ def a_name(given, folder):
     setattr(options, field, f"{folder}/x/{text}" if field.endswith("dir") else text)
     try:
         options.check()
-        runs.check_places_by_rank_0(options, None)
+        finding.check_places_by_rank_0(options, None)
     except UserError as error:
         assert error.exit_code == 2 and str(error).isprintable() and len(str(error)) < 1000
         assert not list(folder.iterdir())
         return
-    with runs.open_run(options) as run:
+    with finding.open_run(options) as run:
         inside = run.folder.relative_to(options.log_dir).parts
         assert ".." not in inside and len(inside) >= 3
         run.finish({"test_accuracy": 0.5, "seconds": 1.0})
         options.resume = "auto"
-        assert runs.find_run_by_rank_0(options) == run.folder
+        assert finding.find_run_by_rank_0(options) == run.folder
     path = runs.results_csv(options)
     (row,) = results.read(results.real(path)).to_dict("records")
     assert row["name"] == options.name and row["expt_setup"] == options.expt_setup
