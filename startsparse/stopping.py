@@ -109,6 +109,7 @@ _program = _Program()
 
 def watch() -> None:
     """From now on, a signal ends this program with one line; to be called first of all."""
+    _open_standard()
     if _program.before or not _install():
         return
     _program.parent = os.getppid()
@@ -165,6 +166,15 @@ def leave(say: Callable[[str], None]) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(128 + requested())
+
+
+def _open_standard() -> None:
+    """Open the standard descriptors that are closed: else the next files would get their numbers,
+    and the lines that are printed.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
 
 
 def _install() -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -326,3 +327,15 @@ def test_a_stopped_run_says_where_it_is(tmp_path, monkeypatch, no_pictures):
     log = (folder / "log.txt").read_text()
     assert len(re.findall(r"INFO epoch +1 ", log)) == 1  # it was not trained again
     assert (folder / "summary.json").exists()
+
+
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
+    """Else the lines of a program whose standard output is closed would go into that file."""
+    code = (
+        "import os; from startsparse import stopping; stopping.watch(); "
+        f"os.write(os.open({str(tmp_path / 'file')!r}, os.O_CREAT | os.O_WRONLY), b'kept'); "
+        "os.write(1, b'lost'); os.write(2, b'lost')"
+    )
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], cwd=ROOT).returncode == 0
+    assert (tmp_path / "file").read_text() == "kept"
