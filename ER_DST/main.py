@@ -3,7 +3,7 @@
 cd ER_DST && python main.py [--config FILE.yaml] [options]; --help lists them.
 """
 
-from startsparse import finding, stopping  # before torch
+from startsparse import stopping  # before torch
 
 if __name__ == "__main__":
     stopping.watch()
@@ -22,7 +22,7 @@ from ER_DST.dynamic import phase, preserve_flow, remember
 from ER_DST.initializers import init_weights, ortho_repair
 from ER_DST.options import DSTOptions
 from ER_DST.sparse_inits import find_snip, pruner_ratio
-from startsparse import data, er, flops, masks, parallel, recipe
+from startsparse import data, er, finding, flops, masks, parallel, recipe
 from startsparse.commandline import own_names, parse
 from startsparse.emptied import require_weights
 from startsparse.errors import OptionError, UserError

@@ -3,7 +3,7 @@
 cd ER_SLT && python main.py [--config FILE.yaml] [options]; --help lists them.
 """
 
-from startsparse import finding, stopping  # before torch
+from startsparse import stopping  # before torch
 
 if __name__ == "__main__":
     stopping.watch()
@@ -30,7 +30,7 @@ from ER_SLT.levels import (
 from ER_SLT.options import SLTOptions
 from ER_SLT.stored import check_shapes, stored
 from ER_SLT.ticket import put_in_place
-from startsparse import data, er, flops, masks, parallel, recipe, training
+from startsparse import data, er, finding, flops, masks, parallel, recipe, training
 from startsparse.commandline import glance, own_names, parse
 from startsparse.emptied import require_weights
 from startsparse.errors import OptionError

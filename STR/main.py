@@ -3,7 +3,7 @@
 cd STR && python main.py [--config FILE.yaml] [options]; --help lists them.
 """
 
-from startsparse import finding, stopping  # before torch
+from startsparse import stopping  # before torch
 
 if __name__ == "__main__":
     stopping.watch()
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from startsparse import data, er, flops, masks, models, parallel, recipe
+from startsparse import data, er, finding, flops, masks, models, parallel, recipe
 from startsparse.commandline import parse
 from startsparse.effective import replace_layers
 from startsparse.emptied import require_weights

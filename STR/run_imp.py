@@ -4,7 +4,7 @@ cd STR && python run_imp.py [options] [-- flags for every main.py]; --help lists
 Running it again skips what is finished and resumes what was interrupted.
 """
 
-from startsparse import finding, stopping  # before torch
+from startsparse import stopping  # before torch
 
 if __name__ == "__main__":
     stopping.watch()
@@ -20,7 +20,7 @@ from typing import Annotated
 
 import pandas as pd
 
-from startsparse import effects, labels, names, plots, processes, report, results, runs
+from startsparse import effects, finding, labels, names, plots, processes, report, results, runs
 from startsparse.atomic import remove_leftovers, write_text
 from startsparse.commandline import from_flags, named, parse
 from startsparse.data import SETS

@@ -43,6 +43,7 @@ def already_done(options: Options, folder: Path | None) -> bool:
     done = None if folder is None or options.evaluate else runs.summary(folder)
     if done and folder:
         log.info("%s", report.text(done, folder))
+        _say_picture(folder)
         if runs.add_missing_row_by_rank_0(options, folder, done):
             log.info("%-20s %s", "row added to", runs.results_csv(options))
     elif not options.evaluate:
@@ -249,5 +250,12 @@ def finish(
     run.write_table("density.csv", trainer.compute.columns(table))
     densities = {name: {"density": share} for name, share in flops.densities(model).items()}
     run.write_json("layers.json", layers or densities)
-    plots.plot_run_by_rank_0(pd.DataFrame(trainer.history), table, run.folder / "curves.png")
+    plots.plot_run_by_rank_0(pd.DataFrame(trainer.history), table, run.folder / runs.PICTURE)
+    _say_picture(run.folder)
     run.finish(summary)
+
+
+def _say_picture(folder: Path) -> None:
+    picture = folder.resolve() / runs.PICTURE
+    if picture.exists():  # it is optional
+        log.info("%-20s %s", "picture", picture)

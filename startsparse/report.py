@@ -54,7 +54,7 @@ def summary(
 
 def text(summary: dict[str, Any], folder: Path) -> str:
     """A `summary` as text."""
-    search, picture = summary.get("search_flops"), folder.resolve() / "curves.png"
+    search = summary.get("search_flops")
     rows = {
         "requested density": number(summary["requested"]),
         "realised density": number(summary["density"]),
@@ -70,7 +70,6 @@ def text(summary: dict[str, Any], folder: Path) -> str:
         "seconds": f"{summary['seconds']:.0f}",
         **({} if summary.get("checksum", True) else {"checksums": "not compared"}),
         "run folder": str(folder.resolve()),
-        **({"picture": str(picture)} if picture.exists() else {}),
     }
     return "\n".join(["", *(f"{name:<20} {value}" for name, value in rows.items())])
 

@@ -59,6 +59,7 @@ MEASURED = (
 )
 
 PLAIN_WEIGHTS = "dense_weights.pt"
+PICTURE = "curves.png"
 IMAGES = "data.json"
 
 

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 
 from startsparse import models
 from startsparse.engine import choice
+from startsparse.engine.layers import Product
+from startsparse.engine.maps import Space
 from startsparse.engine.network import SparseForm
 from startsparse.masks import (
     attach_masks,
@@ -16,6 +18,20 @@ from startsparse.masks import (
 
 WIDTHS = {"resnet20": 4, "resnet18": 6, "resnet50": 4, "vgg11": 4, "vgg16": 4, "mlp": 24}
 SHAPE = 3, 32, 32
+
+
+def normal(seed, *shape, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def product_of(mask, window, height, width):
+    """A product for maps of that size, with borders as wide as they must be."""
+    input, output = Space(mask.shape[1], height, width), None
+    output = window.output(input, len(mask))
+    input.border, output.border = window.border_in(input, output), window.border_out(input, output)
+    product = Product(window, input, output)
+    product.set_mask(mask)
+    return product
 
 
 def network(arch, density=0.3, dtype=torch.float64, width=None):

@@ -288,7 +288,7 @@ def test_the_first_lines_say_what_the_run_is(script, tmp_path, monkeypatch, caps
     monkeypatch.setattr(recipe, "load_data", lambda *_: (_ for _ in ()).throw(Loading))
     argv = ["--arch", "mlp", "--width", "16", "--name", "it is", "--seed", "3"]
     argv += ["--log-dir", str(tmp_path)]
-    (tmp_path / "digits/it is/seed-3").mkdir(parents=True)  # taken
+    (tmp_path / "digits/it is/seed-3/levels").mkdir(parents=True)  # taken
     with pytest.raises(Loading):
         main(argv)
     said = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines()[:5])

@@ -7,8 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_runs import batch, network, sparse_form
-from test_engine_layers import normal, product_of
+from engine_runs import batch, network, normal, product_of, sparse_form
 from torch import nn
 
 from startsparse.engine import whole, winograd

@@ -5,13 +5,14 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_runs import normal, product_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from startsparse.engine import whole, winograd
 from startsparse.engine.entries import Window
-from startsparse.engine.layers import Affine, MaxPool, MeanPixels, Product
+from startsparse.engine.layers import Affine, MaxPool, MeanPixels
 from startsparse.engine.maps import Space, lanes, to_images, to_map
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -22,20 +23,6 @@ def close(found, expected, tolerance):
     scale = expected.abs().max().clamp(min=1) if expected.numel() else 1
     assert found.shape == expected.shape
     assert ((found - expected).abs() / scale <= tolerance).all()
-
-
-def normal(seed, *shape, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def product_of(mask, window, height, width):
-    """A product for maps of that size, with borders as wide as they must be."""
-    input, output = Space(mask.shape[1], height, width), None
-    output = window.output(input, len(mask))
-    input.border, output.border = window.border_in(input, output), window.border_out(input, output)
-    product = Product(window, input, output)
-    product.set_mask(mask)
-    return product
 
 
 def check_product(mask, window, height, width, images, dtype):

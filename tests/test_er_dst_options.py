@@ -12,7 +12,7 @@ from script_runs import ROOT, same
 
 from ER_DST import main as script
 from ER_DST.options import DSTOptions
-from startsparse import models, recipe, runs
+from startsparse import finding, models, recipe
 from startsparse.commandline import write_yaml
 from startsparse.errors import OptionError
 from startsparse.masks import masked_weights, sparse_layers
@@ -364,7 +364,7 @@ def test_options_yaml_repeats_the_run(run_dst):
         (["--wd", "0.1"], "weight_decay", 0.1),
         (["--weight-decay", "0.1"], "weight_decay", 0.1),
         (["--init_density=0.1", "--final_density=0.1"], "er_sparse_init", 0.1),
-        (["--ratios-from", "x", "--sparse-init", "network"], "er_sparsity_file", "x"),
+        (["--ratios-from", "/x", "--sparse-init", "network"], "er_sparsity_file", "/x"),
         (["--no-nesterov"], "nesterov", False),
         (["--flow-preservation", "true"], "flow_preservation", "True"),
         (["--flow-preservation", "no"], "flow_preservation", "False"),
@@ -455,7 +455,7 @@ def test_layers_that_a_search_makes_too_thin_are_named(tmp_path, monkeypatch, ca
         raise Stopped
 
     monkeypatch.setattr(recipe, "load_data", lambda *_: some_data())
-    monkeypatch.setattr(runs, "open_run", stop)
+    monkeypatch.setattr(finding, "open_run", stop)
     flags = ["--model", "mlp", "--width", "8", "--init-density", "0.1", "--final-density", "0.1"]
     flags += [
         "--data",

@@ -159,7 +159,7 @@ def test_an_unknown_optimizer_does_not_fall_through():
 
 
 def test_a_new_optimizer_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(OPTIMIZERS, "nadam", optimizers.Kind(torch.optim.NAdam))
+    monkeypatch.setitem(OPTIMIZERS, "nadam", optimizers.Kind(torch.optim.NAdam, ()))
     asked = options(method="DST", optimizer="nadam", growth="random", lr=0.01)
     assert not asked.uses_momentum
     trainer = train(tmp_path, asked)

@@ -1,6 +1,7 @@
 """What the option says is what runs: an option without effect is an error, found by the table."""
 
 import dataclasses
+import json
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from ER_DST.main import CONFIGS as DST_CONFIGS
 from ER_DST.options import DSTOptions
 from ER_SLT.main import CONFIGS as SLT_CONFIGS
 from ER_SLT.options import CIFAROptions, SLTOptions
-from startsparse import effects
+from startsparse import effects, runs
 from startsparse.commandline import parse, write_yaml
 from startsparse.errors import OptionError
 from startsparse.fields import default, flag, shown, text
@@ -152,8 +153,8 @@ ROWS = {
 
 # Values that are not the default, where the default and 1 more of it will not do.
 OTHER = {
-    "data": "{DIR}", "mirror": "http://x", "er_sparsity_file": "layers.json",
-    "target_expt_name": "some-run", "sparse_compute": "on", "st_decay": "0.1",
+    "data": "{DIR}", "mirror": "http://x", "er_sparsity_file": "/layers.json",
+    "target_expt_name": "/some-run", "sparse_compute": "on", "st_decay": "0.1",
     "final_prune_epoch": "2", "valid_split": "0.2", "train_fraction": "0.5",
     "sparsity_start": "0.7",
     "momentum": "0.5", "stop_updates": "0.5", "weight_scale": "2.5",
@@ -166,7 +167,7 @@ OTHER = {
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
-    (run / "summary.json").write_text('{"requested": 0.2}')
+    (run / "summary.json").write_text(json.dumps(dict.fromkeys(runs.MEASURED, 0.2)))
     return {"{DIR}": str(run), "{RUN}": str(run)}
 
 
