@@ -171,6 +171,9 @@ def _optimizer_fault(
         if saved["params"] != group["params"]:
             return "'optimizer' has other parameters"
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, parameter in enumerate(parameters):
+        if names and state["state"] and parameter.requires_grad and index not in state["state"]:
+            return f"'optimizer' has nothing of parameter {index}"
     for index, values in state["state"].items():
         if type(index) is not int or not 0 <= index < len(parameters) or set(values) != set(names):
             return f"'optimizer' has something else of parameter {index} than {names}"

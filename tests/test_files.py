@@ -392,7 +392,7 @@ def test_a_name_that_is_too_long_is_an_option_error(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="of locales by Linux's rules")
 def test_files_are_utf_8_whatever_the_locale(tmp_path):
     code = (
-        "from startsparse import errors, runs; from startsparse.options import Options\n"
+        "from startsparse import errors, finding, runs; from startsparse.options import Options\n"
         "def main():\n"
         f"    with finding.open_run(Options(log_dir={str(tmp_path)!r}, mirror={'größe'!a})):\n"
         f"        runs.log.warning({'± 1'!a})\n"

@@ -47,7 +47,7 @@ def test_a_run_belongs_to_one_process(tmp_path):
     options = Options(log_dir=str(tmp_path))
     run = finding.open_run(options)
     code = (
-        "from startsparse import runs; from startsparse.options import Options; "
+        "from startsparse import finding, runs; from startsparse.options import Options; "
         f"finding.open_run(Options(log_dir={str(tmp_path)!r}), runs.Path({str(run.folder)!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
