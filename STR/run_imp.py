@@ -91,7 +91,8 @@ class SweepOptions:
             raise OptionError("torchrun: is for main.py; a sweep starts its own runs, see --jobs")
         names.check(self)
         require_range(self, "keep", low=0, high=1, open_low=True, open_high=True)
-        require_range(self, "target", low=0, high=1, open_low=True)
+        for name in ("target", "er_sparse_inits", "densities"):
+            require_range(self, name, low=0, high=1, open_low=True)
         require_gpus(self, "devices")
         gpus = self.devices.count(",") + 1
         if self.jobs is not None:

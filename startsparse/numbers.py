@@ -48,6 +48,8 @@ def real(text: str) -> float:
         raise ValueError(f"'{text}' is not a number") from None
     if not math.isfinite(value):
         raise ValueError(f"'{text}' is not a finite number")
+    if value == 0 and re.search("[1-9]", text.lower().partition("e")[0]):
+        raise ValueError(f"'{text}' is too small to be told from 0")
     if abs(value) > LARGEST_REAL:
         raise ValueError(f"'{text}' is beyond the numbers that float32 holds ({LARGEST_REAL:.3g})")
     return value

@@ -343,13 +343,17 @@ def require_range(
     open_low: bool = False,
     open_high: bool = False,
 ) -> None:
-    """Raise `OptionError` unless low <= value <= high; an open end is excluded (NaN always)."""
-    value = getattr(options, name)
-    inside = (value > low if open_low else value >= low) and (
-        value < high if open_high else value <= high
-    )
-    if not inside:
-        bounds = [f"above {low}" if open_low else f"at least {low}"]
-        if high != float("inf"):
-            bounds.append(f"below {high}" if open_high else f"at most {high}")
-        raise OptionError(f"{flag(name)}: {value} should be {' and '.join(bounds)}")
+    """Raise `OptionError` unless low <= value <= high, for each value of a list.
+
+    An open end is excluded (NaN always).
+    """
+    values = getattr(options, name)
+    for value in values if isinstance(values, tuple) else (values,):
+        inside = (value > low if open_low else value >= low) and (
+            value < high if open_high else value <= high
+        )
+        if not inside:
+            bounds = [f"above {low}" if open_low else f"at least {low}"]
+            if high != float("inf"):
+                bounds.append(f"below {high}" if open_high else f"at most {high}")
+            raise OptionError(f"{flag(name)}: {value} should be {' and '.join(bounds)}")

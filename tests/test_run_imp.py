@@ -69,6 +69,9 @@ def test_the_dense_start_is_not_repeated_for_every_ratio():
     ("flags", "message"),
     [
         (["--keep", "1"], "--keep: 1.0 should be above 0 and below 1"),
+        (["--er-sparse-inits", "0.5", "0"], "--er-sparse-inits: 0.0 should be above 0 and at most"),
+        (["--er-sparse-inits", "1e-400"], "--er-sparse-inits: '1e-400' is too small to be told"),
+        (["--densities", "2"], "--densities: 2.0 should be above 0 and at most 1"),
         (["--jobs", "0"], "--jobs: 0 should be at least 1"),
         (["--devices", "cpu"], "--devices: 'cpu' is no list of GPUs such as 0 or 0,1"),
         (["--devices", "0,1", "--jobs", "1"], "--jobs: 1 uses only some of --devices 0,1"),

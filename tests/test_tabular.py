@@ -289,7 +289,7 @@ def test_results_of_other_options_are_not_overwritten(tmp_path, monkeypatch):
         (["--seeds", "1", "2", "1"], "--seeds: 1 is named twice"),
         (["--starts", "0.5", ".5"], "--starts: 0.5 is named twice"),
         (["--starts", "1.5"], "--starts: 1.5 should be above 0 and at most 1"),
-        (["--densities", "0"], "--densities: 0 should be above 0 and at most 1"),
+        (["--densities", "0"], "--densities: 0.0 should be above 0 and at most 1"),
         (["--lr", "0"], "--lr: 0.0 should be above 0"),
         (["--batch-size", "1"], "--batch-size: 1 should be at least 2"),
         (["--state", "XX", "--tables", "ACSIncome"], "--state: 'XX' is none of"),

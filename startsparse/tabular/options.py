@@ -93,9 +93,7 @@ class TabularOptions:
                 raise OptionError(f"--{name.replace('_', '-')}: needs at least one value")
             require_distinct(self, name)
         for name in ("starts", "densities"):
-            for density in getattr(self, name):
-                if not 0 < density <= 1:
-                    raise OptionError(f"--{name}: {density:g} should be above 0 and at most 1")
+            require_range(self, name, low=0, high=1, open_low=True)
         require_range(self, "lr", low=0, open_low=True)
         require_range(self, "weight_decay", low=0)
         for name in ("epochs", "final_epochs"):
