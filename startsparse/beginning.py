@@ -6,7 +6,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,10 @@ def create(base: Path, options: Options, environment: dict[str, Any]) -> Path:
     """
     base.parent.mkdir(parents=True, exist_ok=True)
     _remove_never_begun(base.parent)
-    new = base.parent / f"{_NEW}{secrets.token_hex(4)}"
-    new.mkdir()
-    try:
-        with locked(new / ".lock", _BEGIN):
-            write_text(new / ENVIRONMENT, json.dumps(environment, indent=1) + "\n")
-            _copy_sources(new, options)
-            write_text(new / "options.yaml", write_yaml(paths.all_absolute(options)))
+    with _new_folder(base.parent) as new:
+        write_text(new / ENVIRONMENT, json.dumps(environment, indent=1) + "\n")
+        _copy_sources(new, options)
+        write_text(new / "options.yaml", write_yaml(paths.all_absolute(options)))
         for folder in _folders(base):
             try:
                 new.rename(folder)  # also replaces an empty folder, on Unix
@@ -64,8 +61,6 @@ def create(base: Path, options: Options, environment: dict[str, Any]) -> Path:
             except OSError:
                 if not folder.exists():
                     raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)  # unless it was renamed
     raise AssertionError
 
 
@@ -91,6 +86,24 @@ def _folders(base: Path) -> Iterator[Path]:
         yield base.with_name(f"{base.name}-{count}")
 
 
+@contextmanager
+def _new_folder(parent: Path) -> Iterator[Path]:
+    """A new folder, locked inside the block, and removed after it unless it was renamed."""
+    with ExitStack() as held:
+        while True:
+            new = parent / f"{_NEW}{secrets.token_hex(4)}"
+            new.mkdir()
+            try:
+                held.enter_context(locked(new / ".lock", _BEGIN))
+                break
+            except FileNotFoundError:  # another process took it for one that was left
+                continue
+        try:
+            yield new
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
 def _remove_never_begun(folder: Path) -> None:
     """Remove what `create` has left in ``folder`` where it was killed."""
     for new in folder.glob(f"{_NEW}*"):
@@ -98,6 +111,8 @@ def _remove_never_begun(folder: Path) -> None:
             if (new / ".lock").exists():
                 with locked(new / ".lock", _BEGIN, 0):
                     shutil.rmtree(new)
+            else:
+                new.rmdir()  # if it is empty: killed before it was locked
 
 
 def _copy_sources(folder: Path, options: Options) -> None:

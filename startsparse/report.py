@@ -308,6 +308,9 @@ def read(options: ReportOptions) -> tuple[pd.DataFrame, list[str]]:
         raise UserError(f"{path}: has no rows")
     columns = _columns(table, options.by, "--by", path)
     values = _columns(table, options.of, "--of", path)
+    for name in values:
+        if name in columns:
+            raise OptionError(f"--by: '{name}' is averaged, see --of; leave it out of one of them")
     words = [name.replace("-", "_") for name in (*options.by, *options.of)]
     names = dict(zip([*columns, *values], words))
     by, more = settings(table, columns or None, options_of(table))
@@ -327,6 +330,8 @@ def _columns(table: pd.DataFrame, names: Sequence[str], flag: str, path: Path) -
             raise OptionError(f"{flag}: {path} has no column '{name}'")
         if flag == "--of" and not pd.api.types.is_numeric_dtype(table[column]):
             raise OptionError(f"--of: the column '{name}' of {path} does not hold numbers")
+        if column in columns:
+            raise OptionError(f"{flag}: '{name}' is named twice")
         columns.append(column)
     return columns
 

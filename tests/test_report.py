@@ -116,6 +116,10 @@ def test_bad_names_are_named(told):
     rows = rows_of((1, 0.9, {}))
     with pytest.raises(OptionError, match=r"^--by: .*results\.csv has no column 'size'$"):
         told(rows, "--by", "size")
+    with pytest.raises(OptionError, match=r"^--by: 'test_accuracy' is averaged, see --of; leave"):
+        told(rows, "--by", "test-accuracy")
+    with pytest.raises(OptionError, match=r"^--by: 'er-sparse-init' is named twice$"):
+        told(rows, "--by", "er_sparse_init", "er-sparse-init")
     with pytest.raises(OptionError, match=r"^--of: the column 'name' of .* does not hold numbers$"):
         told(rows, "--of", "name")
     with pytest.raises(OptionError, match=r"^--of: .*results\.csv has no column 'arch'$"):

@@ -339,3 +339,25 @@ def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
     command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} <&- >&- 2>&-"
     assert subprocess.run(["sh", "-c", command], cwd=ROOT).returncode == 0
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_folder_that_was_left_before_it_was_locked_goes(tmp_path):
+    left = tmp_path / "runs/digits/mlp-ConvMask-balanced-0.2/.new-0"
+    left.mkdir(parents=True)
+    with open_run(options(tmp_path)):
+        assert not left.exists()
+
+
+def test_a_folder_that_another_process_takes_for_left_is_made_again(tmp_path, monkeypatch):
+    taken, lock = [], beginning.locked
+
+    def late(path, *how):
+        if not taken:
+            path.parent.rmdir()
+            taken.append(path)
+            raise FileNotFoundError
+        return lock(path, *how)
+
+    monkeypatch.setattr(beginning, "locked", late)
+    with open_run(options(tmp_path)) as run:
+        assert run.folder.name == "seed-1" and taken

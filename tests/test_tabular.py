@@ -41,6 +41,8 @@ def test_the_published_setting():
     )
     assert (options.epochs, options.final_epochs, len(options.seeds)) == (10, 20, 5)
     assert options.levels() == [1, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005]
+    options.starts = (0.3,)  # no network has more
+    assert options.levels() == [0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005]
 
 
 def test_networks_of_a_seed_begin_alike(table):

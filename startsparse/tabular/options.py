@@ -123,8 +123,9 @@ class TabularOptions:
                     raise OptionError(f"--{option}: has no effect without {wanted} in --tables")
 
     def levels(self) -> list[float]:
-        """Densities at which networks train, falling."""
-        return sorted({*self.starts, *self.densities}, reverse=True)
+        """Densities at which networks train, falling: none has more weights than it starts with."""
+        levels = sorted({*self.starts, *self.densities}, reverse=True)
+        return [level for level in levels if level <= max(self.starts)]
 
 
 def result_options(options: TabularOptions) -> str:

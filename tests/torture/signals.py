@@ -1,5 +1,6 @@
 """Programs that are stopped or killed at any moment, and what they leave."""
 
+import contextlib
 import json
 import os
 import signal
@@ -137,7 +138,8 @@ def stopped_twice(case, folder):
     if process.exit_code is None:
         os.kill(process.pid, signum)
         time.sleep(gap)
-        os.kill(process.pid, signum)
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            os.kill(process.pid, signum)
         since = time.monotonic()
         process.wait()
         assert process.exit_code in (0, 128 + signum, -signum), process.exit_code
