@@ -6,7 +6,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ DIGESTS = "sha256.json"  # in that
 
 _BEGIN = "begin a run at the same moment"
 _NEW = ".new-"  # begins the name of a run folder that has no options.yaml yet
+_LOCK = ".lock"
 
 
 def free_folder(base: Path) -> Path:
@@ -88,31 +89,25 @@ def _folders(base: Path) -> Iterator[Path]:
 
 @contextmanager
 def _new_folder(parent: Path) -> Iterator[Path]:
-    """A new folder, locked inside the block, and removed after it unless it was renamed."""
-    with ExitStack() as held:
-        while True:
-            new = parent / f"{_NEW}{secrets.token_hex(4)}"
+    """A new folder, removed after the block unless renamed; a lock beside it says: at work."""
+    new = parent / f"{_NEW}{secrets.token_hex(4)}"
+    lock = new.with_name(f"{new.name}{_LOCK}")
+    try:
+        with locked(lock, _BEGIN):
             new.mkdir()
-            try:
-                held.enter_context(locked(new / ".lock", _BEGIN))
-                break
-            except FileNotFoundError:  # another process took it for one that was left
-                continue
-        try:
             yield new
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        lock.unlink(missing_ok=True)
 
 
 def _remove_never_begun(folder: Path) -> None:
     """Remove what `create` has left in ``folder`` where it was killed."""
-    for new in folder.glob(f"{_NEW}*"):
+    for lock in folder.glob(f"{_NEW}*{_LOCK}"):
         with suppress(Timeout, OSError):  # at work, or another user's
-            if (new / ".lock").exists():
-                with locked(new / ".lock", _BEGIN, 0):
-                    shutil.rmtree(new)
-            else:
-                new.rmdir()  # if it is empty: killed before it was locked
+            with locked(lock, _BEGIN, 0):
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def _copy_sources(folder: Path, options: Options) -> None:
