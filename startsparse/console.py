@@ -22,8 +22,9 @@ def number(value: float, digits: int = 4) -> str:
 
 def decimals(value: float, digits: int = 4) -> int:
     """How many digits `number` writes after the point."""
-    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # 0.0099999 counts as 0.01
-    return max(digits, digits - 1 - exponent)
+    significant = max(digits, 1)
+    exponent = int(f"{value:.{significant - 1}e}".partition("e")[2])  # 0.0099999 counts as 0.01
+    return max(digits, significant - 1 - exponent)
 
 
 class _Console(logging.Handler):

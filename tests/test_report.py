@@ -438,3 +438,10 @@ def test_differences_are_paired_by_seed():
     assert value == 2
     assert half == pytest.approx(12.706 * 2**0.5 / 2**0.5, rel=1e-4)
     assert all(map(np.isnan, report.paired(one, other[2:])))
+
+
+@pytest.mark.parametrize(
+    ("mean", "cell"), [(3.7, "4"), (0.034, "0.03"), (0.0, "0"), (2e6, "2e+06")]
+)
+def test_no_digit_after_the_point(mean, cell):
+    assert report._cell(mean, float("nan"), 0, fixed=False) == cell
