@@ -8,7 +8,7 @@ from ER_SLT.options import SLTOptions
 from ER_SLT.ticket import Ticket, load_ticket
 from startsparse import masks, recipe
 from startsparse.commandline import from_values
-from startsparse.errors import OptionError, UserError
+from startsparse.errors import OptionError, UserError, reason
 from startsparse.fields import names, normal
 from startsparse.reading import is_number
 from startsparse.runs import FREE
@@ -32,7 +32,7 @@ def stored(path: Path) -> tuple[Ticket, SLTOptions, float]:
         options = {k: v for k, v in options.items() if known.get(normal(k)) not in FREE}
         saved = from_values(SLTOptions, options, path)
     except UserError as error:
-        raise OptionError(f"--evaluate: {' '.join(str(error).split())}") from None
+        raise OptionError(f"--evaluate: {error}") from None
     return ticket, saved, accuracy
 
 
@@ -50,8 +50,8 @@ def check_shapes(ticket: Ticket, options: SLTOptions, path: Path) -> None:
         TypeError,
         OverflowError,
     ) as error:  # PyTorch's, of impossible sizes
-        reason = str(error).strip().splitlines()[0]
-        raise OptionError(f"--evaluate: {path}: its options build no network ({reason})") from None
+        why = f"its options build no network ({reason(error)})"
+        raise OptionError(f"--evaluate: {path}: {why}") from None
     for name, layer in layers.items():
         mask, expected = ticket.found.get(f"{name}.weight"), tuple(layer.weight.shape)
         found = "missing" if mask is None else tuple(mask.shape)

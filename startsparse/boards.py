@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from startsparse.errors import one_line
+from startsparse.errors import reason
 
 log = logging.getLogger("startsparse")
 
@@ -71,6 +71,4 @@ class Boards:
             action(self._writers)
         except Exception as error:
             self._writers = None
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            reason = one_line(reason or type(error).__name__)
-            log.warning("warning: TensorBoard shows nothing more of this run (%s)", reason)
+            log.warning("warning: TensorBoard shows nothing more of this run (%s)", reason(error))

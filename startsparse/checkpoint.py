@@ -1,9 +1,7 @@
 """Checkpoints: written whole or not at all, checked when they are read."""
 
-import errno
 import hashlib
 import os
-import stat
 import struct
 import zipfile
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from startsparse.atomic import replacing
 from startsparse.errors import UserError, reason
 from startsparse.processes import by_rank_0
+from startsparse.reading import regular
 
 _TAG = b"startsparse blake2b "
 _SEAL = len(_TAG) + 64
@@ -46,15 +45,15 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
         UserError: the file is missing, incomplete, damaged or no checkpoint.
     """
     try:
-        with _open(path) as file:
+        regular(path)
+        with path.open("rb") as file:
             _check_archive(file)
             file.seek(0)
             state = torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except OSError as error:
-        why = error.strerror or reason(error)
-        raise UserError(f"{path}: not a complete checkpoint ({why})") from None
+        raise UserError(f"{path}: not a complete checkpoint ({reason(error)})") from None
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever damaged bytes make of zipfile, pickle and torch
@@ -65,13 +64,6 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
     ):
         raise UserError(f"{path}: not a checkpoint of this project (no entry 'model')")
     return state
-
-
-def _open(path: Path) -> BinaryIO:
-    """Open an ordinary file for reading: opening a pipe would wait, and /dev/zero has no end."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is no ordinary file")
-    return path.open("rb")
 
 
 def _seal(file: BinaryIO) -> None:

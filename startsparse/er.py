@@ -9,8 +9,9 @@ from torch import nn
 
 from startsparse import checkpoint, finding, ratios
 from startsparse.effective import formulas
-from startsparse.errors import OptionError, UserError
+from startsparse.errors import OptionError, UserError, reason
 from startsparse.masks import attach_masks, draw_masks, sparse_layers
+from startsparse.names import shortened
 from startsparse.options import Options
 from startsparse.ratios import layer_densities
 from startsparse.reading import is_number, read_bytes, strict_json
@@ -100,16 +101,16 @@ def _json_densities(path: Path) -> dict[str, float]:
     except OSError as error:
         raise OptionError(f"--er-sparsity-file: {path} cannot be read ({error.strerror})") from None
     except ValueError as error:
-        content, reason = None, f" ({' '.join(str(error).split())})"
+        content, why = None, f" ({reason(error)})"
     else:
-        reason = ""
+        why = ""
     if not isinstance(content, dict):
-        raise OptionError(f"--er-sparsity-file: {path} should be JSON, layer -> density{reason}")
+        raise OptionError(f"--er-sparsity-file: {path} should be JSON, layer -> density{why}")
     densities = {}
     for name, value in content.items():
         density = value.get("density") if isinstance(value, dict) else value
         if not is_number(density) or not 0 <= density <= 1:
-            what = f"is {_short(density)}, not a number from 0 to 1"
+            what = f"is {shortened(repr(density), 40)}, not a number from 0 to 1"
         elif 0 < density < sys.float_info.min:
             what = f"is {density!r}, too small to compute with; write 0"
         else:
@@ -117,11 +118,6 @@ def _json_densities(path: Path) -> dict[str, float]:
             continue
         raise OptionError(f"--er-sparsity-file: {path}: the density of {name!r} {what}")
     return densities
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _in_order(densities: Mapping[str, float], names: list[str], options: Options) -> list[float]:

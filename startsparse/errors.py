@@ -56,8 +56,12 @@ def one_line(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an error of a library says, as one line."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    """What an error of a library or the system says, as one line."""
+    inner = getattr(error, "reason", None)  # of a URLError
+    if isinstance(inner, Exception):
+        error = inner
+    text = getattr(error, "strerror", None) or str(error)
+    lines = [line for line in text.splitlines() if line.strip()]
     text = lines[0].strip() if lines else type(error).__name__
     return one_line(text)
 
@@ -67,7 +71,7 @@ def about(error: OSError) -> str:
     name = error.filename
     if isinstance(name, str | bytes | os.PathLike):
         name = os.fsdecode(name)
-    what = f"{name}: {error.strerror or reason(error)}" if name else error.strerror or reason(error)
+    what = f"{name}: {reason(error)}" if name else reason(error)
     remedy = _REMEDIES.get(error.errno or 0)
     return f"{what}; {remedy}" if remedy else what
 

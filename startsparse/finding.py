@@ -16,7 +16,7 @@ from startsparse.commandline import read_values, read_yaml, run_folder
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import flag
 from startsparse.names import check_characters
-from startsparse.optimizers import OPTIMIZERS
+from startsparse.optimizers import kept
 from startsparse.options import Options
 from startsparse.places import check_folder, check_room
 from startsparse.processes import by_rank_0
@@ -97,7 +97,9 @@ def check_room_by_rank_0(options: Options, folder: Path | None, model: nn.Module
         return
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     trained = sum(parameter.nbytes for parameter in model.parameters())
-    whole = weights + OPTIMIZERS[options.optimizer].states * trained
+    # Steps are counted in one number each; the rest is as large as the parameter.
+    states = [name for name in kept(options.optimizer, options.momentum) if name != "step"]
+    whole = weights + len(states) * trained
     places = "--log-dir" if folder is None else "--resume"
     check_room(places, folder or _base(options), (whole + weights) * (2 if folder is None else 1))
 

@@ -15,20 +15,18 @@ class Kind(NamedTuple):
         make: takes groups of parameters and ``lr``; see ``momentum``.
         keeps: what it keeps of each parameter, in a checkpoint too.
         momentum: whether it takes ``momentum`` and ``nesterov``, too; 0 keeps nothing.
-        states: tensors that it keeps for each parameter, as large as that.
     """
 
     make: Callable[..., torch.optim.Optimizer]
     keeps: tuple[str, ...]
     momentum: bool = False
-    states: int = 2
 
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 OPTIMIZERS: dict[str, Kind] = {
-    "sgd": Kind(partial(torch.optim.SGD, fused=True), ("momentum_buffer",), True, states=1),
+    "sgd": Kind(partial(torch.optim.SGD, fused=True), ("momentum_buffer",), momentum=True),
     "adam": Kind(partial(torch.optim.Adam, fused=True), _MOMENTS),
     "adamw": Kind(partial(torch.optim.AdamW, fused=True), _MOMENTS),
 }

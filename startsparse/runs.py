@@ -45,7 +45,7 @@ from startsparse.data import Images
 from startsparse.errors import DISK_FULL, UserError, about, reason
 from startsparse.options import Options
 from startsparse.processes import by_rank_0
-from startsparse.reading import is_number
+from startsparse.reading import is_number, read_bytes
 
 # Options that may change when a run resumes: they do not affect the result.
 FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
@@ -230,7 +230,7 @@ def images(folder: Path) -> Images | None:
 def _text(path: Path) -> str | None:
     """The text of a file; None: there is none. Raises `UserError` if it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path).decode()
     except FileNotFoundError:
         return None
     except OSError as error:

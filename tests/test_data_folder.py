@@ -395,7 +395,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     images(tmp_path)
     store = tmp_path / decoded.STORE
     store.mkdir()
-    for name in (".x-16-3.npy-abc", ".x-16-3-sums.npz-abc"):
+    for name in (".x-16-3.npy-0123abcd", ".x-16-3-sums.npz-0123abcd"):
         (store / name).write_bytes(b"half")
     load(tmp_path)
     assert sorted(path.suffix for path in store.iterdir()) == ["", ".json", ".npy", ".npz"]

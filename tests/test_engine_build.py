@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-import kernel_cache as kc
+import kernel_cache as kernels
 import pytest
 import torch
 from engine_runs import SHAPE, network
@@ -29,14 +29,14 @@ KEPT = "float-*.so"
 def cache(tmp_path):
     """The cache, and a good compiler of the kind that a test asks for."""
     folder = tmp_path / "cache"
-    with kc.environment(STARTSPARSE_CACHE=str(folder), CXX=kc.cxx("good", tmp_path)):
+    with kernels.environment(STARTSPARSE_CACHE=str(folder), CXX=kernels.cxx("good", tmp_path)):
         yield folder
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "other bytes", "not a library"])
 def test_a_damaged_library_is_built_anew(damage, cache):
     """Loading a truncated one ended the process by SIGBUS, at every start."""
-    kc.opened()
+    kernels.opened()
     (path,) = cache.iterdir()
     whole = path.read_bytes()
     path.unlink()
@@ -46,24 +46,24 @@ def test_a_damaged_library_is_built_anew(damage, cache):
     else:
         content = {"truncated": whole[:5000], "empty": b"", "other bytes": whole[:-1] + b"\1"}
         path.write_bytes(content[damage])
-    assert kc.works(kc.opened())
+    assert kernels.works(kernels.opened())
     (path,) = cache.iterdir()
     assert path.read_bytes() == whole
 
 
 def test_a_build_leaves_the_library_alone_in_the_cache(cache, tmp_path):
-    kc.opened()
+    kernels.opened()
     assert len([*cache.iterdir()]) == 1
-    before = kc.runs(tmp_path)
-    assert kc.works(kc.opened())
-    assert kc.runs(tmp_path) == before > 0
+    before = kernels.runs(tmp_path)
+    assert kernels.works(kernels.opened())
+    assert kernels.runs(tmp_path) == before > 0
 
 
 def test_another_version_of_the_compiler_builds_anew(cache, tmp_path):
-    kc.opened()
+    kernels.opened()
     script = tmp_path / "a compiler"
     script.write_text(script.read_text().replace("quick 1.0", "quick 1.1"))
-    kc.opened()
+    kernels.opened()
     names = [path.name.split("-") for path in cache.iterdir()]
     assert len({name[2] for name in names}) == len(names) == 2  # the key of the compiler
 
@@ -75,15 +75,15 @@ def test_another_libc_or_machine_builds_anew(monkeypatch):
 
 
 def test_without_a_compiler_any_library_that_fits_will_do(cache, monkeypatch):
-    kc.opened()
+    kernels.opened()
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert kc.works(kc.opened())
+    assert kernels.works(kernels.opened())
 
 
 @pytest.mark.parametrize("kind", ["words", "launcher"])
 def test_cxx_may_be_several_words(kind, cache, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", kc.cxx(kind, tmp_path))
-    assert kc.works(kc.opened())
+    monkeypatch.setenv("CXX", kernels.cxx(kind, tmp_path))
+    assert kernels.works(kernels.opened())
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,10 @@ def test_cxx_may_be_several_words(kind, cache, tmp_path, monkeypatch):
 )
 def test_one_line_says_why_the_compiler_fails(kind, reason, cache, tmp_path):
     with (
-        kc.environment(kind, CXX=kc.cxx(kind, tmp_path)),
+        kernels.environment(kind, CXX=kernels.cxx(kind, tmp_path)),
         pytest.raises(NoKernelsError) as error,
     ):
-        kc.opened()
+        kernels.opened()
     assert reason in str(error.value)
     assert str(error.value).isprintable()
 
@@ -114,15 +114,15 @@ def test_one_line_says_why_the_compiler_fails(kind, reason, cache, tmp_path):
 def test_a_quote_in_the_flags_is_named(cache, monkeypatch):
     monkeypatch.setenv("STARTSPARSE_CXXFLAGS", "-O1 '")
     with pytest.raises(NoKernelsError, match="^STARTSPARSE_CXXFLAGS: no closing quotation in"):
-        kc.opened()
+        kernels.opened()
 
 
 @pytest.mark.parametrize("how", ["hangs", "interrupted"])
 def test_what_the_compiler_has_started_ends_with_it(how, cache, tmp_path, monkeypatch):
     child = tmp_path / "child"
-    script = kc.GOOD.replace("echo >> {folder}/runs", f"sleep 60 & echo $! > {child}; wait")
-    monkeypatch.setitem(kc.SCRIPTS, "hangs later", script)
-    cxx = kc.cxx("hangs later", tmp_path)
+    script = kernels.GOOD.replace("echo >> {folder}/runs", f"sleep 60 & echo $! > {child}; wait")
+    monkeypatch.setitem(kernels.SCRIPTS, "hangs later", script)
+    cxx = kernels.cxx("hangs later", tmp_path)
     if how == "interrupted":
         sleep = time.sleep
 
@@ -133,8 +133,8 @@ def test_what_the_compiler_has_started_ends_with_it(how, cache, tmp_path, monkey
 
         monkeypatch.setattr(time, "sleep", interrupt)
     expected = KeyboardInterrupt if how == "interrupted" else NoKernelsError
-    with kc.environment("hangs" * (how == "hangs"), CXX=cxx), pytest.raises(expected):
-        kc.opened()
+    with kernels.environment("hangs" * (how == "hangs"), CXX=cxx), pytest.raises(expected):
+        kernels.opened()
     monkeypatch.undo()
     pid = int(child.read_text())
     for _ in range(100):
@@ -155,12 +155,12 @@ def test_processes_that_build_at_the_same_time_need_no_lock(cache, tmp_path):
     script = tmp_path / "a compiler"
     script.write_text(script.read_text().replace("#!/bin/sh", "#!/bin/sh\nsleep 0.02"))
     found = []
-    threads = [threading.Thread(target=lambda: found.append(kc.opened())) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(kernels.opened())) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [kc.works(one) for one in found] == [True] * 3
+    assert [kernels.works(one) for one in found] == [True] * 3
     assert len([*cache.iterdir()]) == 1  # with the same bytes, so they have one name
 
 
@@ -181,7 +181,7 @@ def test_the_next_build_clears_up_after_one_that_was_killed(cache):
         (work / "affine.o").write_text("")
         if "old" in name:
             os.utime(work, (old, old))
-        kc.opened()
+        kernels.opened()
         for path in cache.glob(KEPT):
             path.unlink()
         assert work.exists() != gone, name
@@ -191,7 +191,7 @@ def test_what_is_not_of_the_project_stays(cache):
     cache.mkdir()
     (cache / "float-mine.so").write_text("")
     (cache / "images").mkdir()
-    kc.opened()
+    kernels.opened()
     assert {"float-mine.so", "images"} <= {path.name for path in cache.iterdir()}
 
 
@@ -207,14 +207,14 @@ def test_where_the_cache_cannot_be_used_kernels_are_built_for_the_run(
     elif where == "below a file":
         monkeypatch.setenv("STARTSPARSE_CACHE", f"{tmp_path}/file/cache")
     else:
-        kc.opened()
+        kernels.opened()
         monkeypatch.setattr(build, "_noexec", lambda path: path == cache)
-    before = kc.runs(tmp_path)
+    before = kernels.runs(tmp_path)
     caplog.clear()
-    assert kc.works(kc.opened())
+    assert kernels.works(kernels.opened())
     (line,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert line.endswith("this run has kernels of its own; STARTSPARSE_CACHE names another folder")
-    assert (kc.runs(tmp_path) == before) == (where == "noexec")  # there it is copied
+    assert (kernels.runs(tmp_path) == before) == (where == "noexec")  # there it is copied
     assert not [*tmp_path.glob(f"{build._WORK}*")]
 
 
@@ -225,7 +225,7 @@ def _no_home(_path):
 def test_without_a_place_for_programs_it_is_said(cache, monkeypatch):
     monkeypatch.setattr(build, "_noexec", lambda _: True)
     with pytest.raises(NoKernelsError, match=r"mounted noexec, nor from .*; STARTSPARSE_CACHE"):
-        kc.opened()
+        kernels.opened()
 
 
 def test_an_account_without_a_home_has_no_cache_unless_it_names_one(monkeypatch, tmp_path):
@@ -253,7 +253,7 @@ def test_the_compiler_writes_beside_the_library_only(cache, tmp_path, monkeypatc
     monkeypatch.setenv("TMPDIR", "/no/such/folder")
     script = tmp_path / "a compiler"
     script.write_text(script.read_text() + 'echo "$TMPDIR $LC_ALL" >> ' + f"{tmp_path}/said\n")
-    kc.opened()
+    kernels.opened()
     (said,) = {line.split()[1] for line in (tmp_path / "said").read_text().splitlines()}
     places = {line.split()[0] for line in (tmp_path / "said").read_text().splitlines()}
     assert said == "C"

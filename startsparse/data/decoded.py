@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 import startsparse
 from startsparse import threads
-from startsparse.atomic import replacing, write_text
+from startsparse.atomic import remove_leftovers, replacing, write_text
 from startsparse.data import files
-from startsparse.errors import UserError
+from startsparse.errors import UserError, reason
 from startsparse.reading import read_bytes, strict_json
 
 FORMAT = 1  # raise it when the same images give another content
@@ -141,7 +141,7 @@ def _by_times(root: Path, paths: Sequence[str]) -> str:
         try:
             stat = (root / path).stat()
         except OSError as error:
-            raise UserError(f"{root / path}: cannot be read ({files.reason(error)})") from error
+            raise UserError(f"{root / path}: cannot be read ({reason(error)})") from error
         digest.update(f"\n{path} {stat.st_size} {stat.st_mtime_ns}".encode(*_NAMES))
     return digest.hexdigest()
 
@@ -162,7 +162,7 @@ def _bytes(path: Path) -> bytes:
     try:
         return read_bytes(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({files.reason(error)})") from error
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from error
 
 
 def _parallel(function: Callable[[T], R], items: Sequence[T], what: str) -> Iterator[R]:
@@ -233,8 +233,7 @@ def _decode(
         return Pixels(np.stack(list(images())).reshape(shape), moments, content)
     target, sums = _files(store, content, form)
     try:
-        for left in store.glob(".*-*"):  # by a process that was killed: no other writes now
-            left.unlink(missing_ok=True)
+        remove_leftovers(store)  # by a process that was killed: no other writes now
         with replacing(target) as part, part.open("wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             npy.write_array_header_2_0(file, header)
@@ -243,7 +242,7 @@ def _decode(
             with replacing(sums) as small, small.open("wb") as other:
                 np.savez(other, moments=moments, crcs=np.array(crcs))
     except OSError as error:
-        tqdm.write(f"{target}: not kept ({files.reason(error)})", file=sys.stderr)
+        tqdm.write(f"{target}: not kept ({reason(error)})", file=sys.stderr)
         return _decode(root, paths, form, content, None)
     # Once more if what was written cannot be read back: a store may be a failing disk.
     kept = _kept(store, content, form, len(paths))

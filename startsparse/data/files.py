@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, cast
-from urllib.error import URLError
 
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from startsparse.atomic import replacing
-from startsparse.errors import UserError
+from startsparse.errors import UserError, reason
 from startsparse.reading import LARGEST, read_bytes, regular
 
 CHUNK = 1 << 20  # bytes read at a time
@@ -36,14 +35,6 @@ class File:
 
     name: str
     md5: str = ""
-
-
-def reason(error: Exception) -> str:
-    """What went wrong, on one line."""
-    if isinstance(error, URLError) and isinstance(error.reason, Exception):
-        error = error.reason
-    text = getattr(error, "strerror", None) or str(error)
-    return " ".join(text.split()) or type(error).__name__
 
 
 def read(path: Path, md5: str) -> bytes:

@@ -11,7 +11,7 @@ from startsparse.console import log
 from startsparse.data import files
 from startsparse.data.arrays import Arrays
 from startsparse.data.decoded import Form, decoded
-from startsparse.errors import OptionError
+from startsparse.errors import OptionError, reason
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 PARTS = ("train", "val", "test")
@@ -80,7 +80,7 @@ def visible(folder: Path, folders: bool) -> list[str]:
         with os.scandir(folder) as entries:
             return [e.name for e in entries if e.name[0] != "." and e.is_dir() == folders]
     except OSError as error:
-        raise OptionError(f"--data: {folder} cannot be read ({files.reason(error)})") from None
+        raise OptionError(f"--data: {folder} cannot be read ({reason(error)})") from None
 
 
 def _list(found: Listing, part: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from startsparse.data import files
 from startsparse.data.arrays import Arrays
 from startsparse.data.files import File
-from startsparse.errors import UserError
+from startsparse.errors import UserError, reason
 
 SIZE = 32
 DIGIT = 28  # height and width in the files
@@ -92,7 +92,7 @@ def _read(path: Path, md5: str, shape: tuple[int, ...]) -> Tensor:
         zero, kind, dimensions = struct.unpack_from(">HBB", data)
         sizes = struct.unpack_from(f">{dimensions}I", data, 4)
     except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise _other(path, f"no gzipped IDX file ({files.reason(error)})") from error
+        raise _other(path, f"no gzipped IDX file ({reason(error)})") from error
     if (zero, kind, sizes) != (0, BYTE, shape):
         raise _other(path, f"type {kind} {list(sizes)}, not {BYTE} (bytes) {list(shape)}")
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from startsparse.data.files import reason
+from startsparse.errors import reason
 
 _NONE: Mapping[tuple[str, str], type] = MappingProxyType({})
 

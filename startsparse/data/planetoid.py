@@ -20,7 +20,7 @@ from startsparse.console import log
 from startsparse.data import files, pickles
 from startsparse.data.files import File
 from startsparse.data.graphs import NO_LABEL, Graph
-from startsparse.errors import UserError
+from startsparse.errors import UserError, reason
 from startsparse.sparse_rows import SparseRows
 
 URL = "https://github.com/kimiyoung/planetoid/raw/master/data"
@@ -184,7 +184,7 @@ def _features(path: Path, columns: int) -> Tensor:
         matrix = csr_matrix(tuple(arrays), shape=parts.get("_shape"))
         matrix.check_format()
     except (ValueError, TypeError) as error:
-        raise _other(path, f"no csr_matrix ({files.reason(error)})") from error
+        raise _other(path, f"no csr_matrix ({reason(error)})") from error
     _expect(path, "features", matrix.shape[1], columns)
     coo = matrix.tocoo()
     places = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))

@@ -14,7 +14,7 @@ from startsparse.atomic import replacing
 from startsparse.data import files
 from startsparse.data.arrays import Arrays
 from startsparse.data.files import File
-from startsparse.errors import UserError
+from startsparse.errors import UserError, reason
 
 SIZE = 64
 FORMAT = 1  # of the cache; raise it when the content of the cache changes
@@ -121,7 +121,7 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({files.reason(error)})") from error
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from error
 
 
 def _fingerprint(folder: Path, images: Listing) -> str:
@@ -150,7 +150,7 @@ def _store(cache: Path, fingerprint: str, pixels: np.ndarray) -> None:
         with replacing(cache) as part, part.open("wb") as file:
             np.savez(file, fingerprint=np.array(fingerprint), pixels=pixels)
     except OSError as error:  # a read-only folder only costs time
-        tqdm.write(f"{cache}: not kept ({files.reason(error)})", file=sys.stderr)
+        tqdm.write(f"{cache}: not kept ({reason(error)})", file=sys.stderr)
 
 
 def _decode(paths: list[Path], name: str) -> np.ndarray:

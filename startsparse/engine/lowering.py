@@ -21,7 +21,7 @@ from startsparse.engine.entries import Window
 from startsparse.engine.layers import Affine, MaxPool, MeanPixels, Product
 from startsparse.engine.maps import Space
 from startsparse.engine.program import DenseProduct, Either, Program, Reparameterised, Step
-from startsparse.errors import UserError
+from startsparse.errors import UserError, reason
 from startsparse.masks import sparse_layers
 from startsparse.traced import module_name, source_of
 
@@ -51,8 +51,7 @@ def lower(model: nn.Module, shape: tuple[int, int, int]) -> Program:
     try:
         graph = _Tracer().trace(model)
     except Exception as error:  # whatever a network's own code raises when it is traced
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnsupportedError(f"the network cannot be traced ({reason})") from None
+        raise UnsupportedError(f"the network cannot be traced ({reason(error)})") from None
     return _Lowering(model, shape).run(graph)
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from startsparse.errors import UserError
+from startsparse.errors import UserError, reason
 from startsparse.masks import SparseLayer, sparse_layers
 from startsparse.sparse_rows import symmetric_product
 from startsparse.traced import module_name, source_of
@@ -45,8 +45,7 @@ def compact(model: nn.Module) -> nn.Module:
     try:
         graph = fx.Tracer().trace(model)
     except Exception as error:  # whatever a network's own code raises when it is traced
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--compact: the network cannot be traced ({reason})") from None
+        raise UserError(f"--compact: the network cannot be traced ({reason(error)})") from None
     # From last to first: a unit that goes takes its incoming edges with it.
     while sum(_shrink(model, stream) for stream in reversed(_Analysis(model).run(graph))):
         pass

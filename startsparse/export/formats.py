@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from startsparse import checkpoint, models, sealed
 from startsparse.atomic import replacing
 from startsparse.data import Images
-from startsparse.errors import OptionError, UserError
+from startsparse.errors import OptionError, UserError, reason
 from startsparse.export.compact import keep_units, resize
 from startsparse.masks import sparse_layers
 from startsparse.reading import strict_json
@@ -129,8 +129,7 @@ _ODD = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowE
 
 
 def _other(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    what = f"no '{error.args[0]}'" if isinstance(error, KeyError) else reason
+    what = f"no '{error.args[0]}'" if isinstance(error, KeyError) else reason(error)
     return UserError(f"{path}: not a network that startsparse.export wrote ({what})")
 
 

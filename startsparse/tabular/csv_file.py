@@ -14,8 +14,8 @@ from operator import itemgetter
 from pathlib import Path
 
 from startsparse.console import log
-from startsparse.data.files import reason
-from startsparse.errors import UserError, one_line
+from startsparse.errors import UserError, one_line, reason
+from startsparse.names import shortened
 from startsparse.reading import read_bytes
 
 SEPARATORS = ",;\t|"
@@ -54,9 +54,7 @@ class Cells:
 
 def quoted(text: str, longest: int = 60) -> str:
     """Text of a file for a message: on one line, cut where it is long, in quotes."""
-    if len(text) > longest:
-        text = text[: longest - 3] + "..."
-    return f"'{one_line(text)}'"
+    return f"'{one_line(shortened(text, longest))}'"
 
 
 def read(path: Path, names: Collection[str], *, only: bool = False) -> Cells:

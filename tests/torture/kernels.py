@@ -4,7 +4,7 @@ import contextlib
 import pwd
 import tempfile
 
-import kernel_cache as kc
+import kernel_cache as kernels
 import torch
 from hypothesis import strategies as st
 
@@ -45,9 +45,9 @@ def _set(case, folder):
     variables = {
         "HOME": homes.get(home, str(folder / "home")),
         "STARTSPARSE_CACHE": named.get(cache),
-        "CXX": kc.cxx(compiler, folder),
+        "CXX": kernels.cxx(compiler, folder),
     }
-    with kc.environment(compiler, **variables) as patch:
+    with kernels.environment(compiler, **variables) as patch:
         patch.chdir(folder)
         patch.setattr(build.log, "disabled", True)
         patch.setattr(tempfile, "tempdir", str(place))
@@ -63,11 +63,11 @@ def _unknown(uid):
 
 def _put(kind, cache):
     """A library of this kind into the cache."""
-    key, whole = "0" * 12, kc.library().read_bytes()
+    key, whole = "0" * 12, kernels.library().read_bytes()
     if kind != "of another compiler":
         with contextlib.suppress(NoKernelsError):
             key = find_compiler().key
-    path = cache / f"{kc.stem(key)}{build._checksum(kc.library())}.so"
+    path = cache / f"{kernels.stem(key)}{build._checksum(kernels.library())}.so"
     if kind == "folder":
         path.mkdir()
     elif kind == "broken link":
@@ -76,7 +76,7 @@ def _put(kind, cache):
         (cache / f"float-{'0' * 24}.so").write_bytes(whole)
     elif kind == "without symbols":
         path.write_bytes(whole[:100])
-        path.rename(cache / f"{kc.stem(key)}{build._checksum(path)}.so")
+        path.rename(cache / f"{kernels.stem(key)}{build._checksum(path)}.so")
     elif kind != "none":
         damaged = {"truncated": whole[:-4096], "empty": b"", "text": b"no library\n"}
         path.write_bytes(damaged.get(kind, whole))
@@ -86,7 +86,7 @@ def _put(kind, cache):
 SILENT = ("missing", "quote", "no program", "folder", "not executable", "hangs")
 COMMANDS = len([*build._FOLDER.glob("*.cpp")]) + 1
 
-CASES = st.tuples(*map(st.sampled_from, (HOMES, CACHES, TEMPORARY, kc.COMPILERS, LIBRARIES)))
+CASES = st.tuples(*map(st.sampled_from, (HOMES, CACHES, TEMPORARY, kernels.COMPILERS, LIBRARIES)))
 
 
 @promise(
@@ -105,10 +105,10 @@ def kernels_or_one_line(case, folder):
             kind == "whole" or (kind == "of another compiler" and compiler in SILENT)
         )
         can = temporary == "plain"
-        expected = (there or compiler in kc.USABLE) and (can or (writable and not noexec))
+        expected = (there or compiler in kernels.USABLE) and (can or (writable and not noexec))
         for _ in range(2):
             try:
-                assert kc.works(kc.opened())
+                assert kernels.works(kernels.opened())
                 assert expected
             except NoKernelsError as error:
                 assert not expected, error
@@ -116,7 +116,7 @@ def kernels_or_one_line(case, folder):
                 assert str(error).isprintable()
         assert not [*folder.rglob(f"{build._WORK}*")]
         if expected and writable and not noexec and not there and kind != "folder":
-            assert kc.runs(folder) == COMMANDS  # the second time it was found
+            assert kernels.runs(folder) == COMMANDS  # the second time it was found
 
 
 @promise(
