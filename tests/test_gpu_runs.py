@@ -4,10 +4,10 @@ import pytest
 from gpu_scenarios import SCENARIOS
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "diverges"])
 def test_a_run_on_a_gpu_is_that_on_the_cpu(gpu, name):
     run = gpu(name)
     assert "error" not in run, run["error"]
     assert "device   cuda:0" in run["log"]
     assert run["differs"] == ""
-    assert run["waits"].get("step", {}) == {}
+    assert "step" not in run["waits"]  # none in an ordinary step
