@@ -51,7 +51,7 @@ WAITS = {
     "nonzero": lambda x: x.nonzero(),
     "masked_select": lambda x: x.masked_select(x > 0),
     "boolean index": lambda x: x[x > 0],
-    "list put": lambda x: x.__setitem__(x > 0, x[0].clone()),
+    "put from the GPU": lambda x: x.__setitem__(x > 0, x[0].clone()),
     "copy to CPU": lambda x: x.cpu(),
     "copy to GPU": lambda x: torch.ones(2).to(CUDA),
     "new from a list": lambda x: torch.tensor([1.0], device=CUDA),
@@ -122,8 +122,10 @@ def draws(_log):
         generator = torch.Generator(device=device).manual_seed(seed)
         return torch.rand(2, generator=generator, device=device).tolist()
 
-    def dropped(seed_all):
-        seed_all()
+    cpu = torch.random.default_generator
+
+    def dropped(manual_seed):
+        manual_seed(1)
         return F.dropout(torch.ones(64, device=CUDA)).tolist()
 
     generator = torch.Generator(device=CUDA)
@@ -133,18 +135,16 @@ def draws(_log):
         "is on the CPU": isinstance(torch.Generator(), torch.Generator),
         "same": drawn(1) == drawn(1) != drawn(2),
         "on others": drawn(1) == drawn(1, torch.device("cuda", 1)),
-        "by default": dropped(lambda: torch.manual_seed(1))
-        == dropped(lambda: torch.manual_seed(1)),
+        "by default": dropped(torch.manual_seed) == dropped(torch.manual_seed),
         # The GPU's generator is another one than the CPU's.
-        "not by default": dropped(lambda: torch.random.default_generator.manual_seed(1))
-        == dropped(lambda: torch.random.default_generator.manual_seed(1)),
+        "by the CPU's": dropped(cpu.manual_seed) == dropped(cpu.manual_seed),
     }
 
 
 def test_generators_are_of_a_device(gpu):
     drawn = gpu.call(draws, gpus=2)
     assert drawn.pop("device") == "cuda:0"
-    assert not drawn.pop("not by default")
+    assert not drawn.pop("by the CPU's")
     assert all(drawn.values()), drawn
 
 
