@@ -10,6 +10,7 @@ test does; ``gpu("masked")`` is then, as a dict:
     waits              region -> {"kind file:line": how often}
     products           device -> dtypes in which it convolved or multiplied matrices
     distance           largest difference between a number of the networks
+    counts             the first mask that keeps another number of weights than on the CPU; "": none
     differs            the first thing in which the run differs from the CPU's; "": none, to the bit
     digests            SHA-256 of each tensor of the network
     log                what the run printed
@@ -200,7 +201,11 @@ def _devices(gpus: int) -> list[str]:
 
 
 def _compared(one: Path, other: Path) -> dict[str, Any]:
-    return {"differs": difference(one, other), "distance": distance(one, other)}
+    return {
+        "differs": difference(one, other),
+        "distance": distance(one, other),
+        "counts": other_count(one, other),
+    }
 
 
 @contextlib.contextmanager
@@ -287,6 +292,15 @@ def _digests(folder: Path) -> dict[str, str]:
     tensors = weights(folder).items()
     raw = {name: tensor.contiguous().numpy().tobytes() for name, tensor in tensors}
     return {name: hashlib.sha256(data).hexdigest() for name, data in raw.items()}
+
+
+def other_count(one: Path, other: Path) -> str:
+    """The first mask of which two runs keep different numbers of weights; "": there is none."""
+    from script_runs import weights
+
+    first, second = weights(one), weights(other)
+    masks = [name for name in first if name.endswith("_mask")]
+    return next((name for name in masks if first[name].sum() != second[name].sum()), "")
 
 
 def distance(one: Path, other: Path) -> float:

@@ -25,6 +25,7 @@ _REGIONS = {
     "save": "saving",
     "require_finite": "saving",
     "_stop_if_bad": "look",
+    "look": "look",
     "means": "look",
 }
 _UPDATES = {"before_step", "after_backward", "after_step"}
