@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from startsparse.effective import EffectiveLayer, agree, effective_layers, replace_layers
+from startsparse.effective import EffectiveLayer, effective_layers, replace_layers
 from startsparse.seeding import generator
 from startsparse.selection import top_masks, top_of_groups
 from startsparse.selection_by_counts import Layout
@@ -125,7 +125,7 @@ class Popup(EffectiveLayer):
 
     def masks(self) -> tuple[Tensor, Tensor | None]:
         """The masks of weight and bias, 1.0 and 0.0, with ``keep`` ones in total."""
-        weight, *bias = top_masks(*_ranked([self]), self.keep)
+        weight, *bias = top_masks(*ranked([self]), self.keep)
         return weight, bias[0] if bias else None
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
@@ -153,7 +153,7 @@ class Popup(EffectiveLayer):
     def masks_of_all(cls, layers: Sequence["Popup"]) -> list[Tensor]:
         """The masks of ``layers``, each layer's weight before its bias, found together."""
         keep = torch.stack([layer.keep for layer in layers])
-        return top_of_groups(*_ranked(layers), keep, [len(_scores([x])) for x in layers])
+        return top_of_groups(*ranked(layers), keep, [len(_scores([x])) for x in layers])
 
     def _inside(self) -> Tensor | None:
         return getattr(self, "weight_mask", None)
@@ -184,8 +184,8 @@ def _scores(layers: Sequence[Popup]) -> list[Tensor]:
     return [s for x in layers for s in (x.weight_score, x.bias_score) if s is not None]
 
 
-def _ranked(layers: Sequence[Popup]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Magnitudes of `_scores`, and where entries are allowed."""
+def ranked(layers: Sequence[Popup]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Magnitudes of all scores, and where entries are allowed; weights before biases, by layer."""
     allowed: list[Tensor | None] = []
     for layer in layers:
         allowed += [layer._inside(), None][: 1 if layer.bias_score is None else 2]
@@ -270,7 +270,7 @@ def rank_globally(layers: Sequence[Popup], total: Tensor) -> list[Tensor]:
     Returns:
         The masks, as `Popup.masks_of_all`.
     """
-    masks = top_masks(*_ranked(layers), total)
+    masks = top_masks(*ranked(layers), total)
     keep = [layer.keep for layer in layers]
     if _can_change(keep[0]):
         kept = iter(torch.stack(torch._foreach_norm(masks, 1, dtype=torch.float64)).long().unbind())
@@ -289,10 +289,11 @@ def _can_change(tensor: Tensor) -> bool:
 @torch.no_grad()
 def found_masks(model: nn.Module) -> dict[str, Tensor]:
     """What each layer uses: parameter name ("conv1.weight", "fc.bias") -> bool tensor like it."""
-    agree(model)
+    layers = popup_layers(model)
+    formula = next(iter(layers.values())).formula
+    masks = iter(formula.masks_of_all(list(layers.values())))
     found = {}
-    for name, layer in popup_layers(model).items():
-        for kind, mask in zip(("weight", "bias"), layer.masks()):
-            if mask is not None:
-                found[f"{name}.{kind}" if name else kind] = mask.bool()
+    for name, layer in layers.items():
+        for kind in ("weight",) if layer.bias is None else ("weight", "bias"):
+            found[f"{name}.{kind}" if name else kind] = next(masks).bool()
     return found
