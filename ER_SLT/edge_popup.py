@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from startsparse import selection
 from startsparse.effective import EffectiveLayer, effective_layers, replace_layers
 from startsparse.seeding import generator
-from startsparse.selection import top_masks, top_of_groups
 from startsparse.selection_by_counts import Layout
 
 SCORE_INITS = ("constant", "kaiming")
@@ -125,7 +125,7 @@ class Popup(EffectiveLayer):
 
     def masks(self) -> tuple[Tensor, Tensor | None]:
         """The masks of weight and bias, 1.0 and 0.0, with ``keep`` ones in total."""
-        weight, *bias = top_masks(*ranked([self]), self.keep)
+        weight, *bias = selection.top_masks(*ranked([self]), self.keep)
         return weight, bias[0] if bias else None
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
@@ -142,7 +142,7 @@ class Popup(EffectiveLayer):
         cls, layers: Sequence["Popup"]
     ) -> Sequence[tuple[Tensor, Tensor | None]] | None:
         """One selection and one product for all layers, on a GPU and where torch.compile traces."""
-        if layers[0].weight.device.type == "cpu" and not torch.compiler.is_compiling():
+        if selection.one_by_one(layers[0].weight.device):
             return None
         frozen = [t for x in layers for t in (x.weight, x.bias) if t is not None]
         masks = cls.masks_of_all(layers)
@@ -153,7 +153,7 @@ class Popup(EffectiveLayer):
     def masks_of_all(cls, layers: Sequence["Popup"]) -> list[Tensor]:
         """The masks of ``layers``, each layer's weight before its bias, found together."""
         keep = torch.stack([layer.keep for layer in layers])
-        return top_of_groups(*ranked(layers), keep, [len(_scores([x])) for x in layers])
+        return selection.top_of_groups(*ranked(layers), keep, [len(_scores([x])) for x in layers])
 
     def _inside(self) -> Tensor | None:
         return getattr(self, "weight_mask", None)
@@ -270,7 +270,7 @@ def rank_globally(layers: Sequence[Popup], total: Tensor) -> list[Tensor]:
     Returns:
         The masks, as `Popup.masks_of_all`.
     """
-    masks = top_masks(*ranked(layers), total)
+    masks = selection.top_masks(*ranked(layers), total)
     keep = [layer.keep for layer in layers]
     if _can_change(keep[0]):
         kept = iter(torch.stack(torch._foreach_norm(masks, 1, dtype=torch.float64)).long().unbind())

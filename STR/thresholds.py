@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
+from startsparse import selection
 from startsparse.effective import EffectiveLayer, effective_layers
 from startsparse.masks import active, sparse_layers
 from startsparse.selection_by_counts import Layout
@@ -89,7 +89,9 @@ class SoftThresholded(EffectiveLayer):
     ) -> Sequence[tuple[Tensor, Tensor | None]] | None:
         """All in one vector, on a GPU; torch.compile joins the operations of a layer itself."""
         functions = {layer.function for layer in layers}
-        if layers[0].weight.device.type == "cpu" or is_compiling() or len(functions) > 1:
+        if torch.compiler.is_compiling() or len(functions) > 1:
+            return None
+        if selection.one_by_one(layers[0].weight.device):
             return None
         logits = torch.cat([layer.threshold_logit for layer in layers])
         thresholds = FUNCTIONS[functions.pop()](logits)

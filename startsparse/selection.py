@@ -68,13 +68,18 @@ def top_of_groups(
         keep: int64 [groups].
         sizes: number of tensors in each group; they follow one another.
     """
-    if magnitudes[0].device.type != "cpu" or torch.compiler.is_compiling():
+    if not one_by_one(magnitudes[0].device):
         return by_counting(magnitudes, allowed, keep, sizes)
     masks = []
     for size, count in zip(sizes, keep.tolist()):
         part = slice(len(masks), len(masks) + size)
         masks += by_sampling(magnitudes[part], allowed[part], count)
     return masks
+
+
+def one_by_one(device: torch.device) -> bool:
+    """Whether tensors are better dealt with one by one: on CPUs, unless torch.compile traces."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def by_sampling(
