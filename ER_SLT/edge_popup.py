@@ -71,7 +71,7 @@ class StraightThroughOfAll(torch.autograd.Function):
         return None, *nothing, *to_scores, *nothing
 
 
-def _thirds(count: int, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+def _thirds(count: int, tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
     return [tensors[i * count : (i + 1) * count] for i in range(3)]
 
 
@@ -290,8 +290,8 @@ def _can_change(tensor: Tensor) -> bool:
 def found_masks(model: nn.Module) -> dict[str, Tensor]:
     """What each layer uses: parameter name ("conv1.weight", "fc.bias") -> bool tensor like it."""
     layers = popup_layers(model)
-    formula = next(iter(layers.values())).formula
-    masks = iter(formula.masks_of_all(list(layers.values())))
+    kind = type(next(iter(layers.values())))
+    masks = iter(kind.masks_of_all(list(layers.values())))
     found = {}
     for name, layer in layers.items():
         for kind in ("weight",) if layer.bias is None else ("weight", "bias"):

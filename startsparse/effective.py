@@ -240,20 +240,23 @@ def _by_formula(model: nn.Module) -> ItemsView[type[EffectiveLayer], list[Effect
     return groups.items()
 
 
-def _before(model: nn.Module, _inputs: object) -> None:
+def _before(model: Any, _inputs: object) -> None:
     """Compute what the layers decide and compute together; ``model`` may be a replica."""
+    model.holding = []
     for formula, layers in _by_formula(model):
         together = formula.effective_of_all(layers)
         if together is None:
             formula.agree(layers)
-        else:
-            for layer, held in zip(layers, together):
-                layer.held = held
+            continue
+        model.holding += layers
+        for layer, held in zip(layers, together):
+            layer.held = held
 
 
-def _after(model: nn.Module, *_: object) -> None:
-    for layer in effective_layers(model).values():
+def _after(model: Any, *_: object) -> None:
+    for layer in model.holding:
         layer.held = None
+    model.holding = []
 
 
 @torch.no_grad()

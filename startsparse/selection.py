@@ -70,7 +70,7 @@ def top_of_groups(
     """
     if not one_by_one(magnitudes[0].device):
         return by_counting(magnitudes, allowed, keep, sizes)
-    masks = []
+    masks: list[Tensor] = []
     for size, count in zip(sizes, keep.tolist()):
         part = slice(len(masks), len(masks) + size)
         masks += by_sampling(magnitudes[part], allowed[part], count)

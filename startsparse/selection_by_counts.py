@@ -180,10 +180,9 @@ def _kth(bits: Tensor, keep: Tensor, group: Tensor) -> Tensor:
     ``group`` is that of a chunk.
     """
     width = 8 * bits.element_size() - 1  # the sign bit is 0
-    like = {"dtype": bits.dtype, "device": bits.device}
-    shifts = torch.arange(width - _BITS, -_BITS, -_BITS, **like).clamp_(min=0)
-    digits = torch.arange(1, 2**_BITS, **like)
-    steps = digits << shifts[:, None]
+    shifts = torch.arange(width - _BITS, -_BITS, -_BITS, dtype=bits.dtype, device=bits.device)
+    digits = torch.arange(1, 2**_BITS, dtype=bits.dtype, device=bits.device)
+    steps = digits << shifts.clamp_(min=0)[:, None]
     counts = torch.zeros(len(steps), len(keep), len(digits), dtype=keep.dtype, device=bits.device)
     kth = torch.zeros(len(keep), 1, dtype=bits.dtype, device=bits.device)
     for step, count in zip(steps.unbind(), counts.unbind()):
