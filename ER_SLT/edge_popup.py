@@ -290,8 +290,8 @@ def _can_change(tensor: Tensor) -> bool:
 def found_masks(model: nn.Module) -> dict[str, Tensor]:
     """What each layer uses: parameter name ("conv1.weight", "fc.bias") -> bool tensor like it."""
     layers = popup_layers(model)
-    kind = type(next(iter(layers.values())))
-    masks = iter(kind.masks_of_all(list(layers.values())))
+    ranking = type(next(iter(layers.values())))
+    masks = iter(ranking.masks_of_all(list(layers.values())))
     found = {}
     for name, layer in layers.items():
         for kind in ("weight",) if layer.bias is None else ("weight", "bias"):

@@ -96,12 +96,12 @@ class Layout(NamedTuple):
         total = sum(self.chunks) * _CHUNK
         dtype = torch.int32 if total < 2**31 else torch.int64
         numbers = torch.arange(total + 1, dtype=dtype, device=device)
-        facts, start = [], 0
+        facts, first = [], 0
         for shape, last, chunks in zip(self.shapes, self.last, self.chunks):
             channels, kernel = (shape[1], shape[2:].numel()) if last else (1, 1)
             matrix = (kernel, channels) if inverse else (channels, kernel)
-            facts += [numbers[fact] for fact in (start, shape.numel(), *matrix)]
-            start += chunks * _CHUNK
+            facts += [numbers[fact] for fact in (first, shape.numel(), *matrix)]
+            first += chunks * _CHUNK
         table = torch.stack(facts).view(-1, 4).index_select(0, self.owner(device))
         start, size, height, width = table.view(-1, 4, 1).unbind(1)
         # Each matrix [height, width] of the first ``size`` places is transposed.
