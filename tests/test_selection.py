@@ -60,7 +60,6 @@ def equal(masks, expected, magnitudes):
     for mask, right, magnitude in zip(masks, expected, magnitudes, strict=True):
         assert torch.equal(mask, right.to(magnitude.dtype))
         assert mask.dtype == magnitude.dtype
-        assert mask.stride() == magnitude.stride() or magnitude.numel() <= 7**4
     return True
 
 
