@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ER_SLT.selection import top_masks
 from startsparse.effective import EffectiveLayer, agree, effective_layers, replace_layers
 from startsparse.seeding import generator
+from startsparse.selection import top_masks
 
 SCORE_INITS = ("constant", "kaiming")
 

@@ -1,13 +1,10 @@
 """Edge-popup: which entries are kept, what the scores learn, and that nothing else moves."""
 
 import copy
-import itertools
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from selection_by_hand import by_hand
 from torch import nn
 
 from ER_SLT.edge_popup import (
@@ -19,7 +16,6 @@ from ER_SLT.edge_popup import (
     popup_layers,
     set_density,
 )
-from ER_SLT.selection import by_counting, by_sampling, top_masks
 from startsparse import models
 from startsparse.effective import agree
 from startsparse.masks import active, attach_masks, density_table, draw_masks, sparse_layers
@@ -49,95 +45,6 @@ def sparse(biases=True, density=0.6, dtype=torch.float32, **options):
 def images(batch=4, dtype=torch.float32, seed=1):
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 3, 10, 10, generator=draw, dtype=dtype)
-
-
-# Selection
-
-
-def reference(magnitudes, allowed, keep):
-    """By a stable sort in Python."""
-    entries = []
-    for part, (m, a) in enumerate(zip(magnitudes, allowed)):
-        inside = torch.ones(m.numel()) if a is None else a.flatten()
-        rows = zip(m.flatten().tolist(), inside.tolist())
-        entries += [(-v, part, i) for i, (v, ok) in enumerate(rows) if ok]
-    masks = [torch.zeros(m.numel()) for m in magnitudes]
-    for _, part, i in sorted(entries)[:keep]:
-        masks[part][i] = 1
-    return [mask.view(m.shape) for mask, m in zip(masks, magnitudes)]
-
-
-@st.composite
-def problems(draw):
-    """Scores with and without ties and zeros, masks or none, and any number to keep."""
-    seed, levels = draw(st.integers(0, 9999)), draw(st.sampled_from([1, 2, 5, 50, 10**9]))
-    source = torch.Generator().manual_seed(seed)
-    shapes = draw(
-        st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=3)
-    )
-    magnitudes, allowed = [], []
-    for shape in shapes:
-        inside = None
-        if draw(st.booleans()):
-            inside = torch.rand(shape, generator=source) < draw(st.floats(0, 1))
-        score = torch.randint(0, levels, shape, generator=source) / levels
-        allowed.append(inside)
-        magnitudes.append(score if inside is None else score * inside)
-    size = sum(m.numel() if a is None else int(a.sum()) for m, a in zip(magnitudes, allowed))
-    return magnitudes, allowed, draw(st.sampled_from([0, size]) | st.integers(0, size))
-
-
-@given(problems())
-def test_both_ways_agree_with_a_stable_sort(problem):
-    magnitudes, allowed, keep = problem
-    expected = reference(magnitudes, allowed, keep)
-    for way in (by_sampling, by_counting, top_masks):
-        given_keep = torch.tensor(keep) if way is top_masks else keep
-        masks = way(magnitudes, allowed, given_keep)
-        assert all(torch.equal(mask, right) for mask, right in zip(masks, expected))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("share", [0.0, 1e-5, 0.01, 0.3, 0.5, 0.7, 0.7999, 0.8])
-def test_large_layers(dtype, share):
-    source = torch.Generator().manual_seed(3)
-    inside = torch.rand(300, 1000, generator=source) < 0.8
-    score = torch.randn(300, 1000, generator=source, dtype=dtype).abs() * inside
-    keep = min(round(share * score.numel()), int(inside.sum()))
-    one, other = (way([score], [inside], keep)[0] for way in (by_sampling, by_counting))
-    assert torch.equal(one, other)
-    assert one.dtype == dtype
-    assert one.unique().tolist() in ([0.0], [0.0, 1.0])
-    assert one.sum() == keep
-    if keep:
-        assert score[one == 1].min() >= score[one == 0].max()
-
-
-def test_infinite_scores_and_a_stride_that_misleads_the_sample():
-    score = torch.zeros(61 * 500)
-    score[::61] = torch.arange(500.0) + 1
-    score[5] = torch.inf
-    for keep in (1, 2, 250, 501, 1000):
-        one, other = (way([score], [None], keep)[0] for way in (by_sampling, by_counting))
-        assert torch.equal(one, other)
-        assert one.sum() == keep
-
-
-def test_the_sample_spares_a_look_at_everything(monkeypatch):
-    score = torch.randn(10**6, generator=torch.Generator().manual_seed(1)).abs()
-    looked_at, partition = [], np.partition
-    monkeypatch.setattr(np, "partition", lambda a, k: looked_at.append(len(a)) or partition(a, k))
-    by_sampling([score], [None], 300_000)
-    assert len(looked_at) == 1
-    assert looked_at[0] < 60_000
-
-
-def test_positions_not_memory_decide_ties():
-    score = torch.ones(4, 5, 3, 3)
-    last = score.to(memory_format=torch.channels_last)
-    for way, keep in itertools.product((by_sampling, by_counting), (0, 1, 50, 179, 180)):
-        (mask,) = way([last], [None], keep)
-        assert mask.flatten().tolist() == [1.0] * keep + [0.0] * (180 - keep)
 
 
 # Layers
@@ -301,7 +208,7 @@ def test_global_ranking_is_the_ranking_of_all_scores():
         parts += [layer.weight_score.detach().abs(), layer.bias_score.detach().abs()]
         inside += [layer.weight_mask, None]
     total = sum(part.numel() for part in parts)
-    expected = reference(parts, inside, round(0.25 * total))
+    expected = by_hand(parts, inside, round(0.25 * total))
     assert all(torch.equal(a, b.bool()) for a, b in zip(found_masks(model).values(), expected))
 
 
