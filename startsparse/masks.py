@@ -148,11 +148,11 @@ def _factors(
     return _copied_factors(masks, tensors, anew)
 
 
-class _Factor:
-    """A mask as 0.0 and 1.0, at one version of it. A copy of the mask has none."""
+class _Note:
+    """What is true of a mask at one version of it. A copy of the mask has none."""
 
-    def __init__(self, mask: Tensor, dtype: torch.dtype):
-        self.values, self.version = torch.empty_like(mask, dtype=dtype), -1
+    def __init__(self, value: Any, version: int = -1):
+        self.value, self.version = value, version
 
     def __deepcopy__(self, _: dict) -> None:
         return None
@@ -172,20 +172,20 @@ def _copied_factors(
     Args:
         anew: make all copies again; else those of masks that have another version.
     """
-    factors: list[_Factor] = []
-    old: dict[int, tuple[_Factor, Tensor]] = {}
+    factors: list[_Note] = []
+    old: dict[int, tuple[_Note, Tensor]] = {}
     for mask, tensor in zip(masks, tensors):
         factor = getattr(mask, "factor", None)
-        if factor is None or factor.values.dtype != tensor.dtype:
-            factor = mask.factor = _Factor(mask, tensor.dtype)  # type: ignore[attr-defined]
+        if factor is None or factor.value.dtype != tensor.dtype:
+            factor = mask.factor = _Note(torch.empty_like(mask, dtype=tensor.dtype))  # type: ignore[attr-defined]
         if anew or factor.version != mask._version:
             old[id(factor)] = factor, mask
         factors.append(factor)
     if old:
-        torch._foreach_copy_([f.values for f, _ in old.values()], [m for _, m in old.values()])
+        torch._foreach_copy_([f.value for f, _ in old.values()], [m for _, m in old.values()])
         for factor, mask in old.values():
             factor.version = mask._version
-    return [factor.values for factor in factors]
+    return [factor.value for factor in factors]
 
 
 def can_be_sparse(layer: nn.Module) -> bool:
@@ -201,11 +201,31 @@ def active(layer: SparseLayer) -> Tensor:
     return torch.ones_like(layer.weight, dtype=torch.bool) if mask is None else mask
 
 
+def nnz(model: nn.Module) -> dict[str, int]:
+    """Active weights of each layer that can be sparse. Waits for the device once at most."""
+    counts = {name: layer.weight.numel() for name, layer in sparse_layers(model).items()}
+    unknown: dict[str, Tensor] = {}
+    for name, layer in sparse_layers(model).items():
+        if can_be_sparse(layer):
+            mask = active(layer)
+            note = getattr(mask, "nnz", None)
+            if note is not None and note.version == mask._version:
+                counts[name] = note.value
+            else:
+                unknown[name] = torch.count_nonzero(mask)
+    if unknown:
+        counts |= zip(unknown, torch.stack(list(unknown.values())).tolist())
+    return counts
+
+
+def note_nnz(mask: Tensor, count: int) -> None:
+    """Note how many weights a mask keeps; `nnz` believes it until the mask changes."""
+    mask.nnz = _Note(count, mask._version)  # type: ignore[attr-defined]
+
+
 def density(model: nn.Module) -> float:
     """Active weights of all weights, of the layers that can be sparse together."""
-    masks = [active(layer) for layer in sparse_layers(model).values()]
-    kept = torch.stack([torch.count_nonzero(mask) for mask in masks]).sum().item()
-    return kept / sum(mask.numel() for mask in masks)
+    return sum(nnz(model).values()) / sum(x.weight.numel() for x in sparse_layers(model).values())
 
 
 def density_table(model: nn.Module, requested: Mapping[str, float] | None = None) -> pd.DataFrame:
@@ -214,18 +234,24 @@ def density_table(model: nn.Module, requested: Mapping[str, float] | None = None
     Columns: layer, shape, weights, requested (density), kept, density, dead_outputs (units without
     an incoming edge) and dead_inputs (units without an outgoing one).
     """
-    rows: list[dict[str, Any]] = []
-    for name, layer in sparse_layers(model).items():
+    layers = sparse_layers(model)
+    counts = []  # read at once, for a GPU
+    for layer in layers.values():
         edges = active(layer).flatten(2).sum(2) if layer.weight.dim() > 2 else active(layer).int()
+        dead = [(edges.sum(side) == 0).sum() for side in (1, 0)]
+        counts.append(torch.stack([edges.sum(), *dead]))
+    rows: list[dict[str, Any]] = []
+    for (name, layer), numbers in zip(layers.items(), torch.stack(counts).tolist()):
+        kept, dead_outputs, dead_inputs = numbers
         rows.append(
             {
                 "layer": name,
                 "shape": "x".join(map(str, layer.weight.shape)),
                 "weights": layer.weight.numel(),
                 "requested": (requested or {}).get(name, 1.0),
-                "kept": int(edges.sum()),
-                "dead_outputs": int((edges.sum(1) == 0).sum()),
-                "dead_inputs": int((edges.sum(0) == 0).sum()),
+                "kept": kept,
+                "dead_outputs": dead_outputs,
+                "dead_inputs": dead_inputs,
             }
         )
     counted = ("weights", "kept", "dead_outputs", "dead_inputs")

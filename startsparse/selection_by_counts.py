@@ -2,7 +2,7 @@
 
 Floating point numbers >= 0 are in the order of their bit patterns, read as integers. So three bits
 of the k-th largest are found by seven counts, and all bits by eleven rounds in float32. All tensors
-lie in one vector, each from the start of a chunk of `_CHUNK` entries. One operation counts in all
+lie in one vector, each from the start of a chunk of `CHUNK` entries. One operation counts in all
 chunks, another adds up the chunks of a tensor.
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_CHUNK = 1024  # small against most layers, and large enough for one block of threads
+CHUNK = 1024  # small against most layers, and large enough for one block of threads
 _BITS = 3  # that a round finds; its counts take 2**3 - 1 bytes for each entry
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -49,7 +49,7 @@ class Layout(NamedTuple):
     @property
     def chunks(self) -> list[int]:
         """Number of chunks of each tensor."""
-        return [-(-shape.numel() // _CHUNK) for shape in self.shapes]
+        return [-(-shape.numel() // CHUNK) for shape in self.shapes]
 
     @property
     def in_order(self) -> bool:
@@ -57,17 +57,17 @@ class Layout(NamedTuple):
         return not any(self.last)
 
     def join(self, parts: Sequence[Tensor], fill: float) -> Tensor:
-        """[chunks, `_CHUNK`] of vectors, each as long as its tensor."""
-        rest = parts[0].new_full((_CHUNK,), fill)
+        """[chunks, `CHUNK`] of vectors, each as long as its tensor."""
+        rest = parts[0].new_full((CHUNK,), fill)
         pieces = []
         for part in parts:
-            pieces += [part, rest[: -len(part) % _CHUNK]]
-        return torch.cat(pieces).view(-1, _CHUNK)
+            pieces += [part, rest[: -len(part) % CHUNK]]
+        return torch.cat(pieces).view(-1, CHUNK)
 
     def split(self, joined: Tensor) -> list[Tensor]:
         """The inverse of `join`: views that have the shapes and memory formats of the tensors."""
         views = []
-        pieces = joined.view(-1).split([count * _CHUNK for count in self.chunks])
+        pieces = joined.view(-1).split([count * CHUNK for count in self.chunks])
         for piece, shape, last in zip(pieces, self.shapes, self.last):
             vector = piece[: shape.numel()]
             if last:
@@ -88,7 +88,7 @@ class Layout(NamedTuple):
 
         A weight [outputs, channels, h, w] has the order outputs, h, w, channels in memory.
         """
-        total = sum(self.chunks) * _CHUNK
+        total = sum(self.chunks) * CHUNK
         dtype = torch.int32 if total < 2**31 else torch.int64
         numbers = torch.arange(total + 1, dtype=dtype, device=owner.device)
         facts, start = [], 0
@@ -96,11 +96,11 @@ class Layout(NamedTuple):
             channels, kernel = (shape[1], shape[2:].numel()) if last else (1, 1)
             matrix = (kernel, channels) if inverse else (channels, kernel)
             facts += [numbers[fact] for fact in (start, shape.numel(), *matrix)]
-            start += chunks * _CHUNK
+            start += chunks * CHUNK
         table = torch.stack(facts).view(-1, 4).index_select(0, owner)
         start, size, height, width = table.view(-1, 4, 1).unbind(1)
         # Each matrix [height, width] of the first ``size`` places is transposed.
-        place = numbers[:total].view(-1, _CHUNK).sub_(start)
+        place = numbers[:total].view(-1, CHUNK).sub_(start)
         within = (place % (height * width)).mul_(place < size)
         place += start
         place -= within

@@ -162,8 +162,8 @@ def test_the_next_product_knows_every_change_of_a_mask(sequence, copied):
             mask_gradients(gradients, held(model))
             assert all(map(torch.equal, gradients, expected))
             for _, weight, mask in entries:
-                assert mask.factor.values.dtype == weight.dtype
-                assert mask.factor.values.stride() == mask.stride()
+                assert mask.factor.value.dtype == weight.dtype
+                assert mask.factor.value.stride() == mask.stride()
     assert not any("factor" in name for name in model.state_dict())
 
 
