@@ -39,47 +39,44 @@ def move(
     joined = Joined(weights)
     evers = [layer.get_buffer("ever_active") for layer in layers]
     firsts = [layer.get_buffer("initial_mask") for layer in layers]
-    before, first, ever = map(joined.join, (held, firsts, evers))
-    mask, bad = before, []  # of each layer, how many scores are NaN
-
-    def check(scores: Tensor, inside: Tensor) -> None:
-        bad.append(joined.count(scores.isnan() & inside))
-
+    before, first, ever = joined.join(held, firsts, evers)
+    mask = before
     parts = METHODS[change.method]
     grows = parts.grow and change.fraction > 0
-    importance = joined.join(PRUNE[change.prune](weights))
-    check(importance, mask)
+    (importance,) = joined.join(PRUNE[change.prune](weights))
+    bad = [importance.isnan() & mask]
     if parts.prune:
         mask = joined.highest(importance, mask, _KEEP[parts.prune](model, joined, mask, change))
     if grows:
         source = generator(change.seed, "grow", 0, change.step, joined.device)
         draw = functools.partial(joined.random, source)
-        growth = joined.join(GROWTH[change.growth].score(layers, draw))
+        (growth,) = joined.join(GROWTH[change.growth].score(layers, draw))
         inside = first | mask if change.within_initial else joined.everywhere()
         count = joined.count(mask)
         # A hair less, as in `topology.drop_and_grow`
         dropped = (count.double() * change.fraction * (1 - 1e-12)).ceil().long()
         mask = joined.highest(importance, mask, count - dropped)
         candidates = inside & ~mask
-        check(growth, candidates)
+        bad.append(growth.isnan() & candidates)
         mask = mask | joined.highest(growth, candidates, dropped)
     more: dict[str, int] = {}
     if change.preserve_flow:
         mask, more = _preserve_flow(joined, mask, names, change)
     ever = ever | mask
 
-    counted = joined.count(sets(before, mask, first, ever))
-    numbers = torch.cat([torch.stack(bad), counted, joined.dead_units(mask).expand(1, len(names))])
-    *found, (dead, *_) = numbers.tolist()  # the wait
+    counted = joined.count(torch.stack([*bad, *sets(before, mask, first, ever)]))
+    dead = joined.dead_units(mask).view(1)
+    *numbers, dead_units = torch.cat([counted.flatten(), dead]).tolist()  # the wait
+    found = [numbers[i : i + len(names)] for i in range(0, len(numbers), len(names))]
     _refuse(names, found[: len(bad)])
     counts = list(zip(*found[len(bad) :]))
 
     mask_gradients([gradient(weight) for weight in weights], held)
-    torch._foreach_copy_([*held, *evers], [*joined.split(mask), *joined.split(ever)])
+    torch._foreach_copy_([*held, *evers], joined.split(torch.stack([mask, ever])))
     keep_inside(model, optimizer)
     for buffer, (_, _, kept, *_) in zip(held, counts):
         masks.note_nnz(buffer, kept)
-    return row(model, counts, dead), more
+    return row(model, counts, dead_units), more
 
 
 def _keep_globally(model: nn.Module, joined: Joined, mask: Tensor, change: Change) -> Tensor:

@@ -20,7 +20,6 @@ class Joined:
 
     Attributes:
         layer: [rows] the number of the layer of each row.
-        number: [rows] the number of each row in its layer.
     """
 
     def __init__(self, weights: Sequence[Tensor]):
@@ -32,15 +31,21 @@ class Joined:
         firsts = itertools.accumulate(self._layout.chunks[:-1], initial=0)
         # Numbers that the device has already: to send it any would be to wait.
         first = torch.stack([rows[first] for first in firsts])
-        self.number = rows - first.index_select(0, self.layer)
+        self._start = CHUNK * rows  # of each row, in all
+        self._within = self._start - CHUNK * first.index_select(0, self.layer)  # in its layer
+        self._column = torch.arange(CHUNK, device=self.device)
+        self._group = 2 * self.layer.to(torch.int16)[:, None]
         self._places: Tensor | None = None  # in memory, by position; None: the same
         if not self._layout.in_order:
             self._places = self._layout.places(self.layer, inverse=False)
 
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """[rows, length] of tensors like the weights, of one dtype; filled up with 0."""
-        joined = self._layout.join([*map(_vector, tensors, self._layout.last)], 0)
-        return _moved(joined, self._places)
+    def join(self, *lists: Sequence[Tensor]) -> Tensor:
+        """[lists, rows, length] of tensors like the weights, of one dtype; filled up with 0."""
+        vectors = [v for each in lists for v in map(_vector, each, self._layout.last)]
+        joined = self._layout.join(vectors, 0).view(len(lists), -1)
+        if self._places is not None:
+            joined = joined.index_select(1, self._places)
+        return joined.view(len(lists), -1, CHUNK)
 
     def everywhere(self) -> Tensor:
         """bool [rows, length]: true, but for what is filled up."""
@@ -48,9 +53,11 @@ class Joined:
         return self._layout.join([true.expand(s.numel()) for s in self._layout.shapes], False)
 
     def split(self, joined: Tensor) -> list[Tensor]:
-        """What was joined, as tensors that lie in memory as the weights do."""
-        back = self._layout.places(self.layer, inverse=True) if self._places is not None else None
-        return self._layout.split(_moved(joined, back))
+        """What was joined, as tensors that lie in memory as the weights do, list after list."""
+        if self._places is not None:
+            vectors = joined.view(len(joined), -1)
+            joined = torch.empty_like(vectors).index_copy_(1, self._places.long(), vectors)
+        return [tensor for one in joined for tensor in self._layout.split(one)]
 
     def parts(self, joined: Tensor) -> list[Tensor]:
         """Views of what was joined, contiguous and of the shapes of the weights."""
@@ -82,28 +89,29 @@ class Joined:
         """
         order = scores.flatten().argsort(descending=True, stable=True)
         group = (~allowed).view(torch.uint8)
-        number = torch.arange(len(self.layer), device=self.device)
         if keep.dim():
-            group = group + 2 * self.layer.to(torch.int16)[:, None]
-            number, keep = self.number, keep.index_select(0, self.layer)
+            group = group + self._group
+            room = keep.index_select(0, self.layer) - self._within
+        else:
+            room = keep - self._start
         order = order[group.flatten()[order].argsort(stable=True)]
-        room = (keep - CHUNK * number)[:, None]
-        kept = torch.arange(CHUNK, device=self.device) < room
+        kept = self._column < room[:, None]
         return torch.empty_like(kept).view(-1).index_copy_(0, order, kept.view(-1)).view_as(kept)
 
     def dead_units(self, mask: Tensor) -> Tensor:
         """int64 []: outputs without an incoming edge, and inputs without an outgoing one."""
-        facts, units = [], 0
+        facts: list[tuple[int, ...]] = []
+        units = 0
         for shape in self._layout.shapes:
-            size = shape[2:].numel()
-            facts.append((shape[1] * size, size, units, units + shape[0]))
+            kernel = shape[2:].numel()
+            facts.append((shape[1] * kernel, kernel, units, units + shape[0]))
             units += shape[0] + shape[1]
         most = max(mask.numel(), units)
         numbers = torch.arange(most + 1, dtype=torch.int32, device=self.device)
         known = torch.stack([numbers[fact] for layer in facts for fact in layer]).view(-1, 4)
         known = known.index_select(0, self.layer).view(-1, 4, 1)
         fan_in, size, first_output, first_input = known.unbind(1)
-        place = self.number[:, None].int() * CHUNK + numbers[:CHUNK]
+        place = (self._within[:, None] + self._column).int()
         ends = place // fan_in + first_output, place % fan_in // size + first_input
         reached = torch.zeros(units + 1, dtype=torch.bool, device=self.device)
         for unit in ends:  # the last is no unit
@@ -114,7 +122,3 @@ class Joined:
 def _vector(tensor: Tensor, last: bool) -> Tensor:
     """All entries, channels last or not, without a copy if they lie so."""
     return (tensor.detach().permute(0, 2, 3, 1) if last else tensor.detach()).flatten()
-
-
-def _moved(joined: Tensor, places: Tensor | None) -> Tensor:
-    return joined if places is None else joined.view(-1)[places].view(joined.shape)

@@ -11,9 +11,9 @@ SETS = ("dropped", "grown", "kept", "inside_initial", "ever_active")
 """What is counted in each layer, in this order."""
 
 
-def sets(before: Tensor, mask: Tensor, first: Tensor, ever: Tensor) -> Tensor:
-    """`SETS` of masks of any shape, stacked: those before and after the update, and the buffers."""
-    return torch.stack([before & ~mask, mask & ~before, mask, mask & first, ever])
+def sets(before: Tensor, mask: Tensor, first: Tensor, ever: Tensor) -> list[Tensor]:
+    """`SETS` from the masks before and after an update, and the buffers."""
+    return [before & ~mask, mask & ~before, mask, mask & first, ever]
 
 
 def describe(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, float]:
@@ -22,7 +22,8 @@ def describe(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, float]
     for name, _, mask in masked_weights(model):
         layer = model.get_submodule(name)
         first, ever = layer.get_buffer("initial_mask"), layer.get_buffer("ever_active")
-        counts.append(sets(before[name], mask, first, ever).flatten(1).sum(1))
+        each = sets(before[name], mask, first, ever)
+        counts.append(torch.stack([torch.count_nonzero(s) for s in each]))
     total = density_table(model).iloc[-1]
     dead = int(total["dead_outputs"] + total["dead_inputs"])
     return row(model, torch.stack(counts).tolist(), dead)

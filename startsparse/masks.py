@@ -202,7 +202,10 @@ def active(layer: SparseLayer) -> Tensor:
 
 
 def nnz(model: nn.Module) -> dict[str, int]:
-    """Active weights of each layer that can be sparse. Waits for the device once at most."""
+    """Active weights of each layer that can be sparse.
+
+    Waits for the device at most once, and not where all masks have been counted before.
+    """
     counts = {name: layer.weight.numel() for name, layer in sparse_layers(model).items()}
     unknown: dict[str, Tensor] = {}
     for name, layer in sparse_layers(model).items():
@@ -212,9 +215,13 @@ def nnz(model: nn.Module) -> dict[str, int]:
             if note is not None and note.version == mask._version:
                 counts[name] = note.value
             else:
-                unknown[name] = torch.count_nonzero(mask)
+                unknown[name] = mask
     if unknown:
-        counts |= zip(unknown, torch.stack(list(unknown.values())).tolist())
+        found = torch.stack([torch.count_nonzero(mask) for mask in unknown.values()]).tolist()
+        counts |= zip(unknown, found)
+        for mask, count in zip(unknown.values(), found):
+            if mask.device.type != "cpu" and not mask.is_inference():
+                note_nnz(mask, count)
     return counts
 
 

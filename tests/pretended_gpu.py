@@ -239,8 +239,13 @@ def _launches(name: str, args: tuple) -> int:
     dtypes = {tensor.dtype for tensors in lists for tensor in tensors}
     fast = len(dtypes) == 1 or name == "aten::_foreach_copy_"
     for others in lists[1:]:
-        fast &= all(a.stride() == b.stride() for a, b in zip(first, others))
+        fast &= all(_strides(a) == _strides(b) for a, b in zip(first, others))
     return 1 if fast else len(first)
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """Those that say something: of dimensions of more than one entry."""
+    return [step for size, step in zip(tensor.shape, tensor.stride()) if size > 1]
 
 
 @functools.cache
