@@ -80,6 +80,36 @@ def updates(log):
     return found
 
 
+def prunings(log):
+    """Waits of each pruner, and whether the GPU prunes as the CPU does."""
+    from unittest import mock
+
+    from startsparse import pruning
+    from startsparse.masks import masked_weights, nnz
+
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    found = {}
+    for pruner in pruning.PRUNERS:
+        masks = []
+        for device in (torch.device("cpu"), torch.device("cuda", 0)):
+            model, _ = network("resnet20", device)
+            batch = images.to(device), labels.to(device)
+            count = round(0.8 * sum(nnz(model).values()))
+            with mock.patch.object(pruning, "ROUNDS", 2), log.counting() as cost:
+                pruning.prune(
+                    model,
+                    pruner,
+                    count,
+                    seed=1,
+                    level=1,
+                    batch=lambda batch=batch: batch,
+                    shape=(1, 3, 32, 32),
+                )
+            masks.append([mask.cpu() for _, _, mask in masked_weights(model)])
+        found[pruner] = [cost["waits"], all(map(torch.equal, *masks))]
+    return found
+
+
 def tensors(model, optimizer):
     yield from model.state_dict().values()
     for parameter in model.parameters():
@@ -105,3 +135,9 @@ def test_masks_cost_one_launch_in_a_step(gpu, kind):
     masked, dense = (gpu(name)["launches"]["step"] for name in (kind, "dense"))
     assert masked - dense <= 1
     assert masked <= 1.02 * dense
+
+
+def test_levels_are_pruned_as_on_the_cpu_by_every_pruner(gpu):
+    found = gpu.call(prunings)
+    assert all(same for _, same in found.values())
+    assert found["mag"][0] <= 30  # one for each layer and a few
