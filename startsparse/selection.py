@@ -37,9 +37,7 @@ def top_masks(
         For each of them a tensor like it, 1.0 where kept and 0.0 elsewhere. On the CPU a product
         with such a mask is several times faster than with a bool one.
     """
-    if _samples(magnitudes):
-        return by_sampling(magnitudes, allowed, int(keep))
-    return by_counting(magnitudes, allowed, keep)
+    return top_of_groups(magnitudes, allowed, keep.view(1), [len(magnitudes)])
 
 
 @torch.no_grad()
@@ -54,14 +52,34 @@ def top_of_each(
     Args:
         keep: int64 [number of tensors], on their device.
     """
-    if _samples(magnitudes):
-        problems = zip(magnitudes, allowed, keep.tolist())
-        return [by_sampling([m], [inside], k)[0] for m, inside, k in problems]
-    return by_counting(magnitudes, allowed, keep)
+    return top_of_groups(magnitudes, allowed, keep, [1] * len(magnitudes))
 
 
-def _samples(magnitudes: Sequence[Tensor]) -> bool:
-    return magnitudes[0].device.type == "cpu" and not torch.compiler.is_compiling()
+@torch.no_grad()
+def top_of_groups(
+    magnitudes: Sequence[Tensor],
+    allowed: Sequence[Tensor | None],
+    keep: Tensor,
+    sizes: Sequence[int],
+) -> list[Tensor]:
+    """The same for groups of so many tensors: the ``keep[i]`` largest of group i; see `top_masks`.
+
+    Args:
+        keep: int64 [groups].
+        sizes: number of tensors in each group; they follow one another.
+    """
+    if not one_by_one(magnitudes[0].device):
+        return by_counting(magnitudes, allowed, keep, sizes)
+    masks = []
+    for size, count in zip(sizes, keep.tolist()):
+        part = slice(len(masks), len(masks) + size)
+        masks += by_sampling(magnitudes[part], allowed[part], count)
+    return masks
+
+
+def one_by_one(device: torch.device) -> bool:
+    """Whether tensors are better dealt with one by one: on CPUs, unless torch.compile traces."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def by_sampling(

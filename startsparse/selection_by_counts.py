@@ -6,6 +6,7 @@ lie in one vector, each from the start of a chunk of `CHUNK` entries. One operat
 chunks, another adds up the chunks of a tensor.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,14 +19,17 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def by_counting(
-    magnitudes: Sequence[Tensor], allowed: Sequence[Tensor | None], keep: Tensor
+    magnitudes: Sequence[Tensor],
+    allowed: Sequence[Tensor | None],
+    keep: Tensor,
+    sizes: Sequence[int],
 ) -> list[Tensor]:
-    """`selection.top_of_each` on any device, or `selection.top_masks` if ``keep`` is one number.
+    """`selection.top_of_groups` on any device.
 
     Takes up to about four times the memory of the magnitudes besides them.
     """
     layout = Layout.of(magnitudes)
-    kept = _kept(_bits(layout, magnitudes, allowed), keep, layout)
+    kept = _kept(_bits(layout, magnitudes, allowed), keep, layout, sizes)
     return layout.split(kept.to(magnitudes[0].dtype))
 
 
@@ -34,7 +38,7 @@ class Layout(NamedTuple):
 
     Attributes:
         shapes: of the tensors.
-        last: for each, whether its channels are last in memory, unlike its positions.
+        last: for each, whether it has the strides of channels_last.
     """
 
     shapes: tuple[torch.Size, ...]
@@ -43,7 +47,7 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "Layout":
         """The layout of ``tensors``."""
-        last = [_channels_last(t) and not t.is_contiguous() for t in tensors]
+        last = [t.dim() == 4 and t.stride() == _strides_of_last(t.shape) for t in tensors]
         return cls(tuple(t.shape for t in tensors), tuple(last))
 
     @property
@@ -54,50 +58,51 @@ class Layout(NamedTuple):
     @property
     def in_order(self) -> bool:
         """Whether the order in memory is that of positions."""
-        return not any(self.last)
+        pairs = zip(self.shapes, self.last)
+        return not any(last and shape[1] > 1 and shape[2:].numel() > 1 for shape, last in pairs)
 
-    def join(self, parts: Sequence[Tensor], fill: float) -> Tensor:
-        """[chunks, `CHUNK`] of vectors, each as long as its tensor."""
-        rest = parts[0].new_full((CHUNK,), fill)
+    def join(self, tensors: Sequence[Tensor], fill: float) -> Tensor:
+        """[chunks, `CHUNK`] of tensors of these shapes, in any memory format."""
+        rest = tensors[0].new_full((CHUNK,), fill)
         pieces = []
-        for part in parts:
-            pieces += [part, rest[: -len(part) % CHUNK]]
+        for tensor, last in zip(tensors, self.last):
+            vector = _vector(tensor, last)
+            pieces += [vector, rest[: -len(vector) % CHUNK]]
         return torch.cat(pieces).view(-1, CHUNK)
 
     def split(self, joined: Tensor) -> list[Tensor]:
         """The inverse of `join`: views that have the shapes and memory formats of the tensors."""
-        views = []
         pieces = joined.view(-1).split([count * CHUNK for count in self.chunks])
-        for piece, shape, last in zip(pieces, self.shapes, self.last):
-            vector = piece[: shape.numel()]
-            if last:
-                outputs, channels, *kernel = shape
-                views.append(vector.view(outputs, *kernel, channels).permute(0, 3, 1, 2))
-            else:
-                views.append(vector.view(shape))
-        return views
+        triples = zip(pieces, self.shapes, self.last)
+        return [_shaped(piece[: shape.numel()], shape, last) for piece, shape, last in triples]
+
+    def alike(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """``tensors`` of these shapes with the strides of `split`, copied if their order differs.
+
+        On a GPU, `torch._foreach_mul` of tensors that differ in strides does one at a time.
+        """
+        triples = zip(tensors, self.shapes, self.last)
+        return [_shaped(_vector(tensor, last), shape, last) for tensor, shape, last in triples]
 
     def owner(self, device: torch.device) -> Tensor:
         """Number of the tensor that a chunk belongs to, [chunks]."""
-        numbers = torch.arange(len(self.shapes), device=device)
-        # torch.repeat_interleave would wait for a copy.
-        return torch.cat([n.expand(count) for n, count in zip(numbers.unbind(), self.chunks)])
+        return _repeated(self.chunks, device)
 
-    def places(self, owner: Tensor, inverse: bool) -> Tensor:
+    def places(self, device: torch.device, inverse: bool) -> Tensor:
         """For each entry in the order of positions its place in memory, or the inverse.
 
         A weight [outputs, channels, h, w] has the order outputs, h, w, channels in memory.
         """
         total = sum(self.chunks) * CHUNK
         dtype = torch.int32 if total < 2**31 else torch.int64
-        numbers = torch.arange(total + 1, dtype=dtype, device=owner.device)
+        numbers = torch.arange(total + 1, dtype=dtype, device=device)
         facts, start = [], 0
         for shape, last, chunks in zip(self.shapes, self.last, self.chunks):
             channels, kernel = (shape[1], shape[2:].numel()) if last else (1, 1)
             matrix = (kernel, channels) if inverse else (channels, kernel)
             facts += [numbers[fact] for fact in (start, shape.numel(), *matrix)]
             start += chunks * CHUNK
-        table = torch.stack(facts).view(-1, 4).index_select(0, owner)
+        table = torch.stack(facts).view(-1, 4).index_select(0, self.owner(device))
         start, size, height, width = table.view(-1, 4, 1).unbind(1)
         # Each matrix [height, width] of the first ``size`` places is transposed.
         place = numbers[:total].view(-1, CHUNK).sub_(start)
@@ -109,21 +114,41 @@ class Layout(NamedTuple):
         return place.addcmul_(column, height).add_(row).view(-1)
 
 
+def _vector(tensor: Tensor, last: bool) -> Tensor:
+    return (tensor.permute(0, 2, 3, 1) if last else tensor).flatten()
+
+
+def _shaped(vector: Tensor, shape: torch.Size, last: bool) -> Tensor:
+    if not last:
+        return vector.view(shape)
+    outputs, channels, *kernel = shape
+    return vector.view(outputs, *kernel, channels).permute(0, 3, 1, 2)
+
+
+def _repeated(times: Sequence[int], device: torch.device) -> Tensor:
+    """0, 1, 2 ..., each so many times. torch.repeat_interleave would wait for a copy."""
+    numbers = torch.arange(len(times), device=device).unbind()
+    return torch.cat([number.expand(count) for number, count in zip(numbers, times)])
+
+
 def _bits(layout: Layout, magnitudes: Sequence[Tensor], allowed: Sequence[Tensor | None]) -> Tensor:
     """Bit patterns of the magnitudes, joined; negative where there is no entry, or none allowed."""
-    joined = layout.join([in_memory_order(m) for m in magnitudes], -1)
+    joined = layout.join(magnitudes, -1)
     bits = joined.view(_INTEGERS[joined.element_size()])
     if any(inside is not None for inside in allowed):
-        inside = layout.join([_like(i, m) for i, m in zip(allowed, magnitudes)], False)
-        bits.masked_fill_(inside.logical_not_(), -1)
+        everywhere = torch.ones((), dtype=torch.bool, device=bits.device)
+        parts = [
+            everywhere.expand(shape) if inside is None else inside
+            for inside, shape in zip(allowed, layout.shapes)
+        ]
+        bits.masked_fill_(layout.join(parts, False).logical_not_(), -1)
     return bits
 
 
-def _kept(bits: Tensor, keep: Tensor, layout: Layout) -> Tensor:
-    """Bool: what is among the ``keep[i]`` largest of tensor i, or the ``keep`` largest of all."""
-    owner = layout.owner(bits.device)
-    group = owner if keep.dim() else torch.zeros_like(owner)
-    keep = keep.view(-1)
+def _kept(bits: Tensor, keep: Tensor, layout: Layout, sizes: Sequence[int]) -> Tensor:
+    """Bool: what is among the ``keep[i]`` largest of group i, which has ``sizes[i]`` tensors."""
+    chunks = iter(layout.chunks)
+    group = _repeated([sum(itertools.islice(chunks, size)) for size in sizes], bits.device)
     kth = _kth(bits, keep, group).index_select(0, group)
     above, tied = bits > kth, bits == kth
     del bits
@@ -133,7 +158,7 @@ def _kept(bits: Tensor, keep: Tensor, layout: Layout) -> Tensor:
 
     missing = keep - of_groups(above.sum(1))
     if not layout.in_order:
-        tied = _moved(tied, layout.places(owner, inverse=False))
+        tied = _moved(tied, layout.places(group.device, inverse=False))
     rank = tied.cumsum(1, dtype=torch.int16)
     ties = rank[:, -1].long()
     before = of_groups(ties)
@@ -141,7 +166,7 @@ def _kept(bits: Tensor, keep: Tensor, layout: Layout) -> Tensor:
     room = (missing + before).index_select(0, group) + ties - ties.cumsum(0)
     chosen = tied & (rank <= room[:, None])
     if not layout.in_order:
-        chosen = _moved(chosen, layout.places(owner, inverse=True))
+        chosen = _moved(chosen, layout.places(group.device, inverse=True))
     return above | chosen
 
 
@@ -169,20 +194,16 @@ def _kth(bits: Tensor, keep: Tensor, group: Tensor) -> Tensor:
     return kth
 
 
-def _like(inside: Tensor | None, magnitude: Tensor) -> Tensor:
-    """``inside`` as a vector in the order of ``magnitude`` in memory; None is everywhere."""
-    if inside is None:
-        return torch.ones((), dtype=torch.bool, device=magnitude.device).expand(magnitude.numel())
-    if _channels_last(magnitude):
-        inside = inside.permute(0, 2, 3, 1)
-    return inside.flatten()
-
-
 def in_memory_order(tensor: Tensor) -> Tensor:
     """All entries in one dimension, in their order in memory, which seldom takes a copy."""
     if _channels_last(tensor):
         tensor = tensor.permute(0, 2, 3, 1)
     return tensor.flatten()
+
+
+def _strides_of_last(shape: torch.Size) -> tuple[int, ...]:
+    _, channels, height, width = shape
+    return height * width * channels, 1, width * channels, channels
 
 
 def _channels_last(tensor: Tensor) -> bool:

@@ -16,7 +16,7 @@ from ER_SLT.edge_popup import (
     popup_layers,
     set_density,
 )
-from startsparse import models
+from startsparse import models, selection
 from startsparse.effective import agree
 from startsparse.masks import active, attach_masks, density_table, draw_masks, sparse_layers
 
@@ -224,6 +224,77 @@ def test_global_ranking_follows_the_scores_in_the_forward_pass():
     assert after[2] == model[6].weight_mask.sum() > counts[2]
     agree(model)
     assert [int(layer.keep) for layer in popup_layers(model).values()] == after
+
+
+# All layers together, as on a GPU
+
+
+@pytest.fixture
+def together(monkeypatch):
+    monkeypatch.setattr(selection, "one_by_one", lambda _: False)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_all_layers_together_are_those_one_by_one(ranking, biases, dtype, format, request):
+    def pass_through():
+        model = sparse(biases, ranking=ranking).to(dtype, memory_format=format)
+        set_density(model, 0.3)
+        with torch.no_grad():
+            for layer in popup_layers(model).values():
+                for score in [layer.weight_score, layer.bias_score][: 1 + biases]:
+                    score.mul_(5 * score.numel() ** 0.5).round_()  # ties, 0 and -0
+        output = model(images(dtype=dtype))
+        output.square().sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        return [output, *gradients, *found_masks(model).values(), *model.state_dict().values()]
+
+    one_by_one = pass_through()
+    request.getfixturevalue("together")
+    all_at_once = pass_through()
+    assert len(one_by_one) > 15
+    for one, other in zip(one_by_one, all_at_once, strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+
+
+def test_layers_hold_nothing_when_the_forward_pass_ends(together):
+    model = sparse()
+    layer, held = model[3], []
+    hook = model[4].register_forward_hook(lambda *_: held.append(layer.held[0]))
+    model(images())
+    assert torch.equal(held[0], layer.effective_weight())
+    with pytest.raises(RuntimeError):
+        model(torch.ones(1, 3, 10, 11))  # fits the convolutions, but not the linear layer
+    assert len(held) == 2
+    assert all(layer.held is None for layer in popup_layers(model).values())
+    hook.remove()
+    copy.deepcopy(model)(images())
+
+
+def test_a_part_of_the_network_computes_by_itself(together):
+    model = sparse().eval()
+    set_density(model, 0.3)
+    part = model[:3]
+    model(images())
+    with torch.no_grad():
+        model[0].weight_score.mul_(torch.linspace(0, 1, 27).view(3, 3, 3))
+    assert torch.equal(part(images()), model[:3](images()))
+    assert torch.equal(model[0](images()), model[0]._conv_forward(images(), *model[0].effective()))
+
+
+def test_a_copy_of_the_numbers_in_a_thread_without_inference_mode(together):
+    """As replicas of DataParallel evaluate."""
+    model = sparse(ranking="global").eval()
+    set_density(model, 0.3)
+    expected = model(images())
+    with torch.inference_mode():
+        for layer in popup_layers(model).values():
+            layer.keep = layer.keep.clone()
+    with torch.no_grad():
+        assert torch.equal(model(images()), expected)
 
 
 # Models

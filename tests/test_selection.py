@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from selection_by_hand import by_hand
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from startsparse.selection import by_sampling, top_masks, top_of_each
+from startsparse.selection import by_sampling, top_masks, top_of_each, top_of_groups
 from startsparse.selection_by_counts import by_counting
 
 LAST = torch.channels_last
 
 
 def by_counts(magnitudes, allowed, keep):
-    return by_counting(magnitudes, allowed, torch.tensor(keep))
+    return by_counting(magnitudes, allowed, torch.tensor([keep]), [len(magnitudes)])
 
 
 def by_default(magnitudes, allowed, keep):
@@ -75,14 +75,22 @@ def test_all_ways_agree_with_a_stable_sort(problem, data):
 
 
 @given(problems(), st.data())
-def test_a_number_for_each_tensor(problem, data):
+def test_a_number_for_each_group(problem, data):
     magnitudes, allowed = problem
-    keep = []
-    for size in map(entries, magnitudes, allowed):
-        keep.append(data.draw(st.sampled_from([0, size, size + 3]) | st.integers(0, size)))
-    expected = [by_hand([m], [a], k)[0] for m, a, k in zip(magnitudes, allowed, keep)]
-    for way in (by_counting, top_of_each):
-        assert equal(way(magnitudes, allowed, torch.tensor(keep)), expected, magnitudes)
+    first = data.draw(st.integers(1, len(magnitudes)))
+    sizes = [first, *[1] * (len(magnitudes) - first)]
+    keep, expected, start = [], [], 0
+    for size in sizes:
+        part = slice(start, start + size)
+        count = sum(map(entries, magnitudes[part], allowed[part]))
+        keep.append(data.draw(st.sampled_from([0, count + 3]) | st.integers(0, count)))
+        expected += by_hand(magnitudes[part], allowed[part], keep[-1])
+        start += size
+    keep = torch.tensor(keep)
+    for way in (by_counting, top_of_groups):
+        assert equal(way(magnitudes, allowed, keep, sizes), expected, magnitudes)
+    if first == 1:
+        assert equal(top_of_each(magnitudes, allowed, keep), expected, magnitudes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -165,7 +173,8 @@ def test_operations_and_memory_do_not_depend_on_the_number_of_tensors(together, 
         scores = [s.to(memory_format=LAST) if last else s for s in scores]
         inside = [s > 0.3 for s in scores]
         with Operations() as operations:
-            by_counting(scores, inside, torch.tensor(900 if together else [900] * number))
+            groups = 1 if together else number
+            by_counting(scores, inside, torch.tensor([900] * groups), [number // groups] * groups)
         assert not {"aten::_local_scalar_dense", "aten::nonzero"} & {*operations.names}
         counts.append(len(operations.names))
     assert counts[0] == counts[1] <= 160
