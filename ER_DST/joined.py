@@ -37,12 +37,13 @@ class Joined:
         self._group = 2 * self.layer.to(torch.int16)[:, None]
         self._places: Tensor | None = None  # in memory, by position; None: the same
         if not self._layout.in_order:
-            self._places = self._layout.places(self.layer, inverse=False)
+            self._places = self._layout.places(self.device, inverse=False)
 
     def join(self, *lists: Sequence[Tensor]) -> Tensor:
         """[lists, rows, length] of tensors like the weights, of one dtype; filled up with 0."""
-        vectors = [v for each in lists for v in map(_vector, each, self._layout.last)]
-        joined = self._layout.join(vectors, 0).view(len(lists), -1)
+        layout = Layout(self._layout.shapes * len(lists), self._layout.last * len(lists))
+        tensors = [tensor.detach() for each in lists for tensor in each]
+        joined = layout.join(tensors, 0).view(len(lists), -1)
         if self._places is not None:
             joined = joined.index_select(1, self._places)
         return joined.view(len(lists), -1, CHUNK)
@@ -50,17 +51,17 @@ class Joined:
     def everywhere(self) -> Tensor:
         """bool [rows, length]: true, but for what is filled up."""
         true = torch.ones((), dtype=torch.bool, device=self.device)
-        return self._layout.join([true.expand(s.numel()) for s in self._layout.shapes], False)
+        return self._layout.join([true.expand(shape) for shape in self._layout.shapes], False)
 
     def split(self, joined: Tensor) -> list[Tensor]:
-        """What was joined, as tensors that lie in memory as the weights do, list after list."""
+        """What was joined, as tensors that lie in memory as the weights do, one list after another."""
         if self._places is not None:
             vectors = joined.view(len(joined), -1)
             joined = torch.empty_like(vectors).index_copy_(1, self._places.long(), vectors)
         return [tensor for one in joined for tensor in self._layout.split(one)]
 
     def parts(self, joined: Tensor) -> list[Tensor]:
-        """Views of what was joined, contiguous and of the shapes of the weights."""
+        """Views of one list's [rows, length], contiguous and of the shapes of the weights."""
         plain = self._layout._replace(last=(False,) * len(self._layout.last))
         return plain.split(joined)
 
@@ -117,8 +118,3 @@ class Joined:
         for unit in ends:  # the last is no unit
             reached.index_fill_(0, torch.where(mask, unit, units).view(-1).long(), True)
         return units - reached[:-1].sum()
-
-
-def _vector(tensor: Tensor, last: bool) -> Tensor:
-    """All entries, channels last or not, without a copy if they lie so."""
-    return (tensor.detach().permute(0, 2, 3, 1) if last else tensor.detach()).flatten()
