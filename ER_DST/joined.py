@@ -54,7 +54,7 @@ class Joined:
         return self._layout.join([true.expand(shape) for shape in self._layout.shapes], False)
 
     def split(self, joined: Tensor) -> list[Tensor]:
-        """What was joined, as tensors that lie in memory as the weights do, one list after another."""
+        """What was joined, list after list, as tensors that lie in memory as the weights do."""
         if self._places is not None:
             vectors = joined.view(len(joined), -1)
             joined = torch.empty_like(vectors).index_copy_(1, self._places.long(), vectors)

@@ -17,7 +17,7 @@ from ER_DST.topology import GROWTH, METHODS, Change
 from startsparse.masks import attach_masks, keep_inside, masked_weights, nnz, sparse_layers
 
 
-def network(seed, density, ties=False, large=False):
+def network(seed, density, ties=False, large=False, device="cpu"):
     """A network in the middle of a training, with gradients and momentum; some layers span rows."""
     draw = torch.Generator().manual_seed(seed)
     model = nn.Sequential(
@@ -46,6 +46,10 @@ def network(seed, density, ties=False, large=False):
             layer.growth_state.copy_(values[2])
             layer.initial_mask |= torch.rand(layer.weight.shape, generator=draw) < 0.2
     keep_inside(model)
+    gradients = [parameter.grad.to(device) for parameter in model.parameters()]
+    model.to(device)
+    for parameter, gradient in zip(model.parameters(), gradients):
+        parameter.grad = gradient
     optimizer = torch.optim.SGD(model.parameters(), lr=0, momentum=0.9)
     optimizer.step()  # which has momentum now
     return model, optimizer
@@ -95,6 +99,23 @@ def test_it_is_the_update_layer_by_layer(
         states = optimizer.state[parameter], its.state[mine]
         assert torch.equal(*(state["momentum_buffer"] for state in states))
     assert nnz(model) == nnz(same)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("growth", GROWTH)
+@pytest.mark.parametrize("flow", [False, True])
+def test_a_gpu_moves_masks_as_the_cpu_does(method, growth, flow):
+    one, other = (network(5, 0.6, large=True, device=where) for where in ("cpu", "cuda:0"))
+    for step, density in enumerate((0.5, 0.4)):
+        change = Change(method, 1, step, density, 0.3, "magnitude", growth, False, flow)
+        expected, found = move(*one, change), move(*other, change)
+        assert found["density"] == expected["density"]
+        if growth != "random":
+            assert found == expected
+    for (name, mask), its in zip(one[0].state_dict().items(), other[0].state_dict().values()):
+        if growth != "random":
+            assert torch.equal(mask, its.cpu()), name
 
 
 @pytest.mark.parametrize("method", METHODS)

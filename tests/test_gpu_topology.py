@@ -110,6 +110,22 @@ def prunings(log):
     return found
 
 
+def repairs(log):
+    """Waits of flow preservation by magnitude, and whether the GPU's is that of the CPU."""
+    from startsparse import flow
+    from startsparse.masks import masked_weights
+
+    masks = []
+    for device in (torch.device("cpu"), torch.device("cuda", 0)):
+        model, _ = network("resnet20", device)
+        for _, _, mask in masked_weights(model):
+            mask[::2] = False
+        with log.counting() as cost:
+            flow.repair(model, 1, 0, by_magnitude=True)
+        masks.append([mask.cpu() for _, _, mask in masked_weights(model)])
+    return [cost["waits"], all(map(torch.equal, *masks))]
+
+
 def tensors(model, optimizer):
     yield from model.state_dict().values()
     for parameter in model.parameters():
@@ -141,3 +157,7 @@ def test_levels_are_pruned_as_on_the_cpu_by_every_pruner(gpu):
     found = gpu.call(prunings)
     assert all(same for _, same in found.values())
     assert found["mag"][0] <= 30  # one for each layer and a few
+
+
+def test_flow_is_preserved_on_the_cpu_after_one_transfer(gpu):
+    assert gpu.call(repairs) == [2, True]  # of masks, and of magnitudes
