@@ -21,6 +21,7 @@ from torch import nn
 from startsparse import checkpoint, flops, machine, parallel, processes, resumption, schedules
 from startsparse.candidates import Candidates
 from startsparse.clock import Clock
+from startsparse.compiled import Compiled
 from startsparse.data import AnyBatches, Data
 from startsparse.effective import effective_layers
 from startsparse.emptied import Emptied
@@ -77,7 +78,7 @@ class Trainer(Learner, Generic[S]):
         network = parallel.parallel(model, devices)
         self.compute = Compute(
             model,
-            torch.compile(network) if options.compile else network,
+            Compiled(network, self._whole_batch()) if options.compile else network,
             mode=options.sparse_compute,
             shape=data.shape.input[1:],
             obstacle=options.no_sparse_compute(self.device),
@@ -100,6 +101,13 @@ class Trainer(Learner, Generic[S]):
         self.stop = StopSignal(alone=processes.world_size() == 1)
         self.clock = Clock()
         self.emptied = Emptied(model, options)
+
+    def _whole_batch(self) -> int:
+        """Examples that this process has of a batch at least, unless that is an epoch's last."""
+        if self.data.shape.nodes:
+            return 0
+        examples = self.data.train.examples // self.options.passes
+        return min(self.options.batch_size, examples) // processes.world_size()
 
     @property
     def _path(self) -> Path:
