@@ -135,14 +135,16 @@ class Trainer(Learner, Generic[S]):
             UserError: it is gone, does not fit, is damaged, is of an older version, or of other
                 options.
         """
-        if not self._path.exists():
-            if (self.run.folder / "epochs.csv").exists():
+        begun = self.run.folder / "epochs.csv"
+        here, begins = processes.all_from_rank_0(lambda: (self._path.exists(), not begun.exists()))
+        if not here:
+            if not begins:
                 raise UserError(
                     f"{self._path}: is gone, and the run cannot continue without it; put it back, "
                     "or start a new run"
                 )
             return
-        state = checkpoint.load(self._path, self.device)
+        state = checkpoint.load_by_rank_0(self._path, self.device)
         steps = len(self.data.train)
         resumption.check(state, self._path, self.optimizer, self.options, steps)
         resumption.check_trained(self.options, state.get("options", {}), self.run.folder)
@@ -202,7 +204,7 @@ class Trainer(Learner, Generic[S]):
     def load_selected(self) -> None:
         """Put the weights of the selected epoch in place."""
         path = selected_weights(self.run.folder, self.options.select)
-        checkpoint.load_model(self.model, checkpoint.load(path, self.device), path)
+        checkpoint.load_model(self.model, checkpoint.load_by_rank_0(path, self.device), path)
 
     def write_tables(self) -> None:
         """Write epochs.csv and the tables of the script."""

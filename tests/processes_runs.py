@@ -106,14 +106,22 @@ def all_runs(where: Path) -> None:
         return evaluate(trainer, *batches)
 
     Trainer.after_step, Trainer.evaluate = after_step, evaluated
-    for script, argv in forms(where):
+    on_own_disk(where)
+    for script, argv in forms(Path()):
         script.main(argv)
     # What auto finds by trying: one process tries.
     compute._SMALL, compute.choose = 0, found_by_rank_0
-    str_.main([*STR, *folders(where / "auto")])
+    str_.main([*STR, *folders(Path("auto"))])
     # With the statistics of each process's part, which have no counterpart in one process.
-    str_.main([*STR, "--arch", "mlp", "--sparse-compute", "off", *folders(where / "mlp")])
+    str_.main([*STR, "--arch", "mlp", "--sparse-compute", "off", *folders(Path("mlp"))])
     (where / f"seen-{processes.rank()}.json").write_text(json.dumps(seen))
+
+
+def on_own_disk(where: Path) -> None:
+    """Be a machine that shares no run folder with that of rank 0."""
+    machine = where if processes.rank() == 0 else where / "other machine"
+    machine.mkdir(exist_ok=True)
+    os.chdir(machine)
 
 
 def found_by_rank_0(form: SparseForm, *_: object) -> choice.Choice:
@@ -133,7 +141,8 @@ def stopped_and_resumed(where: Path) -> None:
         after(trainer, method, step)
 
     script, argv = RUNS[INTERRUPTED]
-    argv = [*argv, "--sparse-compute", "on", *folders(where / "stopped")]
+    on_own_disk(where)
+    argv = [*argv, "--sparse-compute", "on", *folders(Path("stopped"))]
     Trainer.after_step = ask
     try:
         script.main(argv)

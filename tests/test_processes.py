@@ -58,6 +58,7 @@ def test_two_processes_train_as_one(tmp_path):
     seen = [json.loads((tmp_path / f"two/seen-{rank}.json").read_text()) for rank in range(2)]
     assert len(seen[0]) > 200
     assert seen[0] == seen[1]
+    assert not list((tmp_path / "two/other machine").iterdir())
     assert pd.read_csv(newest(tmp_path / "two/auto") / "density.csv")["computes"].count() == 1
     # One of them was asked to stop; both did, after the same step, and went on.
     stopped = newest(tmp_path / "two/stopped")
