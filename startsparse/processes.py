@@ -88,8 +88,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     try:
         errors.run_script(lambda: _noticing_loss(main), _say_once)
     except SystemExit as end:
-        if _world.store is not None and torch.cuda.is_initialized():
-            _leave_gpu(end.code)
+        if _world.store is not None:
+            _leave(end.code)
         raise
 
 
@@ -118,13 +118,15 @@ def start() -> None:
     logging.getLogger("startsparse").disabled = _world.rank > 0
 
 
-def _leave_gpu(code: object) -> None:
-    """End this process: NCCL would warn unless it is told, and wait for a process that is lost."""
+def _leave(code: object) -> None:
+    """Leave the other processes; after an error end at once, without a wait for lost ones."""
     if not code:
         dist.destroy_process_group()
         return
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
+    stopping.end_children()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(code if isinstance(code, int) else 1)
 
 

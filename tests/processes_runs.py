@@ -170,10 +170,23 @@ def not_finite(where: Path) -> None:
 
 
 def killed(where: Path) -> None:
-    """A run in which one process exits without a message."""
+    """A run in which one process is killed."""
     if os.environ["RANK"] == "1":
-        Trainer.after_step = lambda *_: os._exit(9)
+        Trainer.after_step = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     bad(STR)(where)
+
+
+def different(where: Path) -> None:
+    """A run in which one process computes another weight."""
+    after = Trainer.after_step
+
+    def change(trainer: Trainer, method: Method, step: int) -> None:
+        after(trainer, method, step)
+        trainer.model.decoder[2].weight.data[3].mul_(1 + 1e-6)
+
+    if os.environ["RANK"] == "1":
+        Trainer.after_step = change
+    bad([*STR, "--sparse-compute", "off"])(where)
 
 
 BAD = {
@@ -183,6 +196,7 @@ BAD = {
     "batch": bad([*STR, "--batch-size", "3"]),
     "found by the first": bad([*STR, "--resume", "auto", "--evaluate"]),
     "not finite": not_finite,
+    "different": different,
     "killed": killed,
 }
 

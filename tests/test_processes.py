@@ -104,7 +104,11 @@ SAID = {
     "batch": ("--batch-size: 3 should be at least 4, two for each process", [2, 2]),
     "found by the first": ("--evaluate: there is no run in ", [2, 1]),
     "not finite": ("the loss is not finite at step 1", [1, 1]),
-    "killed": ("another process of this run is gone (", [1, 9]),
+    "different": (
+        "the processes of this run have come to different weights in epoch 1, deco",
+        [1, 1],
+    ),
+    "killed": ("another process of this run is gone (", [1, -signal.SIGKILL]),
 }
 
 
