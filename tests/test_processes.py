@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -112,29 +113,51 @@ SAID = {
 }
 
 
-def test_torchrun_is_asked_to_stop(tmp_path):
-    argv = [*STR, "--epochs", "5000", "--sparse-compute", "off", *folders(tmp_path)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "main.py", *argv],
-        cwd=ROOT / "STR",
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def test_torchrun_on_two_machines_is_asked_to_stop(tmp_path):
+    """Two agents, with one process and with two, in working folders of their own."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    agents = []
     try:
-        while not list(tmp_path.rglob("checkpoint.pt")):
-            assert process.poll() is None, process.communicate()
+        for count in (1, 2):
+            folder = tmp_path / f"machine-{count}"
+            folder.mkdir()
+            command = [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"),
+                *("--nproc-per-node", str(count), "--rdzv-id", "test", "--rdzv-backend", "c10d"),
+                *("--rdzv-endpoint", f"127.0.0.1:{port}", ROOT / "STR/main.py"),
+                *(*STR, "--config", ROOT / "STR/configs/modular-addition.yaml"),
+                *("--epochs", "5000", "--sparse-compute", "off", "--result-dir", "."),
+            ]
+            agents.append(
+                subprocess.Popen(
+                    command,
+                    cwd=folder,
+                    env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        while not (saved := list(tmp_path.rglob("checkpoint.pt"))):
+            for agent in agents:
+                assert agent.poll() is None, agent.communicate()
             time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        said, errors = process.communicate(timeout=60)
+        agents[1].send_signal(signal.SIGTERM)
+        said = [agent.communicate(timeout=60) for agent in agents]
     finally:
-        process.kill()
-    folder = newest(tmp_path)
-    assert said.count("\nembedding") == said.count("epoch   1  final") == 1
-    assert errors.count(f"--resume {folder} continues\n") == 1
-    assert checkpoint.load(folder / "checkpoint.pt")["position"]["epoch"] > 0
-    assert json.loads((folder / "environment.json").read_text())["processes"] == 2
+        for agent in agents:
+            agent.kill()
+    (path,) = saved
+    folder, lines, errors = path.parent, *map("".join, zip(*said))
+    assert lines.count("\nembedding") == lines.count("epoch   1  final") == 1
+    there = Path(*folder.relative_to(tmp_path).parts[1:])  # on its machine
+    assert errors.count(f"--resume {there} continues\n") == 1
+    assert list(tmp_path.rglob("checkpoint.pt")) == [path]
+    assert checkpoint.load(path)["position"]["epoch"] > 0
+    assert json.loads((folder / "environment.json").read_text())["processes"] == 3
+    others = [file for file in tmp_path.rglob("*") if file.is_file() and folder not in file.parents]
+    assert others == []
 
 
 def of(count, make):
