@@ -93,6 +93,7 @@ class Trainer(Learner, Generic[S]):
             label_smoothing=options.label_smoothing,
             clip_norm=options.clip_norm,
             seed=options.seed,
+            devices=devices,
         )
         self.position, self.sums = Position(), new_sums(self.device)
         self.history: list[dict] = []
@@ -365,6 +366,8 @@ class Trainer(Learner, Generic[S]):
         done = step + 1 - self.position.epoch * steps
         if done < steps and (self.stop.agreed or (every and done % every == 0)):
             self.position.step = done
+            if self.lookout:
+                self.lookout.look()
             self.compute.switch(False, self.optimizer)
             require_finite(self.model, self.optimizer, f" after step {step + 1}")
             self.save()
