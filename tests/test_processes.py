@@ -18,11 +18,12 @@ from forked import Script
 from processes_runs import BAD, INTERRUPTED, RUNS, STOP, STR, folders, forms
 from script_runs import ROOT, TIMES, newest, same, weights
 
-from startsparse import checkpoint, processes
+from startsparse import checkpoint, parallel, processes
 from startsparse.data import Batches, Repeated, Rows, first_batch
 from startsparse.data.batches import parts
 from startsparse.errors import OptionError
 from STR import run_imp
+from STR.options import STROptions
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -216,6 +217,41 @@ def test_no_share_is_of_one_row():
         for count in range(1, 9):
             shares = of(count, lambda n=examples: list(parts(n, 16, train=True)))
             assert all(part.stop - part.start != 1 for share in shares for part in share)
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "before"), [(0, 0, 0), (2, 0, 1), (1, 1, 2), (3, 1, 2)]
+)
+def test_one_process_of_each_machine_does_the_work(monkeypatch, rank, local_rank, before):
+    events = []
+    monkeypatch.setattr(processes, "all_agree", lambda _: events.append("all wait"))
+    monkeypatch.setattr(
+        processes, "_world", processes.World(rank=rank, size=4, local_rank=local_rank)
+    )
+    with pytest.raises(OSError), processes.all_in_turn():  # an error changes nothing
+        events.append("work")
+        raise OSError
+    assert events == [*["all wait"] * before, "work", *["all wait"] * (2 - before)]
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    used = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(processes, "_world", processes.World(3, 4, local_rank=1, local_size=2))
+    assert parallel.choose_devices("") == [torch.device("cuda", 1)]
+    assert used == [1]
+    assert torch.backends.cudnn.deterministic
+    monkeypatch.setattr(processes, "_world", processes.World(3, 6, local_rank=1, local_size=3))
+    with pytest.raises(OptionError, match="torchrun: --nproc-per-node 3 .* this machine has 2;"):
+        parallel.choose_devices("")
+
+
+def test_sync_bn_is_for_processes():
+    with pytest.raises(OptionError, match="--sync-bn: is for torchrun; leave it out, or --multi"):
+        STROptions(sync_bn=True, multigpu="0,1").check()
 
 
 def test_collectives_say_so_in_their_names():
