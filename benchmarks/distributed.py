@@ -23,12 +23,13 @@ from STR.main import network
 from STR.options import STROptions
 
 CPU = torch.device("cpu")
-NETWORKS = {"resnet20": 32, "mlp": 128}  # images of one process
+NETWORKS = {"resnet20": 32, "resnet18": 4, "mlp": 128}  # images of one process
 STEPS, ROUNDS = 2, 4
 SHAPES = {"resnet18": Shape(10, 3, 32), "resnet50": Shape(1000, 3, 224)}
 
 SUSTAINED = 250e12  # FLOP/s of one GPU in bf16: a quarter of an H100's peak
 PER_GPU = 256  # images
+BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends at once
 # GPUs -> bytes/s at which each sends: NVLink within a machine; one 400 Gbit/s card per GPU; one
 # 100 Gbit/s card per machine of 8 GPUs.
 LINKS = {
@@ -117,8 +118,8 @@ def measure(rank: int, port: int, found: multiprocessing.Queue) -> None:
 
 
 def estimate() -> None:
-    """Milliseconds of a step on GPUs and of its all-reduce."""
-    columns = f"{'MB sent':>8}{'ms sent':>8}{'ms step':>8}{'efficiency':>11}"
+    """Milliseconds of a step on GPUs and of its all-reduce, and how efficient that is."""
+    columns = f"{'MB sent':>8}{'ms sent':>8}{'ms step':>8}{'floor':>7}{'hidden':>8}"
     print(f"\n{'GPUs':<26}{'network':<10}{columns}")
     for link, (count, speed) in LINKS.items():
         for arch, shape in SHAPES.items():
@@ -128,9 +129,12 @@ def estimate() -> None:
             forward = sum(flops.forward_flops(model, torch.zeros(shape.input)).values())
             step = 3 * forward * PER_GPU / SUSTAINED
             sent = 2 * (count - 1) / count * gradients
-            share = step / (step + sent / speed)
-            print(f"{link:<26}{arch:<10}{sent / 1e6:8.1f}{1e3 * sent / speed:8.2f}"
-                  f"{1e3 * step:8.2f}{share:11.2f}")  # fmt: skip
+            send = sent / speed
+            # The backward pass, two thirds of a step, hides all but the last bucket.
+            open_ = max(send - 2 / 3 * step, send * min(1, BUCKET / gradients))
+            floor, hidden = step / (step + send), step / (step + open_)
+            print(f"{link:<26}{arch:<10}{sent / 1e6:8.1f}{1e3 * send:8.2f}"
+                  f"{1e3 * step:8.2f}{floor:7.2f}{hidden:8.2f}")  # fmt: skip
 
 
 def main() -> None:
