@@ -11,7 +11,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import itertools
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -26,11 +25,12 @@ from startsparse.commandline import from_flags, named, parse
 from startsparse.data import SETS
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import PATH, Condition, choice, counts, default_is, normal
+from startsparse.filled import filled
+from startsparse.jobs import Job, run_all
 from startsparse.numbers import Seed
 from startsparse.options import require_gpus, require_range
 from startsparse.places import check_file
 from startsparse.schedules import geometric
-from STR.jobs import Job, run_all
 from STR.main import CONFIGS
 from STR.options import STROptions
 
@@ -131,9 +131,9 @@ def plan(options: SweepOptions, extra: list[str]) -> list[Job]:
         argv += ["--log-dir", options.log_dir, "--result-dir", options.result_dir]
         values = {"seed": seed, "method": method, "init": f"{start:g}", "rewind": rewind}
         if options.target_expt_name and normal(pruner) == "mask-ref":
-            argv += ["--target-expt-name", _filled(options.target_expt_name, values)]
-        argv += [*(_filled(word, values) for word in extra), "--resume", "auto"]
-        jobs.append(Job(argv, parse(STROptions, CONFIGS, argv)))
+            argv += ["--target-expt-name", filled(options.target_expt_name, values)]
+        argv += [*(filled(word, values) for word in extra), "--resume", "auto"]
+        jobs.append(Job("STR.main", argv, parse(STROptions, CONFIGS, argv)))
     return jobs
 
 
@@ -148,18 +148,6 @@ def _levels(options: SweepOptions, start: float) -> list[float]:
             f"--er-sparse-inits: {start:g} has no level below it; see --densities and --target"
         )
     return densities
-
-
-def _filled(word: str, values: dict[str, object]) -> str:
-    """``word`` with {seed} and the like replaced by the values of the run."""
-
-    def value(match: re.Match) -> str:
-        if match[1] not in values:
-            known = ", ".join(f"{{{name}}}" for name in values)
-            raise OptionError(f"'{word}': there is no {match[0]}; choose from {known}")
-        return str(values[match[1]])
-
-    return re.sub(r"\{(\w+)\}", value, word)
 
 
 def collect(jobs: list[Job], path: Path) -> None:
@@ -271,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.dry_run:
         for job in jobs:
             print(shlex.join(["python", "main.py", *job.argv]))
-        print(f"{len(jobs)} runs, {sum(job.epochs for job in jobs)} epochs")
+        print(f"{len(jobs)} runs, {sum(job.options.total_epochs for job in jobs)} epochs")
         return 0
     levels = Path(options.result_dir) / "levels.csv"
     check_places(jobs, levels)

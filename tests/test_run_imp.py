@@ -17,10 +17,10 @@ import torch
 from forked import Script
 from script_runs import weights
 
-from startsparse import checkpoint, threads
+from startsparse import checkpoint, jobs, threads
 from startsparse.errors import OptionError
-from STR import jobs, run_imp
 from STR import main as script
+from STR import run_imp
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "STR/configs/digits.yaml")
