@@ -28,7 +28,7 @@ from startsparse.errors import OptionError, UserError
 from startsparse.processes import run_script
 from startsparse.trainer import Trainer
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS, OPTIONS = Path(__file__).parent / "configs", DSTOptions  # for sweeps, too
 log = logging.getLogger("startsparse")
 
 

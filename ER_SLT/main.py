@@ -37,7 +37,7 @@ from startsparse.errors import OptionError
 from startsparse.processes import run_script
 from startsparse.trainer import Trainer
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS, OPTIONS = Path(__file__).parent / "configs", SLTOptions  # for sweeps, too
 log = logging.getLogger("startsparse")
 
 

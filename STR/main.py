@@ -24,7 +24,7 @@ from STR.iterative import begin, check_levels, phases, record_level, start_from
 from STR.options import STROptions
 from STR.thresholds import layer_table, thresholds, why_dense
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS, OPTIONS = Path(__file__).parent / "configs", STROptions  # for sweeps, too
 log = logging.getLogger("startsparse")
 
 

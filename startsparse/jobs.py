@@ -5,14 +5,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from filelock import Timeout
 from tqdm import tqdm
 
 from startsparse import finding, locks, runs, stopping, threads
-from startsparse.errors import Interrupted
+from startsparse.errors import Interrupted, OptionError
 from startsparse.held import BUSY
 from startsparse.options import Options
 
@@ -44,14 +44,19 @@ class Job:
         return self.folder is not None and runs.summary(self.folder) is not None
 
     @property
+    def name(self) -> str:
+        """The name of the run, which its seeds share."""
+        return self.options.name or self.options.default_name()
+
+    @property
     def title(self) -> str:
         """Its name in messages."""
-        return f"{self.options.name}, seed {self.options.seed}"
+        return f"{self.name}, seed {self.options.seed}"
 
     @property
     def log(self) -> Path:
         """The file of its output."""
-        return Path(self.options.log_dir) / f"{self.options.name}-seed-{self.options.seed}.log"
+        return Path(self.options.log_dir) / f"{self.name}-seed-{self.options.seed}.log"
 
     @property
     def lock(self) -> Path:
@@ -84,6 +89,15 @@ class Job:
         words = [sys.executable, "-m", "startsparse.held", str(self.lock), str(processes)]
         more = ["--multigpu", device] if device else []
         return [*words, self.module, *self.argv, *more]
+
+
+def require_distinct(jobs: Sequence[Job]) -> None:
+    """Raise `OptionError` if two runs of a sweep are the same: a seed was named twice, say."""
+    seen: dict[str, Job] = {}
+    for job in jobs:
+        first = seen.setdefault(repr({**runs.computed(job.options), "name": ""}), job)
+        if first is not job:
+            raise OptionError(f"the sweep has one run twice: {first.title}, and {job.title}")
 
 
 @dataclasses.dataclass
