@@ -4,8 +4,10 @@
 its array allows. scancel --signal sends a signal to the process that srun has become.
 """
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +17,10 @@ PROGRAMS = ("sbatch", "srun", "squeue", "scontrol", "scancel")
 
 
 def install(folder: Path) -> Path:
-    """Make the programs; the folder to put on the PATH. States lie in ``folder``/jobs."""
+    """Make the programs; the folder to put on the PATH. States lie in ``folder``/jobs.
+
+    While there is a file ``hold`` nothing begins; a file ``end`` ends all.
+    """
     (folder / "bin").mkdir(parents=True)
     (folder / "jobs").mkdir()
     for name in PROGRAMS:
@@ -40,14 +45,15 @@ def sbatch(jobs: Path, script: str) -> None:
     for element in elements:
         (jobs / element).write_text("PENDING")
     node = [sys.executable, "-S", __file__, str(jobs), "node", str(number), str(limit), *elements]
-    subprocess.Popen(node, start_new_session=True, stdout=subprocess.DEVNULL, close_fds=True)
+    nothing = subprocess.DEVNULL
+    subprocess.Popen(node, start_new_session=True, stdin=nothing, stdout=nothing, stderr=nothing)
     print(f"Submitted batch job {number}")
 
 
 def node(jobs: Path, number: str, limit: str, *elements: str) -> None:
     """Run the elements of an array, at most ``limit`` at once; again those that are requeued."""
     waiting, running = list(elements), {}
-    while waiting or running:
+    while (waiting or running) and not (jobs / "end").exists():
         while waiting and len(running) < int(limit) and not (jobs / "hold").exists():
             element = waiting.pop(0)
             (jobs / element).write_text("RUNNING")
@@ -67,6 +73,9 @@ def node(jobs: Path, number: str, limit: str, *elements: str) -> None:
                 (jobs / element).write_text("PENDING")
             else:
                 (jobs / element).write_text("FAILED" if process.returncode else "COMPLETED")
+    for element in running:
+        with contextlib.suppress(OSError):
+            os.kill(int((jobs / f"{element}.pid").read_text()), signal.SIGUSR2)  # ends its run
 
 
 def srun(jobs: Path, *argv: str) -> None:
@@ -85,7 +94,7 @@ def squeue(jobs: Path, *argv: str) -> None:
     """List what is queued or runs, as NUMBER|STATE."""
     assert "--format=%i|%T" in argv
     for path in sorted(jobs.glob("*")):
-        if not path.suffix and path.name != "hold":
+        if not path.suffix and path.name not in ("hold", "end"):
             state = path.read_text()
             if state in ("PENDING", "RUNNING"):
                 print(f"{path.name}|{state}")
@@ -97,9 +106,9 @@ def scontrol(jobs: Path, verb: str, element: str) -> None:
     (jobs / f"{element}.requeue").touch()
 
 
-def scancel(jobs: Path, signal: str, element: str) -> None:
+def scancel(jobs: Path, option: str, element: str) -> None:
     """Send a signal: --signal=NUMBER."""
-    os.kill(int((jobs / f"{element}.pid").read_text()), int(signal.partition("=")[2]))
+    os.kill(int((jobs / f"{element}.pid").read_text()), int(option.partition("=")[2]))
 
 
 if __name__ == "__main__":
