@@ -40,10 +40,10 @@ import ER_SLT.main  # noqa: E402, F401
 import startsparse.export.command  # noqa: E402
 import startsparse.jobs  # noqa: E402
 import startsparse.report  # noqa: E402
+import startsparse.sweep  # noqa: E402
 import startsparse.tabular.report  # noqa: E402
 from startsparse import data  # noqa: E402
 from startsparse.engine import choice  # noqa: E402
-from STR.main import main as str_main  # noqa: E402
 
 WAIT = 4  # seconds of wall clock for a second of CPU: others use the machine too
 TRAINED = 99  # exit code: an optimizer has taken a step
@@ -185,7 +185,7 @@ def _few_and_offline() -> None:
         raise urllib.error.URLError("there is no network")
 
     def first_job(jobs: list, *_: object) -> list:
-        str_main(jobs[0].argv)  # the others differ in numbers only
+        sys.modules[jobs[0].module].main(jobs[0].argv)  # the others differ in numbers only
         return []
 
     choice._SHORTEST = choice._LONGEST = 0.0  # layers are tried twice, and no longer
