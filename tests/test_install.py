@@ -92,6 +92,7 @@ def test_scripts_run_from_the_wheel(environment, tmp_path):
     assert '"git_commit": ""' in (run / "environment.json").read_text()
     sweep = ["--dry-run", "--config", "configs/digits-imp.yaml", "--target", "0.2"]
     assert "runs, " in say("STR.run_imp", *sweep)
+    assert "python -m ER_DST.main " in say("startsparse.sweep", "ER_DST", "--dry-run")
 
 
 def test_data_lies_in_the_working_folder_without_a_checkout(monkeypatch):
