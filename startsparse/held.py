@@ -16,6 +16,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from filelock import Timeout
 
@@ -30,7 +31,7 @@ def main(lock: str, processes: str, module: str, argv: list[str]) -> None:
     try:
         with locked(Path(lock), "run this sweep", 0):
             if int(processes) > 1:
-                sys.exit(_several([*TORCHRUN, processes, "-m", module, *argv]))
+                _several([*TORCHRUN, processes, "-m", module, *argv])
             script = importlib.import_module(module)  # slow: the lock comes first
             from startsparse.processes import run_script
 
@@ -40,18 +41,18 @@ def main(lock: str, processes: str, module: str, argv: list[str]) -> None:
         sys.exit(BUSY)
 
 
-def _several(torchrun: list[str]) -> int:
-    """Start torchrun, and stop it if this process is stopped; its exit code."""
+def _several(torchrun: list[str]) -> NoReturn:
+    """Start torchrun, stop it if this process is asked to stop, and exit as it does."""
     with stopping.StopSignal() as stop:
         process = subprocess.Popen([sys.executable, *torchrun], start_new_session=True)
         stopping.adopt(process)
         asked = False
         while process.poll() is None:
             if stop.received and not asked:
-                process.terminate()  # it has no other signal for its processes
+                process.terminate()  # the one signal that it hands on to its processes
                 asked = True
             time.sleep(0.1)
-        return 128 + stop.received if stop.received and process.returncode else process.returncode
+        sys.exit(128 + stop.received if process.returncode and asked else process.returncode)
 
 
 if __name__ == "__main__":

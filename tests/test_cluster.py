@@ -279,3 +279,31 @@ def test_a_run_that_fails_is_not_requeued(tmp_path):
     with pytest.raises(RuntimeError, match="^the run ended with exit code 3; see "):
         remote()
     assert remote.checkpoint() is None
+
+
+TORCHRUN = """
+import signal, sys, time
+from pathlib import Path
+def stop(*_):
+    time.sleep(0.5)
+    here.with_name("saved").touch()
+    sys.exit(1)  # as torchrun does
+here = Path(sys.argv[1])
+signal.signal(signal.SIGTERM, stop)
+here.touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR2, signal.SIGTERM])
+def test_several_processes_of_a_run_are_stopped_and_awaited(tmp_path, signum):
+    (tmp_path / "torchrun.py").write_text(TORCHRUN)
+    program = "from startsparse import held, stopping; stopping.watch(); held._several({})"
+    words = [str(tmp_path / "torchrun.py"), str(tmp_path / "ready")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program.format(words)], env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    until((tmp_path / "ready").exists)
+    process.send_signal(signum)
+    assert process.wait(30) == 128 + signum
+    assert (tmp_path / "saved").exists()
