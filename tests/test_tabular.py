@@ -307,3 +307,25 @@ def test_bad_options(flags, message, tmp_path):
 def test_a_table_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="none.csv: cannot be read"):
         experiment.main(["--tables", "none.csv", "--label", "a", "--result-dir", str(tmp_path)])
+
+
+def test_the_device_of_this_process(monkeypatch):
+    """Without GPUs, and as if there were two."""
+
+    def device(name):
+        return str(TabularOptions(device=name).torch_device())
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device("auto") == device("cpu") == "cpu"
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(UserError, match=f"^--device: there is no {name} here; take cpu$"):
+            device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert (device("auto"), device("cuda"), device("cpu")) == ("cuda:0", "cuda:0", "cpu")
+    assert device("cuda:1") == "cuda:1"
+    with pytest.raises(UserError, match="^--device: there is no GPU 2 here; name one of 0 to 1$"):
+        device("cuda:2")
+    for rank, expected in (("1", "cuda:1"), ("2", "cuda:0")):  # of torchrun
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert (device("auto"), device("cuda:1")) == (expected, "cuda:1")

@@ -52,6 +52,8 @@ REFUSED = {
         ["--result-dir", "t.csv/x"],
         "--result-dir: cannot write t.csv/x/results.csv",
     ),
+    "a device": (["--device", "gpu"], "--device: 'gpu' is none of auto, cpu, cuda, and no GPU su"),
+    "no number": (["--device", "cuda:x"], "--device: 'cuda:x' is none of auto, cpu, cuda, and no "),
     "width": (["--width", "1048577"], "--width: 1048577 should be at least 1 and at most 1048576"),
 }
 

@@ -49,8 +49,9 @@ class Member:
     """One network, its data and its setting.
 
     Attributes:
-        initial: parameters and buffers at the start, without the masks.
-        first_masks: density -> bool [outputs, inputs], the first layer's mask at that density.
+        initial: parameters and buffers at the start, without the masks, on the CPU.
+        first_masks: density -> bool [outputs, inputs], the first layer's mask at that density, on
+            the CPU.
     """
 
     start: float
@@ -70,7 +71,8 @@ def make_member(
 ) -> Member:
     """A network with a random mask of density ``start``, and its split of the table.
 
-    Networks of one seed begin with the same weights and split, whatever their mask.
+    Both are on the device of ``options``. Networks of one seed begin with the same weights and
+    split, whatever their mask.
     """
     parts = tables.split(table, seed)
     model = _network(table, options)
@@ -79,16 +81,17 @@ def make_member(
     shapes = {name: tuple(layer.weight.shape) for name, layer in sparse_layers(model).items()}
     densities = layer_densities(options.er_sparse_method, list(shapes.values()), start)
     attach_masks(model, draw_masks(shapes, densities, seed, "exact"))
-    cpu = torch.device("cpu")
+    device = options.torch_device()
+    model.to(device)  # what is drawn is the same on all
     return Member(
         start=start,
         reset=reset,
         flow=flow,
         seed=seed,
         model=model,
-        train=Rows(*parts.train, batch_size=options.batch_size, device=cpu, seed=seed),
-        valid=Rows(*parts.valid, batch_size=1024, device=cpu),
-        test=Rows(*parts.test, batch_size=1024, device=cpu),
+        train=Rows(*parts.train, batch_size=options.batch_size, device=device, seed=seed),
+        valid=Rows(*parts.valid, batch_size=1024, device=device),
+        test=Rows(*parts.test, batch_size=1024, device=device),
         initial=initial,
         first_masks={},
     )
@@ -116,7 +119,7 @@ def check(table: Table, options: TabularOptions) -> None:
     networks = math.prod(
         map(len, (options.starts, options.reset, options.flow_preservation, options.seeds))
     )
-    needed, there = 4 * _COPIES * networks * weights, device_memory(torch.device("cpu"))
+    needed, there = 4 * _COPIES * networks * weights, device_memory(options.torch_device())
     if needed > there:
         raise UserError(
             f"--width: {networks} networks of {weights:,} weights need {needed / 2**30:,.0f} GiB "
@@ -197,7 +200,7 @@ def measure(member: Member, density: float) -> dict:
     total, layers = layers.iloc[-1], layers.iloc[:-1]
     counts = member.test.labels.bincount()
     masks = [mask for _, _, mask in masked_weights(member.model)]
-    member.first_masks[density] = masks[0].clone()
+    member.first_masks[density] = masks[0].clone().cpu()
     return {
         "start": member.start,
         "reset": member.reset,
@@ -221,7 +224,7 @@ def accuracy(model: nn.Module, rows: Rows) -> float:
     Raises:
         NonFiniteLoss: an output is not finite, so that it says nothing.
     """
-    device = torch.device("cpu")
+    device = rows.labels.device
     autocast = parallel.autocast(device, "off")
     found = training.evaluate(model, model, rows, autocast, device)
     if not math.isfinite(found["loss"]):
@@ -235,9 +238,9 @@ def connected(masks: Sequence[Tensor]) -> bool:
     """Whether a path of edges leads from an input to an output.
 
     Args:
-        masks: bool [outputs, inputs] of fully connected layers, in forward order.
+        masks: bool [outputs, inputs] of fully connected layers, in forward order, on one device.
     """
-    reached = torch.ones(masks[0].shape[1], dtype=torch.bool)
+    reached = torch.ones_like(masks[0][0])
     for mask in masks:
         reached = (mask & reached).any(1)
     return bool(reached.any())
