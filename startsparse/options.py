@@ -302,8 +302,8 @@ class Options(Meaning):
         """Raise `OptionError` for what several processes cannot do."""
         if self.multigpu:
             raise OptionError(
-                "--multigpu: several processes train on CPUs; leave it out, or start one process "
-                "without torchrun"
+                "--multigpu: torchrun gives each process a GPU of its own; leave it out, or start "
+                "one process without torchrun"
             )
         if SHAPES[self.set].nodes:
             raise OptionError(f"--set: {self.set} is one batch; start one process without torchrun")

@@ -160,7 +160,7 @@ def load_data(options: Options, device: torch.device) -> data.Data:
     """
     if options.compile:
         parallel.check_compile(device)
-    with processes.all_after_rank_0():  # rank 0 fetches and unpacks missing files
+    with processes.all_in_turn():  # the first fetches and unpacks missing files
         return data.load(
             options.set,
             root=data.data_root(options.data),

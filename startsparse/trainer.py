@@ -74,7 +74,8 @@ class Trainer(Learner, Generic[S]):
         if data.images:
             run.keep_images(data.images)
         self.device = devices[0]
-        network = parallel.parallel(model, devices)
+        several = processes.world_size() > 1
+        network = processes.replica(model) if several else parallel.parallel(model, devices)
         self.compute = Compute(
             model,
             torch.compile(network) if options.compile else network,
@@ -96,7 +97,7 @@ class Trainer(Learner, Generic[S]):
         self.tables: dict[str, list[dict]] = {}
         self.candidates = Candidates(run.folder)
         self.ledger = flops.Ledger(model, torch.zeros(data.shape.input, device=self.device))
-        self.stop = StopSignal(alone=processes.world_size() == 1)
+        self.stop, self.vote = StopSignal(alone=not several), processes.Vote()
         self.clock = Clock()
         self.emptied = Emptied(model, options)
 
@@ -302,6 +303,7 @@ class Trainer(Learner, Generic[S]):
                 first=first,
                 title=f"{phase.name} {position.epoch + 1}/{phase.epochs}",
             )
+        processes.all_require_equal(self.model, f" in epoch {len(self.history) + 1}")
         processes.all_copy_rank_0(self.model)
         require_finite(self.model, self.optimizer, f" after epoch {len(self.history) + 1}")
         if effective_layers(self.model):
@@ -343,15 +345,15 @@ class Trainer(Learner, Generic[S]):
         self.ledger.before_step(step, method)
         super().before_step(method, step)
 
-    def average_gradients(self, parameters: Sequence[nn.Parameter], examples: int) -> None:
-        """Average them, and agree with all processes on stopping."""
-        self.stop.agree(
-            processes.all_average_gradients(parameters, examples, bool(self.stop.received))
-        )
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average them, unless `processes.replica` has."""
+        if self.compute.entered:
+            super().average_gradients(parameters)
 
     def after_step(self, method: Method, step: int) -> None:
         """Save if --save-every or a signal asks for it; the end of an epoch saves anyway."""
         super().after_step(method, step)
+        self.stop.agree(self.vote.all_ask(bool(self.stop.received)))
         if method.moves_masks(step):
             self.emptied.check(f"after step {step + 1}")
         steps, every = len(self.data.train), self.options.save_every

@@ -73,9 +73,9 @@ class Learner:
         """Called before the forward pass of ``step`` of the phase."""
         method.before_step(step, self.model, self.optimizer)
 
-    def average_gradients(self, parameters: Sequence[nn.Parameter], examples: int) -> None:
-        """Make the gradients those of the whole batch; called after the backward pass."""
-        processes.all_average_gradients(parameters, examples)
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average the gradients over the processes; called after the backward pass."""
+        processes.all_average_gradients(parameters)
 
     def after_step(self, method: Method, step: int) -> None:
         """Called after the optimizer has moved the weights in ``step`` of the phase."""
@@ -126,13 +126,15 @@ def train_epoch(
             if learner.seed is not None:
                 torch.manual_seed(seeding.derive(learner.seed, "step", epoch, step))
             late = time.monotonic() - shown > 1
-            if len(labels):  # not every process has a part of a very small batch
-                loss = _forward(learner, inputs, labels, sums, step)
-                if late or sums.device.type == "cpu":
-                    _stop_if_bad(sums, inputs, learner)
-                learner.optimizer.zero_grad()
-                loss.backward()
-            _move_weights(learner, method, first + step, len(labels), masked)
+            several = processes.world_size() > 1
+            share = len(labels) / batches.size(step) if several else 1.0
+            counted = sums if processes.counts(share) else new_sums(sums.device)
+            loss = _forward(learner, inputs, labels, counted, step)
+            if late or sums.device.type == "cpu":
+                _stop_if_bad(counted, inputs, learner)
+            learner.optimizer.zero_grad()
+            (loss * processes.weight(share) if several else loss).backward()
+            _move_weights(learner, method, first + step, masked)
             bar.update()
             if late:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in means(sums).items()}, refresh=False)
@@ -155,13 +157,12 @@ def _move_weights(
     learner: Learner,
     method: Method,
     step: int,
-    examples: int,
     masked: list[tuple[Tensor, Tensor]],
 ) -> None:
     """From the gradients of this process's part of a batch to the new weights."""
     optimizer = learner.optimizer
     learning = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    learner.average_gradients(learning, examples)
+    learner.average_gradients(learning)
     method.after_backward(step, learner.model, optimizer)
     # In layers that compute only inside their mask, the weight has no gradient.
     dense = [(weight.grad, mask) for weight, mask in masked if weight.grad is not None]

@@ -177,6 +177,7 @@ def pair(job: Callable[[Path], None], where: Path) -> list[int]:
         if children[-1]:
             continue
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
+        os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
         os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
         sys.stdout = (where / f"stdout-{rank}").open("w")

@@ -98,7 +98,7 @@ def test_a_sweep_is_one_process(monkeypatch):
 
 SAID = {
     "option": ("--lr: -1.0 should be above 0", [2, 2]),
-    "gpus": ("--multigpu: several processes train on CPUs; leave it out", [2, 2]),
+    "gpus": ("--multigpu: torchrun gives each process a GPU of its own; leave", [2, 2]),
     "graph": ("--set: karate is one batch; start one process", [2, 2]),
     "batch": ("--batch-size: 3 should be at least 4, two for each process", [2, 2]),
     "found by the first": ("--evaluate: there is no run in ", [2, 1]),
@@ -160,10 +160,16 @@ def rows(seed):
 def test_shares_make_up_the_batch(batches, count):
     shares = of(count, lambda: list(batches.epoch(3, 1)))
     for step, whole in enumerate(batches.epoch(3, 1)):
+        size = batches.size(step + 1)
+        assert size == len(whole[1])
+        small = size < 2 * count
         for i in range(2):
-            assert torch.equal(torch.cat([share[step][i] for share in shares]), whole[i])
+            for share in shares if small else ():
+                assert torch.equal(share[step][i], whole[i])
+            if not small:
+                assert torch.equal(torch.cat([share[step][i] for share in shares]), whole[i])
         sizes = [len(share[step][1]) for share in shares]
-        assert max(sizes) - min(sizes) <= 1 or (len(whole[1]) < 2 * count and 1 not in sizes)
+        assert max(sizes) - min(sizes) <= 1
     firsts = of(count, lambda: first_batch(batches, 3))
     assert all(torch.equal(labels, next(batches.epoch(3))[1]) for _, labels in firsts)
 
@@ -177,11 +183,29 @@ def test_evaluation_deals_out_the_batches(batches):
     ]
 
 
-def test_no_share_is_of_one_row():
+def test_no_share_is_of_one_row_and_all_make_up_the_mean():
     for examples in range(2, 40):
         for count in range(1, 9):
-            shares = of(count, lambda n=examples: list(parts(n, 16, train=True)))
-            assert all(part.stop - part.start != 1 for share in shares for part in share)
+            sizes = [min(16, examples - first) for first in range(0, examples, 16)]
+            if sizes[-1] == 1:
+                sizes.pop()
+
+            def shares(n=examples, sizes=sizes):
+                rows = [part.stop - part.start for part in parts(n, 16, train=True)]
+                return [
+                    (rows, processes.weight(rows / size), processes.counts(rows / size))
+                    for rows, size in zip(rows, sizes, strict=True)
+                ]
+
+            for size, *step in zip(sizes, *of(count, shares), strict=True):
+                rows, weights, counted = zip(*step)
+                assert 1 not in rows
+                assert sum(n for n, counts in zip(rows, counted) if counts) == size
+                # The mean over the processes of weight * mean of the rows is the mean of all.
+                if set(rows) == {size}:
+                    assert set(weights) == {1}
+                else:
+                    assert weights == pytest.approx([n / size * count for n in rows])
 
 
 def test_collectives_say_so_in_their_names():
