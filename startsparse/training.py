@@ -115,7 +115,7 @@ def train_epoch(
     """
     learner.model.train()
     masked = [(w, mask) for _, w, mask in masked_weights(learner.model) if w.requires_grad]
-    hidden = processes.rank() > 0 or None
+    hidden = None if processes.shows() else True
     bar = tqdm(total=len(batches), initial=start, desc=title, leave=False, disable=hidden)
     shown = time.monotonic()
     with bar:

@@ -1,32 +1,24 @@
 """Sparse to sparse on tables: random masks, trained, pruned by magnitude and trained again.
 
-``python -m startsparse.tabular`` writes results.csv, table.md, plot.png and options.yaml;
-tabular.ipynb shows the same step by step. The setting is that of Gadhikar et al. (2023,
-arXiv:2210.02412): an MLP of four layers and width 256, BatchNorm after ReLU, Adam 0.01, batch 64,
-10 epochs at each density and 20 at the last. All networks that exist at a density train there
-together (`batched`).
+`program` runs it and writes files; tabular.ipynb shows it step by step. The setting is that of
+Gadhikar et al. (2023, arXiv:2210.02412): an MLP of four layers and width 256, BatchNorm after ReLU,
+Adam 0.01, batch 64, 10 epochs at each density and 20 at the last. All networks that exist at a
+density train there together (`batched`).
 """
 
 import copy
 import dataclasses
 import itertools
 import math
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from startsparse import flow, parallel, plots, pruning, training
-from startsparse.atomic import write_text
-from startsparse.commandline import from_flags
-from startsparse.data import data_root
-from startsparse.data.arrays import device_memory
+from startsparse import flow, parallel, processes, pruning, training
 from startsparse.data.rows import Rows
-from startsparse.errors import UserError
 from startsparse.masks import (
     attach_masks,
     density_table,
@@ -37,11 +29,12 @@ from startsparse.masks import (
 )
 from startsparse.models import build, init_weights
 from startsparse.ratios import layer_densities
-from startsparse.tabular import batched, compute, report, tables
-from startsparse.tabular.options import TabularOptions, alone, check_folder, result_options
+from startsparse.tabular import batched, compute, tables
+from startsparse.tabular.options import TabularOptions
 from startsparse.tabular.tables import Table
 
-_COPIES = 5  # of float32 for each weight: at the start, now, gradient, two moments of Adam
+Setting = tuple[float, bool, bool, int]
+"""Start, reset, flow and seed of a `Member`."""
 
 
 @dataclasses.dataclass
@@ -75,7 +68,7 @@ def make_member(
     split, whatever their mask.
     """
     parts = tables.split(table, seed)
-    model = _network(table, options)
+    model = network(table, options)
     init_weights(model, options.init, seed)
     initial = copy.deepcopy(model.state_dict())
     shapes = {name: tuple(layer.weight.shape) for name, layer in sparse_layers(model).items()}
@@ -97,7 +90,8 @@ def make_member(
     )
 
 
-def _network(table: Table, options: TabularOptions) -> nn.Module:
+def network(table: Table, options: TabularOptions) -> nn.Module:
+    """The network of ``options`` for a table, not yet initialised."""
     return build(
         "mlp",
         classes=len(table.class_names),
@@ -107,40 +101,19 @@ def _network(table: Table, options: TabularOptions) -> nn.Module:
     )
 
 
-def check(table: Table, options: TabularOptions) -> None:
-    """Raise `UserError` unless all networks of ``options`` can train on ``table``."""
-    for seed in options.seeds:
-        parts = tables.split(table, seed)
-        if len(parts.train[1]) < 2:  # BatchNorm
-            raise UserError(f"{table.source}: has one row to train on, and two are needed")
-    with torch.device("meta"):
-        layers = sparse_layers(_network(table, options))
-    weights = sum(layer.weight.numel() for layer in layers.values())
-    networks = math.prod(
-        map(len, (options.starts, options.reset, options.flow_preservation, options.seeds))
+def settings(options: TabularOptions) -> list[Setting]:
+    """Those of all networks of ``options`` on one table."""
+    return list(
+        itertools.product(options.starts, options.reset, options.flow_preservation, options.seeds)
     )
-    needed, there = 4 * _COPIES * networks * weights, device_memory(options.torch_device())
-    if needed > there:
-        raise UserError(
-            f"--width: {networks} networks of {weights:,} weights need {needed / 2**30:,.0f} GiB "
-            f"of memory, and {there / 2**30:,.0f} are there; take a smaller width or fewer seeds"
-        )
-    for option in ("starts", "densities"):
-        for density in getattr(options, option):
-            if not round(density * weights):
-                raise UserError(
-                    f"--{option}: {density:g} leaves no weight of {weights:,}; ask for more"
-                )
 
 
-def make_members(table: Table, options: TabularOptions) -> list[Member]:
-    """All networks of ``options``."""
-    return [
-        make_member(table, options, *setting)
-        for setting in itertools.product(
-            options.starts, options.reset, options.flow_preservation, options.seeds
-        )
-    ]
+def make_members(
+    table: Table, options: TabularOptions, chosen: Sequence[Setting] | None = None
+) -> list[Member]:
+    """The networks of ``chosen`` settings; None: all of ``options``."""
+    chosen = settings(options) if chosen is None else chosen
+    return [make_member(table, options, *setting) for setting in chosen]
 
 
 def change_masks(member: Member, density: float, level: int) -> None:
@@ -173,11 +146,15 @@ def run(members: Sequence[Member], options: TabularOptions) -> pd.DataFrame:
         NonFiniteLoss, NonFiniteNetwork: training diverged.
     """
     recipe = batched.Recipe(options.optimizer, options.lr, options.weight_decay)
-    rows, first_epoch, levels = [], 0, options.levels()
-    for level, density in enumerate(tqdm(levels, desc="densities", disable=None)):
+    rows, levels = [], options.levels()
+    hidden = None if processes.shows() else True
+    for level, density in enumerate(tqdm(levels, desc="densities", disable=hidden)):
         present = [member for member in members if member.start >= density]
+        if not present:
+            continue
         for member in present:
             change_masks(member, density, level)
+        first_epoch = level * options.epochs
         epochs = options.final_epochs if density == levels[-1] else options.epochs
         models, parts = [m.model for m in present], [m.train for m in present]
         forms = compute.sparse_forms(
@@ -187,7 +164,6 @@ def run(members: Sequence[Member], options: TabularOptions) -> pd.DataFrame:
             batched.train_loop(models, parts, recipe, epochs, first_epoch, forms)
         else:
             batched.LOOPS[options.loop](models, parts, recipe, epochs, first_epoch)
-        first_epoch += epochs
         for model in models:
             training.require_finite(model, when=f" at density {density:g}")
         rows += [measure(member, density) for member in present]
@@ -244,44 +220,3 @@ def connected(masks: Sequence[Tensor]) -> bool:
     for mask in masks:
         reached = (mask & reached).any(1)
     return bool(reached.any())
-
-
-def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) -> None:
-    """Run the experiment on each table; write results, a table of them and a picture."""
-    options = from_flags(
-        TabularOptions, list(sys.argv[1:] if argv is None else argv), TabularOptions()
-    )
-    options.check()
-    folder, parts = Path(options.result_dir), []
-    check_folder(folder, options)
-    root = data_root(options.data)
-    loaded = {
-        name: tables.load(
-            name, root=root, state=options.state, year=options.year, label=options.label
-        )
-        for name in options.tables
-    }
-    for table in loaded.values():
-        check(table, options)
-    with alone(folder):
-        check_folder(folder, options)  # another run may have written meanwhile
-        for name, table in loaded.items():
-            rows = run(make_members(table, options), options)
-            rows.insert(0, "table", name)
-            parts.append(rows)
-        _write(pd.concat(parts, ignore_index=True), folder, options, say)
-
-
-def _write(
-    rows: pd.DataFrame, folder: Path, options: TabularOptions, say: Callable[[str], None]
-) -> None:
-    """Write what determines the rows, the rows, their table and picture; print the table."""
-    write_text(folder / "options.yaml", result_options(options))
-    write_text(folder / "results.csv", rows.to_csv(index=False))
-    markdown = report.markdown(rows)
-    try:
-        write_text(folder / "table.md", markdown)
-        with plots.optional(folder / "plot.png"):
-            plots.save(report.accuracy_plot(rows), folder / "plot.png")
-    finally:
-        say(markdown)

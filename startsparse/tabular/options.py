@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 import torch
 from filelock import Timeout
 
-from startsparse import names, ratios
+from startsparse import names, processes, ratios
 from startsparse.commandline import plain_values, read_yaml, write_yaml
 from startsparse.engine.compute import MODES
 from startsparse.errors import OptionError, UserError
@@ -145,7 +144,7 @@ class TabularOptions:
         if not torch.cuda.is_available():
             raise UserError(f"--device: there is no {self.device} here; take cpu")
         count = torch.cuda.device_count()
-        number = int(index or int(os.environ.get("LOCAL_RANK", "0")) % count)
+        number = int(index or processes.local_rank() % count)
         if number >= count:
             have = f"0 to {count - 1}"
             raise UserError(f"--device: there is no GPU {number} here; name one of {have}")
