@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from startsparse import plots, tabular
+from startsparse import plots, processes, tabular
 from startsparse.errors import OptionError, UserError
 from startsparse.masks import masked_weights
 from startsparse.tabular import TabularOptions, program, report, tables
@@ -326,6 +326,6 @@ def test_the_device_of_this_process(monkeypatch):
     assert device("cuda:1") == "cuda:1"
     with pytest.raises(UserError, match="^--device: there is no GPU 2 here; name one of 0 to 1$"):
         device("cuda:2")
-    for rank, expected in (("1", "cuda:1"), ("2", "cuda:0")):  # of torchrun
-        monkeypatch.setenv("LOCAL_RANK", rank)
+    for rank, expected in ((1, "cuda:1"), (2, "cuda:0")):  # of torchrun
+        monkeypatch.setattr(processes._world, "local_rank", rank)
         assert (device("auto"), device("cuda:1")) == (expected, "cuda:1")
