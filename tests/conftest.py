@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from gpu_scenarios import Server
 from hypothesis import settings
 from script_runs import few_digits, newest
 from slt_runs import slt
@@ -38,6 +39,14 @@ def run_dst(tmp_path):
 def run_slt(tmp_path):
     """`slt` in a temporary folder."""
     return partial(slt, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    """Runs on pretended GPUs, as `gpu_scenarios` describes."""
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture
