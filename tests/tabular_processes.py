@@ -15,7 +15,7 @@ import torch
 from processes_runs import pair
 
 from startsparse import plots, processes, stopping
-from startsparse.tabular import experiment, program, report
+from startsparse.tabular import batched, experiment, program, report
 
 TINY = [
     *("--seeds", "1", "2", "--width", "8", "--epochs", "1", "--final-epochs", "1"),
@@ -63,6 +63,19 @@ def stop() -> None:
     experiment.run = stopped
 
 
+def stop_late() -> None:
+    """The program is stopped at the second density of the second table."""
+    train_batched, calls = batched.LOOPS["batched"], []
+
+    def stopped(*args: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_batched(*args)
+
+    batched.LOOPS["batched"] = stopped
+
+
 def diverge() -> None:
     """No loss is finite."""
     evaluate = torch.nn.functional.cross_entropy
@@ -91,7 +104,11 @@ def main() -> None:
     plots.save = report.accuracy_plot = lambda *_: None  # they import matplotlib
     where = Path(sys.argv[1])
     jobs = {**{n: train(a) for n, a in RUNS.items()}, "split": train(SPLIT), **BAD}
-    print(json.dumps({name: pair(job, where / name) for name, job in jobs.items()}))
+    codes = {name: pair(job, where / name) for name, job in jobs.items()}
+    late = in_rank_1(stop_late, RUNS["two tables"])
+    codes["stopped late"] = pair(late, where / "resumed")
+    codes["resumed"] = pair(train(RUNS["two tables"]), where / "resumed")
+    print(json.dumps(codes))
 
 
 if __name__ == "__main__":

@@ -65,12 +65,24 @@ def test_one_table_in_two_pieces(two, one):
     assert np.abs(mine[measured] - theirs[measured]).max().max() < 0.1
 
 
+def test_they_go_on_after_a_stop(two):
+    codes, where = two
+    assert codes["stopped late"][1] == 128 + 15 and codes["resumed"] == [0, 0]
+    log = (where / "resumed/stdout-0").read_text() + said(where / "resumed")
+    assert "breast-cancer: going on after density number 3" in log  # of process 0, which had ended
+    assert "digits: going on" not in log  # process 1 does not log
+    mine, theirs = (sorted((where / n / "out").glob("*")) for n in ("two tables", "resumed"))
+    assert [path.name for path in mine] == [path.name for path in theirs]
+    for one, other in zip(mine, theirs):
+        assert one.read_bytes() == other.read_bytes(), one
+
+
 LINES = {
     "option": "error: --lr: -1.0 should be above 0",
     "device": "error: --device: there is no cuda:3 here; take cpu",
     "table": "error: none.csv: cannot be read as CSV (No such file",
     "held": "error: --result-dir: another run writes into",
-    "stopped": "error: stopped by SIGTERM",
+    "stopped": "error: stopped by SIGTERM; the same command goes on",
     "diverged": "error: the loss of network 1 of 1 is not finite in epoch 1",
     "gone": "error: another process of this run is gone (",
 }

@@ -2,7 +2,8 @@
 
 `experiment` is the whole, as in tabular.ipynb, and `program` runs it; `options` has its options,
 `tables` its data, `report` its tables and pictures. `batched` trains networks of one
-shape as one model; `compute` decides whether they train in their sparse forms instead.
+shape as one model; `compute` decides whether they train in their sparse forms instead. `unfinished`
+keeps them.
 """
 
 from startsparse.tabular.experiment import (

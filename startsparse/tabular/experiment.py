@@ -32,6 +32,7 @@ from startsparse.ratios import layer_densities
 from startsparse.tabular import batched, compute, tables
 from startsparse.tabular.options import TabularOptions
 from startsparse.tabular.tables import Table
+from startsparse.tabular.unfinished import Unfinished
 
 Setting = tuple[float, bool, bool, int]
 """Start, reset, flow and seed of a `Member`."""
@@ -129,11 +130,17 @@ def change_masks(member: Member, density: float, level: int) -> None:
     keep_inside(model)
 
 
-def run(members: Sequence[Member], options: TabularOptions) -> pd.DataFrame:
+def run(
+    members: Sequence[Member], options: TabularOptions, kept: Unfinished | None = None
+) -> pd.DataFrame:
     """Train and prune ``members`` down to the lowest density; changes them in place.
 
     Tested weights are those of the last epoch at each density: validation selects nothing, and the
     test set is used once at each density.
+
+    Args:
+        members: as `make_members` makes them.
+        kept: where they are kept after each density, and were, if this is not the first try.
 
     Returns:
         One row per network and density. Columns: start, reset, flow, seed, requested and (realised)
@@ -146,11 +153,12 @@ def run(members: Sequence[Member], options: TabularOptions) -> pd.DataFrame:
         NonFiniteLoss, NonFiniteNetwork: training diverged.
     """
     recipe = batched.Recipe(options.optimizer, options.lr, options.weight_decay)
-    rows, levels = [], options.levels()
+    every, levels = [member.model for member in members], options.levels()
+    done, rows = kept.load(every) if kept else (0, [])
     hidden = None if processes.shows() else True
     for level, density in enumerate(tqdm(levels, desc="densities", disable=hidden)):
         present = [member for member in members if member.start >= density]
-        if not present:
+        if level < done or not present:
             continue
         for member in present:
             change_masks(member, density, level)
@@ -167,6 +175,8 @@ def run(members: Sequence[Member], options: TabularOptions) -> pd.DataFrame:
         for model in models:
             training.require_finite(model, when=f" at density {density:g}")
         rows += [measure(member, density) for member in present]
+        if kept:
+            kept.save(every, level + 1, rows)
     return pd.DataFrame(rows)
 
 

@@ -1,7 +1,8 @@
 """``python -m startsparse.tabular``: tables in; results, a table of them and a picture out.
 
 torchrun starts it in several processes, each on a GPU of its own if there are GPUs, on one machine
-or many. Each trains its share of the networks, and rank 0 writes the files.
+or many. Each trains its share of the networks, and rank 0 writes the results. A command that was
+stopped goes on (`unfinished`).
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from startsparse import plots, processes
+from startsparse import plots, processes, stopping
 from startsparse.atomic import write_text
 from startsparse.commandline import from_flags
 from startsparse.data import data_root
@@ -24,6 +25,7 @@ from startsparse.tabular import experiment, report, tables
 from startsparse.tabular.experiment import Setting
 from startsparse.tabular.options import TabularOptions, alone, check_folder, result_options
 from startsparse.tabular.tables import Table
+from startsparse.tabular.unfinished import Unfinished, remove_all
 
 _COPIES = 5  # of float32 for each weight: at the start, now, gradient, two moments of Adam
 
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
     )
     options.check()
     folder = Path(options.result_dir)
-    check_folder(folder, options)
+    processes.all_from_rank_0(lambda: check_folder(folder, options))
     root = data_root(options.data)
     with processes.all_in_turn():  # the first fetches what is missing
         loaded = {
@@ -48,11 +50,15 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
         check(table, options)
     with _all_alone(folder, options):
         own = shares(options, processes.world_size())[processes.rank()]
-        with processes.alone():  # each network is of one process
-            trained = [_train(name, loaded[name], settings, options) for name, settings in own]
+        folder.mkdir(parents=True, exist_ok=True)  # of a machine with a disk of its own
+        with processes.alone(), stopping.advice("the same command goes on"):
+            trained = [
+                _train(name, loaded[name], options, folder, networks) for name, networks in own
+            ]
         rows = [part for parts in processes.all_gather(trained) for part in parts]
-        if processes.rank() == 0:
-            _write(in_order(rows, options), folder, options, say)
+        processes.all_from_rank_0(lambda: _write(in_order(rows, options), folder, options, say))
+        remove_all(folder)
+        processes.all_agree(True)  # all have, before another run may write here
 
 
 def shares(options: TabularOptions, processes: int) -> list[list[tuple[str, list[Setting]]]]:
@@ -122,9 +128,10 @@ def _together(options: TabularOptions, device: torch.device) -> int:
 
 
 def _train(
-    name: str, table: Table, settings: Sequence[Setting], options: TabularOptions
+    name: str, table: Table, options: TabularOptions, folder: Path, networks: Sequence[Setting]
 ) -> pd.DataFrame:
-    rows = experiment.run(experiment.make_members(table, options, settings), options)
+    members = experiment.make_members(table, options, networks)
+    rows = experiment.run(members, options, Unfinished(folder, table, options, networks))
     rows.insert(0, "table", name)
     return rows
 
