@@ -81,9 +81,8 @@ class Candidates:
         if self.best == row:
             checkpoint.save_by_rank_0(self.folder / "best.pt", {"model": model.state_dict()})
         elif self.best != before:
-            checkpoint.save_by_rank_0(
-                self.folder / "best.pt", checkpoint.load(self._path(self.best))
-            )
+            best = checkpoint.load_by_rank_0(self._path(self.best))
+            checkpoint.save_by_rank_0(self.folder / "best.pt", best)
 
     @by_rank_0
     def tidy(self) -> None:

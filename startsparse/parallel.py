@@ -31,11 +31,11 @@ def choose_devices(multigpu: str) -> list[torch.device]:
     # One seed is one run: no algorithm whose sums depend on the order in which threads arrive.
     torch.backends.cudnn.deterministic = True
     if processes.world_size() > 1:
-        count, have = processes.local_size(), torch.cuda.device_count()
-        if count > have:
+        count, gpus = processes.local_size(), torch.cuda.device_count()
+        if count > gpus:
             raise OptionError(
                 f"torchrun: --nproc-per-node {count} needs as many GPUs, and this machine has "
-                f"{have}; start fewer processes, or hide the GPUs by CUDA_VISIBLE_DEVICES=''"
+                f"{gpus}; start fewer processes, or hide the GPUs by CUDA_VISIBLE_DEVICES=''"
             )
         torch.cuda.set_device(processes.local_rank())  # NCCL looks at it
         return [torch.device("cuda", processes.local_rank())]

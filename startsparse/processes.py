@@ -2,10 +2,10 @@
 
 Each runs the whole script, on a GPU of its own or on the CPU. All draw the same weights and masks,
 since randomness is derived. Each trains on its part of every batch (`data.batches.parts`), with a
-loss of which the mean over the processes is that of the batch (`weight`). PyTorch's
-DistributedDataParallel (`replica`) averages the gradients, so that all processes have the same
-weights. It does not know the parameters of the sparse form, which `all_average_gradients` averages.
-Rank 0 writes the files, and decides for all where processes could differ (`by_rank_0`).
+loss of which the mean over the processes is that of the batch (`weight`). DistributedDataParallel
+(`all_replicate`) averages the gradients, so that all processes have the same weights. It does not
+know the parameters of the sparse form, whose gradients `all_average_gradients` averages. Rank 0
+writes the files, and decides for all where processes could differ (`by_rank_0`).
 
 Collectives are functions that every process must call, in the same order: one that calls alone
 waits for ever. Their names begin with ``all_`` or end in ``_by_rank_0``; all methods of `runs.Run`
@@ -23,7 +23,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -93,8 +93,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     try:
         errors.run_script(lambda: _noticing_loss(main), _say_once)
     except SystemExit as end:
-        if _world.store is not None and torch.cuda.is_initialized():
-            _leave_gpu(end.code)
+        if _world.store is not None:
+            _leave(end.code)
         raise
 
 
@@ -123,13 +123,15 @@ def start() -> None:
     logging.getLogger("startsparse").disabled = _world.rank > 0
 
 
-def _leave_gpu(code: object) -> None:
-    """End this process: NCCL would warn unless it is told, and wait for a process that is lost."""
+def _leave(code: object) -> None:
+    """Leave the other processes; after an error end at once, without a wait for lost ones."""
     if not code:
         dist.destroy_process_group()
         return
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
+    stopping.end_children()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(code if isinstance(code, int) else 1)
 
 
@@ -261,25 +263,19 @@ def _digest(tensor: Tensor) -> Tensor:
     return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
 
 
-def replica(model: nn.Module, sync_bn: bool = False) -> nn.Module:
-    """A collective: ``model`` with a backward pass that averages gradients over the processes.
+def all_replicate(model: nn.Module) -> nn.Module:
+    """``model`` with a backward pass that averages gradients over the processes.
 
     Args:
         model: in the same state in all processes, and on the device of each.
-        sync_bn: let BatchNorm normalise by the examples of all processes; on GPUs.
     """
-    if sync_bn:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     device = next(model.parameters()).device
     # Statistics are copied when an epoch ends. The later of these names is of PyTorch 2.14.
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        **{buffers: False},
-    )
+    settings: dict[str, Any] = {buffers: False, "gradient_as_bucket_view": True}
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, **settings)
 
 
 def weight(share: float) -> float:

@@ -6,6 +6,7 @@ history, best epoch. All randomness derives from the position, so a run that is 
 resumed equals, to the bit, a run without a stop.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -32,6 +33,7 @@ from startsparse.options import Options
 from startsparse.phases import Phase, Position
 from startsparse.runs import Run, computed, selected_weights
 from startsparse.stopping import StopSignal
+from startsparse.sync_bn import synced
 from startsparse.training import (
     Learner,
     NonFiniteLoss,
@@ -75,7 +77,7 @@ class Trainer(Learner, Generic[S]):
             run.keep_images(data.images)
         self.device = devices[0]
         several = processes.world_size() > 1
-        network = processes.replica(model) if several else parallel.parallel(model, devices)
+        network = processes.all_replicate(model) if several else parallel.parallel(model, devices)
         self.compute = Compute(
             model,
             torch.compile(network) if options.compile else network,
@@ -133,14 +135,16 @@ class Trainer(Learner, Generic[S]):
             UserError: it is gone, does not fit, is damaged, is of an older version, or of other
                 options.
         """
-        if not self._path.exists():
-            if (self.run.folder / "epochs.csv").exists():
+        begun = self.run.folder / "epochs.csv"
+        here, begins = processes.all_from_rank_0(lambda: (self._path.exists(), not begun.exists()))
+        if not here:
+            if not begins:
                 raise UserError(
                     f"{self._path}: is gone, and the run cannot continue without it; put it back, "
                     "or start a new run"
                 )
             return
-        state = checkpoint.load(self._path, self.device)
+        state = checkpoint.load_by_rank_0(self._path, self.device)
         steps = len(self.data.train)
         resumption.check(state, self._path, self.optimizer, self.options, steps)
         resumption.check_trained(self.options, state.get("options", {}), self.run.folder)
@@ -200,7 +204,7 @@ class Trainer(Learner, Generic[S]):
     def load_selected(self) -> None:
         """Put the weights of the selected epoch in place."""
         path = selected_weights(self.run.folder, self.options.select)
-        checkpoint.load_model(self.model, checkpoint.load(path, self.device), path)
+        checkpoint.load_model(self.model, checkpoint.load_by_rank_0(path, self.device), path)
 
     def write_tables(self) -> None:
         """Write epochs.csv and the tables of the script."""
@@ -290,7 +294,8 @@ class Trainer(Learner, Generic[S]):
                 warmup=self._warmup(phase) * steps,
             )
 
-        with self.compute.sparse(self.optimizer):
+        norms = synced(self.model) if options.sync_bn else contextlib.nullcontext()
+        with self.compute.sparse(self.optimizer), norms:
             train_epoch(
                 self,
                 self.data.train,
@@ -346,7 +351,7 @@ class Trainer(Learner, Generic[S]):
         super().before_step(method, step)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Average them, unless `processes.replica` has."""
+        """Average them, unless `processes.all_replicate` has."""
         if self.compute.entered:
             super().average_gradients(parameters)
 
@@ -369,7 +374,8 @@ class Trainer(Learner, Generic[S]):
     def first_bad_layer(self, inputs: torch.Tensor) -> str:
         """`training.first_bad_layer` of the masked network."""
         self.compute.switch(False, self.optimizer)
-        return super().first_bad_layer(inputs)
+        with processes.alone():
+            return super().first_bad_layer(inputs)
 
     def _interrupt(self) -> None:
         where = f"epoch {len(self.history) + 1}, step {self.position.step + 1}"

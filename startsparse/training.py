@@ -4,6 +4,7 @@ No step reads a value back from the device: losses and hits are summed there and
 ends, or about once a second for the progress bar.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -129,7 +130,9 @@ def train_epoch(
             several = processes.world_size() > 1
             share = len(labels) / batches.size(step) if several else 1.0
             counted = sums if processes.counts(share) else new_sums(sums.device)
-            loss = _forward(learner, inputs, labels, counted, step)
+            whole = several and share == 1  # too small to be shared: BatchNorm looks at this one
+            with processes.alone() if whole else contextlib.nullcontext():
+                loss = _forward(learner, inputs, labels, counted, step)
             if late or sums.device.type == "cpu":
                 _stop_if_bad(counted, inputs, learner)
             learner.optimizer.zero_grad()
