@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from forked import Script
 from script_runs import ROOT
 from tabular_processes import BAD, RUNS, SPLIT
 
-from startsparse import plots
+from startsparse import plots, processes
 from startsparse.tabular import TabularOptions, experiment, program, report
 from startsparse.tabular.options import alone
 
@@ -123,6 +124,24 @@ def test_who_trains_what():
     assert dealt(2, **three, loop="loop") == [
         {"a": [0, 2], "b": [0, 2], "c": [0, 2]}, {"a": [1, 3], "b": [1, 3], "c": [1, 3]}
     ]  # fmt: skip
+
+
+def test_networks_that_share_a_memory(monkeypatch):
+    """Of two machines with four processes each; a process trains one table after the other."""
+
+    def networks(device, **options):
+        options = TabularOptions(device=device, seeds=(1, 2), **options)  # eight on a table
+        return program.together(options, torch.device(device.replace("auto", "cuda:0")))
+
+    assert networks("cpu") == networks("cpu", tables=("a", "b")) == 8
+    monkeypatch.setattr(processes._world, "size", 8)
+    monkeypatch.setattr(processes._world, "local_size", 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert networks("cpu") == 4 * 1
+    assert networks("cpu", tables=("a", "b")) == 4 * 2
+    assert networks("cpu", tables=tuple("abcdefgh")) == 4 * 8
+    assert networks("auto", tables=("a", "b")) == 2 * 2
+    assert networks("cuda:0", tables=("a", "b")) == 4 * 2
 
 
 @pytest.mark.parametrize("loop", ["batched", "loop"])

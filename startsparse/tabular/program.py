@@ -104,7 +104,7 @@ def check(table: Table, options: TabularOptions) -> None:
         layers = sparse_layers(experiment.network(table, options))
     weights = sum(layer.weight.numel() for layer in layers.values())
     device = options.torch_device()
-    networks = _together(options, device)
+    networks = together(options, device)
     needed, there = 4 * _COPIES * networks * weights, device_memory(device)
     if needed > there:
         raise UserError(
@@ -119,7 +119,7 @@ def check(table: Table, options: TabularOptions) -> None:
                 )
 
 
-def _together(options: TabularOptions, device: torch.device) -> int:
+def together(options: TabularOptions, device: torch.device) -> int:
     """Networks that are in the memory of ``device`` at once: a process trains table by table."""
     most = max(len(s) for own in shares(options, processes.world_size()) for _, s in own)
     spread = device.type == "cuda" and ":" not in options.device
