@@ -100,13 +100,13 @@ def test_an_error_is_one_line_of_all_processes(two, name):
     assert not (where / name / "out/results.csv").exists()
 
 
-def dealt(processes, **options):
+def dealt(count, **options):
     """Tables of each process, with the numbers of its networks."""
     options = TabularOptions(**options)
     number = {setting: n for n, setting in enumerate(experiment.settings(options))}
     return [
         {name: [number[s] for s in settings] for name, settings in own}
-        for own in program.shares(options, processes)
+        for own in program.shares(options, count)
     ]
 
 
@@ -146,9 +146,9 @@ def test_networks_that_share_a_memory(monkeypatch):
 
 @pytest.mark.parametrize("loop", ["batched", "loop"])
 def test_every_network_is_trained_once(loop):
-    for tables, seeds, processes in itertools.product((1, 2, 3, 5), (1, 2, 3), range(1, 18)):
+    for tables, seeds, count in itertools.product((1, 2, 3, 5), (1, 2, 3), range(1, 18)):
         names = tuple("abcde"[:tables])
-        shares = dealt(processes, tables=names, seeds=tuple(range(seeds)), loop=loop)
-        assert len(shares) == processes
+        shares = dealt(count, tables=names, seeds=tuple(range(seeds)), loop=loop)
+        assert len(shares) == count
         pairs = sorted((name, n) for own in shares for name, ns in own.items() for n in ns)
         assert pairs == [(name, n) for name in names for n in range(4 * seeds)]

@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
         processes.all_agree(True)  # all have, before another run may write here
 
 
-def shares(options: TabularOptions, processes: int) -> list[list[tuple[str, list[Setting]]]]:
-    """What each process trains: (table, settings of networks).
+def shares(options: TabularOptions, count: int) -> list[list[tuple[str, list[Setting]]]]:
+    """What each of ``count`` processes trains: (table, settings of networks).
 
     Where there are no more processes than tables, a process has whole tables. Else each table is
     split into as few pieces as give all processes work; networks that train as one batched model
@@ -70,13 +70,13 @@ def shares(options: TabularOptions, processes: int) -> list[list[tuple[str, list
     they are dealt out one by one.
     """
     every = experiment.settings(options)
-    wanted = len(every) if options.loop == "loop" else -(-processes // len(options.tables))
+    wanted = len(every) if options.loop == "loop" else -(-count // len(options.tables))
     pieces = min(wanted, len(every))
     units = [(name, every[piece::pieces]) for name in options.tables for piece in range(pieces)]
     result: list[list[tuple[str, list[Setting]]]] = []
-    for rank in range(processes):
+    for rank in range(count):
         mine: dict[str, list[Setting]] = {}
-        for name, settings in units[rank::processes]:
+        for name, settings in units[rank::count]:
             mine.setdefault(name, []).extend(settings)
         result.append(list(mine.items()))
     return result
