@@ -43,7 +43,7 @@ class Member:
     """One network, its data and its setting.
 
     Attributes:
-        initial: parameters and buffers at the start, without the masks, on the CPU.
+        initial: parameters and buffers at the start, without the masks.
         first_masks: density -> bool [outputs, inputs], the first layer's mask at that density, on
             the CPU.
     """
@@ -71,12 +71,12 @@ def make_member(
     parts = tables.split(table, seed)
     model = network(table, options)
     init_weights(model, options.init, seed)
+    device = options.torch_device()
+    model.to(device)  # what is drawn is the same on all
     initial = copy.deepcopy(model.state_dict())
     shapes = {name: tuple(layer.weight.shape) for name, layer in sparse_layers(model).items()}
     densities = layer_densities(options.er_sparse_method, list(shapes.values()), start)
     attach_masks(model, draw_masks(shapes, densities, seed, "exact"))
-    device = options.torch_device()
-    model.to(device)  # what is drawn is the same on all
     return Member(
         start=start,
         reset=reset,
