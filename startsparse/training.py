@@ -143,7 +143,7 @@ def train_epoch(
     learner.model.train()
     optimizer = learner.optimizer
     masked = [(w, mask) for _, w, mask in masked_weights(learner.model) if w.requires_grad]
-    hidden = processes.rank() > 0 or None
+    hidden = None if processes.shows() else True
     bar = tqdm(total=len(batches), initial=start, desc=title, leave=False, disable=hidden)
     # Before the first step: thousands in a row cost a third of what one costs between two steps.
     rates = {step: learning_rate(step) for step in range(start, len(batches))}
