@@ -30,6 +30,7 @@ from startsparse.masks import density, keep_inside
 from startsparse.method import Method
 from startsparse.options import Options
 from startsparse.phases import Phase, Position
+from startsparse.profiling import TRACE, StepProfiler
 from startsparse.runs import Run, computed, selected_weights
 from startsparse.stopping import StopSignal
 from startsparse.training import (
@@ -99,6 +100,8 @@ class Trainer(Learner, Generic[S]):
         self.stop = StopSignal(alone=processes.world_size() == 1)
         self.clock = Clock()
         self.emptied = Emptied(model, options)
+        traced = options.profile and processes.rank() == 0
+        self.profiler = StepProfiler(run.folder / TRACE, self.device) if traced else None
 
     @property
     def _path(self) -> Path:
@@ -191,6 +194,8 @@ class Trainer(Learner, Generic[S]):
                         self._epoch(phase)
                 phase.then(self)
                 if self.position.phase + 1 == len(phases):
+                    if self.profiler:
+                        self.profiler.end()
                     return
                 self.emptied.check(f"after {phase.name}")
                 following = self.position.phase + 1
@@ -341,6 +346,8 @@ class Trainer(Learner, Generic[S]):
         whole = method.moves_masks(step) or method.needs_dense_gradients(step)
         self.compute.switch(not whole, self.optimizer)
         self.ledger.before_step(step, method)
+        if self.profiler:
+            self.profiler.before_step(*self._in_epoch(step))
         super().before_step(method, step)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter], examples: int) -> None:
@@ -352,6 +359,8 @@ class Trainer(Learner, Generic[S]):
     def after_step(self, method: Method, step: int) -> None:
         """Save if --save-every or a signal asks for it; the end of an epoch saves anyway."""
         super().after_step(method, step)
+        if self.profiler:
+            self.profiler.after_step(*self._in_epoch(step))
         if method.moves_masks(step):
             self.emptied.check(f"after step {step + 1}")
         steps, every = len(self.data.train), self.options.save_every
@@ -363,6 +372,11 @@ class Trainer(Learner, Generic[S]):
             self.save()
             if self.stop.agreed:
                 self._interrupt()
+
+    def _in_epoch(self, step: int) -> tuple[int, int]:
+        """The number in its epoch of a step of the phase, and the steps of an epoch."""
+        steps = len(self.data.train)
+        return step - self.position.epoch * steps, steps
 
     def first_bad_layer(self, inputs: torch.Tensor) -> str:
         """`training.first_bad_layer` of the masked network."""
