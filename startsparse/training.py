@@ -65,7 +65,8 @@ class Learner:
             each step by (seed, epoch, step); None: they are left alone.
         """
         self.model, self.optimizer = model, optimizer
-        self.forward = forward or model
+        # A compiled network is true or false by its length, which it may not have.
+        self.forward = model if forward is None else forward
         self.autocast = autocast or torch.autocast("cpu", enabled=False)
         self.label_smoothing, self.clip_norm, self.seed = label_smoothing, clip_norm, seed
 
