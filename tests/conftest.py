@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from gpu_scenarios import Server
 from hypothesis import settings
 from script_runs import few_digits, newest
 from slt_runs import slt
@@ -20,6 +21,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # The same examples in every run: a failure can be repeated, and 4 sigma stays 4 sigma.
 settings.register_profile("startsparse", derandomize=True, deadline=None)
 settings.load_profile("startsparse")
+
+
+def pytest_runtest_setup(item):
+    """Skip tests marked ``gpu``, or ``gpu(2)``, where there are not so many GPUs."""
+    for mark in item.iter_markers("gpu"):
+        needed = mark.args[0] if mark.args else 1
+        if torch.cuda.device_count() < needed:
+            pytest.skip(f"needs {needed} GPUs with CUDA")
 
 
 @pytest.fixture
@@ -38,6 +47,14 @@ def run_dst(tmp_path):
 def run_slt(tmp_path):
     """`slt` in a temporary folder."""
     return partial(slt, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    """Runs on pretended GPUs, as `gpu_scenarios` describes."""
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture

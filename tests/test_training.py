@@ -141,7 +141,7 @@ def test_devices_with_cuda(monkeypatch):
         parallel.choose_devices("0,2")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_the_step_is_named_at_the_end_of_the_epoch():
     device = torch.device("cuda", 0)
     model, batches = network().to(device), Fixed()
