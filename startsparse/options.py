@@ -172,6 +172,9 @@ class Options(Meaning):
     sparse_compute: Annotated[str, choice(MODES), counts(on.SPARSE_FORM)] = "auto"
     """On CPUs, compute and store only what is inside the masks, and compute only what soft
     thresholds and edge-popup use of it; auto: only in layers where a trial is faster so"""
+    profile: bool = False
+    """Trace ten training steps, after the first ten, into profile.json of the run folder, and print
+    the longest operations"""
 
     @property
     def network_option(self) -> str:
