@@ -2,7 +2,7 @@
 
 Floating point numbers >= 0 are in the order of their bit patterns, read as integers. So three bits
 of the k-th largest are found by seven counts, and all bits by eleven rounds in float32. All tensors
-lie in one vector, each from the start of a chunk of `_CHUNK` entries. One operation counts in all
+lie in one vector, each from the start of a chunk of `CHUNK` entries. One operation counts in all
 chunks, another adds up the chunks of a tensor.
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_CHUNK = 1024  # small against most layers, and large enough for one block of threads
+CHUNK = 1024  # small against most layers, and large enough for one block of threads
 _BITS = 3  # that a round finds; its counts take 2**3 - 1 bytes for each entry
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -53,7 +53,7 @@ class Layout(NamedTuple):
     @property
     def chunks(self) -> list[int]:
         """Number of chunks of each tensor."""
-        return [-(-shape.numel() // _CHUNK) for shape in self.shapes]
+        return [-(-shape.numel() // CHUNK) for shape in self.shapes]
 
     @property
     def in_order(self) -> bool:
@@ -62,17 +62,17 @@ class Layout(NamedTuple):
         return not any(last and shape[1] > 1 and shape[2:].numel() > 1 for shape, last in pairs)
 
     def join(self, tensors: Sequence[Tensor], fill: float) -> Tensor:
-        """[chunks, `_CHUNK`] of tensors of these shapes, in any memory format."""
-        rest = tensors[0].new_full((_CHUNK,), fill)
+        """[chunks, `CHUNK`] of tensors of these shapes, in any memory format."""
+        rest = tensors[0].new_full((CHUNK,), fill)
         pieces = []
         for tensor, last in zip(tensors, self.last):
             vector = _vector(tensor, last)
-            pieces += [vector, rest[: -len(vector) % _CHUNK]]
-        return torch.cat(pieces).view(-1, _CHUNK)
+            pieces += [vector, rest[: -len(vector) % CHUNK]]
+        return torch.cat(pieces).view(-1, CHUNK)
 
     def split(self, joined: Tensor) -> list[Tensor]:
         """The inverse of `join`: views that have the shapes and memory formats of the tensors."""
-        pieces = joined.view(-1).split([count * _CHUNK for count in self.chunks])
+        pieces = joined.view(-1).split([count * CHUNK for count in self.chunks])
         triples = zip(pieces, self.shapes, self.last)
         return [_shaped(piece[: shape.numel()], shape, last) for piece, shape, last in triples]
 
@@ -93,7 +93,7 @@ class Layout(NamedTuple):
 
         A weight [outputs, channels, h, w] has the order outputs, h, w, channels in memory.
         """
-        total = sum(self.chunks) * _CHUNK
+        total = sum(self.chunks) * CHUNK
         dtype = torch.int32 if total < 2**31 else torch.int64
         numbers = torch.arange(total + 1, dtype=dtype, device=device)
         facts, first = [], 0
@@ -101,11 +101,11 @@ class Layout(NamedTuple):
             channels, kernel = (shape[1], shape[2:].numel()) if last else (1, 1)
             matrix = (kernel, channels) if inverse else (channels, kernel)
             facts += [numbers[fact] for fact in (first, shape.numel(), *matrix)]
-            first += chunks * _CHUNK
+            first += chunks * CHUNK
         table = torch.stack(facts).view(-1, 4).index_select(0, self.owner(device))
         start, size, height, width = table.view(-1, 4, 1).unbind(1)
         # Each matrix [height, width] of the first ``size`` places is transposed.
-        place = numbers[:total].view(-1, _CHUNK).sub_(start)
+        place = numbers[:total].view(-1, CHUNK).sub_(start)
         within = (place % (height * width)).mul_(place < size)
         place += start
         place -= within
