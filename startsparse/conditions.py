@@ -87,7 +87,7 @@ class Meaning:
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "run": (
             *("config", "name", "seed", "log_dir", "result_dir", "resume", "evaluate"),
-            "save_every",
+            *("save_every", "save_seconds"),
         ),
         "data": (
             *("set", "data", "image_size", "channels", "mirror", "checksum", "valid_split"),

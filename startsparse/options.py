@@ -48,7 +48,10 @@ class Options(Meaning):
     evaluate: bool = False
     """Do not train: print the accuracies of the best weights of the run that --resume names"""
     save_every: int = 0
-    """Also save a checkpoint every so many steps (0: after each epoch)"""
+    """Also save a checkpoint every so many steps (0: after epochs only)"""
+    save_seconds: float = 0.0
+    """Seconds between two checkpoints after epochs (0: so many that saving takes at most 2 % of the
+    time); there is always one where a training ends, or is stopped"""
 
     set: Annotated[str, choice(SETS)] = "digits"
     """Data set"""
@@ -287,6 +290,7 @@ class Options(Meaning):
             "width",
             "workers",
             "save_every",
+            "save_seconds",
             "image_size",
             "data_memory",
         ):

@@ -2,7 +2,7 @@
 
 Each runs the whole script, on a GPU of its own or on the CPU. All draw the same weights and masks,
 since randomness is derived. Each trains on its part of every batch (`data.batches.parts`), with a
-loss of which the mean over the processes is that of the batch (`weight`). DistributedDataParallel
+loss of which the mean over the processes is that of the batch. DistributedDataParallel
 (`all_replicate`) averages the gradients, so that all processes have the same weights. It does not
 know the parameters of the sparse form, whose gradients `all_average_gradients` averages. Rank 0
 writes the files, and decides for all where processes could differ (`by_rank_0`).
@@ -124,10 +124,9 @@ def start() -> None:
 
 
 def _leave(code: object) -> None:
-    """Leave the other processes; after an error end at once, without a wait for lost ones."""
+    """End this process at once: PyTorch's own end takes seconds, and may wait for lost ones."""
     if not code:
-        dist.destroy_process_group()
-        return
+        dist.destroy_process_group()  # else NCCL warns
     stopping.end_children()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -276,20 +275,6 @@ def all_replicate(model: nn.Module) -> nn.Module:
     settings: dict[str, Any] = {buffers: False, "gradient_as_bucket_view": True}
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, **settings)
-
-
-def weight(share: float) -> float:
-    """What this process multiplies its mean loss by; the mean over the processes is the batch's.
-
-    Args:
-        share: the part of the batch that this process has; 1: each process has all of it.
-    """
-    return 1.0 if share == 1 else share * _world.size
-
-
-def counts(share: float) -> bool:
-    """Whether losses and hits of this process count; where each has the whole batch, rank 0's."""
-    return share < 1 or _world.rank == 0
 
 
 def all_reduce(sums: Tensor) -> Tensor:

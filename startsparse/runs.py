@@ -49,7 +49,7 @@ from startsparse.reading import is_number, read_bytes
 
 # Options that may change when a run resumes: they do not affect the result.
 FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
-FREE |= {"workers", "data_memory", "multigpu", "compile", "sparse_compute"}
+FREE |= {"save_seconds", "workers", "data_memory", "multigpu", "compile", "sparse_compute"}
 
 # What every summary.json holds.
 MEASURED = (

@@ -22,6 +22,7 @@ from torch import nn
 from startsparse import checkpoint, flops, machine, parallel, processes, resumption, schedules
 from startsparse.candidates import Candidates
 from startsparse.clock import Clock
+from startsparse.compiled import Compiled
 from startsparse.data import AnyBatches, Data
 from startsparse.effective import effective_layers
 from startsparse.emptied import Emptied
@@ -32,6 +33,7 @@ from startsparse.method import Method
 from startsparse.options import Options
 from startsparse.phases import Phase, Position
 from startsparse.runs import Run, computed, selected_weights
+from startsparse.saving import Saving
 from startsparse.stopping import StopSignal
 from startsparse.sync_bn import synced
 from startsparse.training import (
@@ -80,7 +82,7 @@ class Trainer(Learner, Generic[S]):
         network = processes.all_replicate(model) if several else parallel.parallel(model, devices)
         self.compute = Compute(
             model,
-            torch.compile(network) if options.compile else network,
+            Compiled(network, self._whole_batch()) if options.compile else network,
             mode=options.sparse_compute,
             shape=data.shape.input[1:],
             obstacle=options.no_sparse_compute(self.device),
@@ -93,22 +95,37 @@ class Trainer(Learner, Generic[S]):
             label_smoothing=options.label_smoothing,
             clip_norm=options.clip_norm,
             seed=options.seed,
+            devices=devices,
         )
         self.position, self.sums = Position(), new_sums(self.device)
         self.history: list[dict] = []
         self.tables: dict[str, list[dict]] = {}
-        self.candidates = Candidates(run.folder)
+        self.candidates, self.saving = Candidates(run.folder), Saving(options.save_seconds)
         self.ledger = flops.Ledger(model, torch.zeros(data.shape.input, device=self.device))
         self.stop, self.vote = StopSignal(alone=not several), processes.Vote()
         self.clock = Clock()
         self.emptied = Emptied(model, options)
+
+    def _whole_batch(self) -> int:
+        """Examples that this process has of a batch at least, unless that is an epoch's last."""
+        if self.data.shape.nodes:
+            return 0
+        examples = self.data.train.examples // self.options.passes
+        return min(self.options.batch_size, examples) // processes.world_size()
 
     @property
     def _path(self) -> Path:
         return self.run.folder / "checkpoint.pt"
 
     def save(self) -> None:
-        """Write checkpoint.pt, whole or not at all."""
+        """Write checkpoint.pt, whole or not at all, and around it what it says is there."""
+        with self.saving.timed():
+            self.candidates.write()
+            self._write_checkpoint()
+            self.candidates.tidy()
+            self.write_tables()
+
+    def _write_checkpoint(self) -> None:
         checkpoint.save_by_rank_0(
             self._path,
             {
@@ -158,7 +175,7 @@ class Trainer(Learner, Generic[S]):
         if processes.rank() == 0:
             self.sums = state["sums"]  # of all processes
         self.history, self.tables = state["history"], state["tables"]
-        self.candidates.best, self.candidates.rivals = state["best"], state["rivals"]
+        self.candidates.restore(state["best"], state["rivals"])
         self.candidates.tidy()
         self.ledger.restore(state["ledger"])
         self.clock.restore(state["clock"])
@@ -207,9 +224,10 @@ class Trainer(Learner, Generic[S]):
         checkpoint.load_model(self.model, checkpoint.load_by_rank_0(path, self.device), path)
 
     def write_tables(self) -> None:
-        """Write epochs.csv and the tables of the script."""
+        """Write epochs.csv and the tables of the script, where they have rows."""
         for name, rows in {"epochs": self.history, **self.tables}.items():
-            self.run.write_table(f"{name}.csv", pd.DataFrame(rows))
+            if rows:
+                self.run.write_table(f"{name}.csv", pd.DataFrame(rows))
 
     def test(self) -> dict[str, float]:
         """Put the selected weights in place and use the test set, once.
@@ -331,16 +349,19 @@ class Trainer(Learner, Generic[S]):
         if position.epoch >= phase.select_from:
             candidate = {name: row[name] for name in ("epoch", "valid_accuracy", "density")}
             self.candidates.add(self.model, candidate, drifts=phase.drifts)
-        if position.epoch + 1 == phase.epochs:
+        ended = position.epoch + 1 == phase.epochs
+        if ended:
             self.candidates.rivals = []
         self.position = Position(position.phase, position.epoch + 1)
         self.sums = new_sums(self.device)
-        self.save()
-        self.candidates.tidy()
-        self.write_tables()
+        saved = ended or processes.all_from_rank_0(self.saving.is_due)
+        if saved:
+            self.save()
         self.run.record(row, self.watch())
         self.stop.agree(processes.all_agree(bool(self.stop.received)))
         if self.stop.agreed:
+            if not saved:
+                self.save()
             self._interrupt()
 
     def before_step(self, method: Method, step: int) -> None:
@@ -356,7 +377,7 @@ class Trainer(Learner, Generic[S]):
             super().average_gradients(parameters)
 
     def after_step(self, method: Method, step: int) -> None:
-        """Save if --save-every or a signal asks for it; the end of an epoch saves anyway."""
+        """Save if --save-every or a signal asks for it; at the end of an epoch `_epoch` may."""
         super().after_step(method, step)
         self.stop.agree(self.vote.all_ask(bool(self.stop.received)))
         if method.moves_masks(step):
@@ -365,6 +386,8 @@ class Trainer(Learner, Generic[S]):
         done = step + 1 - self.position.epoch * steps
         if done < steps and (self.stop.agreed or (every and done % every == 0)):
             self.position.step = done
+            if self.lookout:
+                self.lookout.look()
             self.compute.switch(False, self.optimizer)
             require_finite(self.model, self.optimizer, f" after step {step + 1}")
             self.save()
