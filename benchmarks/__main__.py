@@ -4,6 +4,7 @@ from benchmarks import (
     auto,
     batched,
     beside,
+    distributed,
     edge_popup,
     graph_step,
     input_pipeline,
@@ -34,6 +35,7 @@ for benchmark in (
     sparse_compute,
     sparse_reparameterised,
     auto,
+    distributed,
     beside,
 ):
     print(f"\n## {benchmark.__name__}: {benchmark.__doc__.splitlines()[0]}\n", flush=True)

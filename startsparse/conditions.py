@@ -104,7 +104,7 @@ class Meaning:
             *("warmup_length", "weight_decay", "no_bn_decay", "momentum", "nesterov"),
             *("label_smoothing", "clip_norm", "select"),
         ),
-        "hardware": ("multigpu", "amp", "compile", "sparse_compute"),
+        "hardware": ("multigpu", "sync_bn", "amp", "compile", "sparse_compute"),
     }
 
     @property

@@ -158,7 +158,10 @@ class Options(Meaning):
     within 10 % of the final density), or of the last epoch"""
 
     multigpu: Annotated[str, default_is("the first, if there is one")] = ""
-    """GPUs, as in 0,1; several train by DataParallel. On CPUs, torchrun starts several processes"""
+    """GPUs, as in 0,1; several train by DataParallel. torchrun is faster, as it gives each GPU a
+    process of its own, and works on several machines"""
+    sync_bn: Annotated[bool, counts(on.NORMED)] = False
+    """Of several processes of torchrun, let BatchNorm normalise by the examples of all"""
     amp: Annotated[str, choice(("auto", "bf16", "off"))] = "auto"
     """bf16 autocast; auto: on GPUs that support it"""
     compile: bool = False
@@ -229,6 +232,8 @@ class Options(Meaning):
             return "it is for CPUs"
         if self.amp == "bf16":
             return "--amp bf16 computes in a format that it does not have"
+        if self.sync_bn and processes.world_size() > 1:
+            return "its BatchNorm is no --sync-bn"
         return "--compile generates kernels of its own" if self.compile else ""
 
     @property
@@ -297,6 +302,8 @@ class Options(Meaning):
         require_gpus(self, "multigpu")
         if self.compile and "," in self.multigpu:
             raise OptionError("--compile: works on one device; name one GPU in --multigpu")
+        if self.sync_bn and "," in self.multigpu:
+            raise OptionError("--sync-bn: is for torchrun; leave it out, or --multigpu")
         if "," in self.multigpu and SHAPES[self.set].nodes:
             raise OptionError(f"--multigpu: {self.set} is one batch; name one GPU")
         if processes.world_size() > 1:
@@ -306,8 +313,8 @@ class Options(Meaning):
         """Raise `OptionError` for what several processes cannot do."""
         if self.multigpu:
             raise OptionError(
-                "--multigpu: several processes train on CPUs; leave it out, or start one process "
-                "without torchrun"
+                "--multigpu: torchrun gives each process a GPU of its own; leave it out, or start "
+                "one process without torchrun"
             )
         if SHAPES[self.set].nodes:
             raise OptionError(f"--set: {self.set} is one batch; start one process without torchrun")

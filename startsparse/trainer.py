@@ -6,6 +6,7 @@ history, best epoch. All randomness derives from the position, so a run that is 
 resumed equals, to the bit, a run without a stop.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -34,6 +35,7 @@ from startsparse.phases import Phase, Position
 from startsparse.runs import Run, computed, selected_weights
 from startsparse.saving import Saving
 from startsparse.stopping import StopSignal
+from startsparse.sync_bn import synced
 from startsparse.training import (
     Learner,
     NonFiniteLoss,
@@ -76,7 +78,8 @@ class Trainer(Learner, Generic[S]):
         if data.images:
             run.keep_images(data.images)
         self.device = devices[0]
-        network = parallel.parallel(model, devices)
+        several = processes.world_size() > 1
+        network = processes.all_replicate(model) if several else parallel.parallel(model, devices)
         self.compute = Compute(
             model,
             Compiled(network, self._whole_batch()) if options.compile else network,
@@ -99,7 +102,7 @@ class Trainer(Learner, Generic[S]):
         self.tables: dict[str, list[dict]] = {}
         self.candidates, self.saving = Candidates(run.folder), Saving(options.save_seconds)
         self.ledger = flops.Ledger(model, torch.zeros(data.shape.input, device=self.device))
-        self.stop = StopSignal(alone=processes.world_size() == 1)
+        self.stop, self.vote = StopSignal(alone=not several), processes.Vote()
         self.clock = Clock()
         self.emptied = Emptied(model, options)
 
@@ -149,14 +152,16 @@ class Trainer(Learner, Generic[S]):
             UserError: it is gone, does not fit, is damaged, is of an older version, or of other
                 options.
         """
-        if not self._path.exists():
-            if (self.run.folder / "epochs.csv").exists():
+        begun = self.run.folder / "epochs.csv"
+        here, begins = processes.all_from_rank_0(lambda: (self._path.exists(), not begun.exists()))
+        if not here:
+            if not begins:
                 raise UserError(
                     f"{self._path}: is gone, and the run cannot continue without it; put it back, "
                     "or start a new run"
                 )
             return
-        state = checkpoint.load(self._path, self.device)
+        state = checkpoint.load_by_rank_0(self._path, self.device)
         steps = len(self.data.train)
         resumption.check(state, self._path, self.optimizer, self.options, steps)
         resumption.check_trained(self.options, state.get("options", {}), self.run.folder)
@@ -216,7 +221,7 @@ class Trainer(Learner, Generic[S]):
     def load_selected(self) -> None:
         """Put the weights of the selected epoch in place."""
         path = selected_weights(self.run.folder, self.options.select)
-        checkpoint.load_model(self.model, checkpoint.load(path, self.device), path)
+        checkpoint.load_model(self.model, checkpoint.load_by_rank_0(path, self.device), path)
 
     def write_tables(self) -> None:
         """Write epochs.csv and the tables of the script, where they have rows."""
@@ -307,7 +312,8 @@ class Trainer(Learner, Generic[S]):
                 warmup=self._warmup(phase) * steps,
             )
 
-        with self.compute.sparse(self.optimizer):
+        norms = synced(self.model) if options.sync_bn else contextlib.nullcontext()
+        with self.compute.sparse(self.optimizer), norms:
             train_epoch(
                 self,
                 self.data.train,
@@ -320,6 +326,7 @@ class Trainer(Learner, Generic[S]):
                 first=first,
                 title=f"{phase.name} {position.epoch + 1}/{phase.epochs}",
             )
+        processes.all_require_equal(self.model, f" in epoch {len(self.history) + 1}")
         processes.all_copy_rank_0(self.model)
         require_finite(self.model, self.optimizer, f" after epoch {len(self.history) + 1}")
         if effective_layers(self.model):
@@ -364,15 +371,15 @@ class Trainer(Learner, Generic[S]):
         self.ledger.before_step(step, method)
         super().before_step(method, step)
 
-    def average_gradients(self, parameters: Sequence[nn.Parameter], examples: int) -> None:
-        """Average them, and agree with all processes on stopping."""
-        self.stop.agree(
-            processes.all_average_gradients(parameters, examples, bool(self.stop.received))
-        )
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average them, unless `processes.all_replicate` has."""
+        if self.compute.entered:
+            super().average_gradients(parameters)
 
     def after_step(self, method: Method, step: int) -> None:
         """Save if --save-every or a signal asks for it; at the end of an epoch `_epoch` may."""
         super().after_step(method, step)
+        self.stop.agree(self.vote.all_ask(bool(self.stop.received)))
         if method.moves_masks(step):
             self.emptied.check(f"after step {step + 1}")
         steps, every = len(self.data.train), self.options.save_every
@@ -390,7 +397,8 @@ class Trainer(Learner, Generic[S]):
     def first_bad_layer(self, inputs: torch.Tensor) -> str:
         """`training.first_bad_layer` of the masked network."""
         self.compute.switch(False, self.optimizer)
-        return super().first_bad_layer(inputs)
+        with processes.alone():
+            return super().first_bad_layer(inputs)
 
     def _interrupt(self) -> None:
         where = f"epoch {len(self.history) + 1}, step {self.position.step + 1}"

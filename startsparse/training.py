@@ -100,9 +100,9 @@ class Learner:
         """Called before the forward pass of ``step`` of the phase."""
         method.before_step(step, self.model, self.optimizer)
 
-    def average_gradients(self, parameters: Sequence[nn.Parameter], examples: int) -> None:
-        """Make the gradients those of the whole batch; called after the backward pass."""
-        processes.all_average_gradients(parameters, examples)
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average the gradients over the processes; called after the backward pass."""
+        processes.all_average_gradients(parameters)
 
     def after_step(self, method: Method, step: int) -> None:
         """Called after the optimizer has moved the weights in ``step`` of the phase."""
@@ -159,15 +159,17 @@ def train_epoch(
             learning = [
                 p for group in optimizer.param_groups for p in group["params"] if p.requires_grad
             ]
-            if len(labels):  # not every process has a part of a very small batch
+            if processes.world_size() == 1:
                 loss = _forward(learner, inputs, labels, totals, step)
-                if totals.bad == step:
-                    lookout.look()
-                lookout.hold()
-                for parameter in learning:
-                    parameter.grad = None
-                loss.backward()
-            _move_weights(learner, method, first + step, len(labels), learning, masked)
+            else:
+                loss = _forward_part(learner, inputs, labels, totals, step, batches.size(step))
+            if totals.bad == step:
+                lookout.look()
+            lookout.hold()
+            for parameter in learning:
+                parameter.grad = None
+            loss.backward()
+            _move_weights(learner, method, first + step, learning, masked)
             bar.update()
             if time.monotonic() - shown > 1:
                 lookout.look()
@@ -187,17 +189,32 @@ def _forward(learner: Learner, inputs: Tensor, labels: Tensor, totals: Totals, s
     return loss
 
 
+def _forward_part(
+    learner: Learner, inputs: Tensor, labels: Tensor, totals: Totals, step: int, size: int
+) -> Tensor:
+    """`_forward` of this process's part of a batch of ``size``.
+
+    The mean over the processes of what they return is the loss of the batch.
+    """
+    if len(labels) < size:
+        share = len(labels) / size
+        return _forward(learner, inputs, labels, totals, step) * (share * processes.world_size())
+    if processes.rank() > 0:  # all have the whole batch, and rank 0 counts it
+        totals = Totals(new_sums(totals.sums.device))
+    with processes.alone():  # BatchNorm has all examples here
+        return _forward(learner, inputs, labels, totals, step)
+
+
 def _move_weights(
     learner: Learner,
     method: Method,
     step: int,
-    examples: int,
     learning: list[nn.Parameter],
     masked: list[tuple[Tensor, Tensor]],
 ) -> None:
     """From the gradients of this process's part of a batch to the new weights."""
     optimizer = learner.optimizer
-    learner.average_gradients(learning, examples)
+    learner.average_gradients(learning)
     method.after_backward(step, learner.model, optimizer)
     # In layers that compute only inside their mask, the weight has no gradient.
     dense = [(weight.grad, mask) for weight, mask in masked if weight.grad is not None]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from startsparse import seeding
 from startsparse.data import files
-from startsparse.data.batches import normalised, parts, steps
+from startsparse.data.batches import normalised, parts, steps, whole_size
 from startsparse.data.folder import visible, walk
 from startsparse.errors import UserError
 
@@ -118,6 +118,10 @@ class FolderBatches:
     def __len__(self) -> int:
         """Steps of one epoch."""
         return steps(self.examples, self.batch_size, self.train)
+
+    def size(self, step: int) -> int:
+        """Images of the whole batch of a step, see `batches.whole_size`."""
+        return whole_size(self.examples, self.batch_size, step)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from step ``start`` on, as `Batches.epoch` yields them.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from startsparse import seeding
-from startsparse.data.batches import parts, steps
+from startsparse.data.batches import parts, steps, whole_size
 
 
 class Rows:
@@ -39,6 +39,10 @@ class Rows:
         """Steps of one epoch."""
         return steps(self.examples, self.batch_size, train=self.seed is not None)
 
+    def size(self, step: int) -> int:
+        """Rows of the whole batch of a step, see `batches.whole_size`."""
+        return whole_size(self.examples, self.batch_size, step)
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Features [B, F, 1, 1] and labels [B] from step ``start`` on, as `Batches.epoch`."""
         features, labels = self.features[:, :, None, None], self.labels
@@ -60,6 +64,10 @@ class Repeated:
     def __len__(self) -> int:
         """Steps of one epoch."""
         return self.passes * len(self.batches)
+
+    def size(self, step: int) -> int:
+        """Examples of the whole batch of a step."""
+        return self.batches.size(step % len(self.batches))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The epochs of ``batches`` from number ``passes * epoch`` on, after ``start`` steps."""
