@@ -1,8 +1,8 @@
 """Devices: which to use, and a network on several of them; for several processes: `processes`."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,6 +62,29 @@ class Parallel(nn.DataParallel):
         parts = examples.tensor_split(len(working))
         scattered = [(p.to(d, non_blocking=True),) for p, d in zip(parts, working)]
         return scattered, [kwargs or {}] * len(working)
+
+    def parallel_apply(
+        self, replicas: Sequence[Any], inputs: Sequence[Any], kwargs: Any
+    ) -> list[Any]:
+        """The outputs of the replicas, each computed by a thread that works as this one does."""
+        return super().parallel_apply([_as_here(each) for each in replicas], inputs, kwargs)
+
+
+def _as_here(replica: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``replica``, computed under the autocast and the inference mode of the calling thread.
+
+    DataParallel's threads take over whether there are gradients, and whether there is autocast, but
+    its dtype becomes float16, and inference mode ends.
+    """
+    dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    # Not inference_mode(False) elsewhere, as that would switch gradients on.
+    mode = torch.inference_mode if torch.is_inference_mode_enabled() else nullcontext
+
+    def computed(*inputs: Any, **kwargs: Any) -> Tensor:
+        with mode(), torch.autocast("cuda", dtype, enabled=enabled):
+            return replica(*inputs, **kwargs)
+
+    return computed
 
 
 def parallel(model: nn.Module, devices: list[torch.device]) -> nn.Module:

@@ -27,6 +27,14 @@ settings.register_profile("startsparse", derandomize=True, deadline=None)
 settings.load_profile("startsparse")
 
 
+def pytest_runtest_setup(item):
+    """Skip tests marked ``gpu``, or ``gpu(2)``, where there are not so many GPUs."""
+    for mark in item.iter_markers("gpu"):
+        needed = mark.args[0] if mark.args else 1
+        if torch.cuda.device_count() < needed:
+            pytest.skip(f"needs {needed} GPUs with CUDA")
+
+
 @pytest.fixture
 def run(tmp_path):
     """Run STR/main.py in this process; returns the run folder."""

@@ -8,13 +8,20 @@ test does; ``gpu("masked")`` is then, as a dict:
     launches           region -> kernels: the median of ordinary steps for "step", the mean for
                        "update", of both for other regions the sum (see `pretended_log`)
     waits              region -> {"kind file:line": how often}
+    products           device -> dtypes in which it convolved or multiplied matrices
+    distance           largest difference between a number of the networks
+    counts             the first mask that keeps another number of weights than on the CPU; "": none
     differs            the first thing in which the run differs from the CPU's; "": none, to the bit
     digests            SHA-256 of each tensor of the network
     log                what the run printed
     error              a traceback, if the run ended with an exception
 
+``gpu.resumed("masked")`` is a run that dies after its first checkpoint and is resumed; its
+``differs`` and ``distance`` are those from an unbroken run on the same devices.
+
 ``gpu.call(function)`` runs a function of a test file there, inside ``pretended_gpus()``, with the
-`Log` as its argument; what it returns must be JSON. ``gpus=2`` is for both.
+`Log` as its argument; what it returns must be JSON. ``gpus=2`` is for both; a scenario on several
+GPUs, and its run on the CPU, have BatchNorm with fixed statistics, so that they can be compared.
 
 To try one by hand: python tests/gpu_scenarios.py masked
 """
@@ -77,6 +84,7 @@ SCENARIOS = {
     "set": ("ER_DST", f"{_MOVES} --model mlp --width 16 --method DST --growth random"),
     "popup-layer": ("ER_SLT", f"{_POPUP} --model resnet20 --width 4 --per-layer"),
     "popup-global": ("ER_SLT", f"{_POPUP} --model resnet20 --width 4 --global"),
+    "diverges": ("STR", f"{_STR} --arch mlp --width 16 --lr 1e30 --warmup-length 0"),
 }
 
 
@@ -90,6 +98,10 @@ class Server:
     def __call__(self, name: str, *more: str, gpus: int = 1) -> dict:
         """The run of a scenario; ``more`` words of its command line change it."""
         return self._ask({"run": name, "more": list(more), "gpus": gpus})
+
+    def resumed(self, name: str, *more: str, gpus: int = 1) -> dict:
+        """The run of a scenario that dies after its first checkpoint, and is resumed."""
+        return self._ask({"resume": name, "more": list(more), "gpus": gpus})
 
     def call(self, function: Callable[[Any], Any], gpus: int = 1) -> Any:
         """What a function of a module in tests/ returns there."""
@@ -135,6 +147,8 @@ def answer(request: dict) -> dict:
     try:
         if "run" in request:
             return run(request["run"], request["more"], request["gpus"])
+        if "resume" in request:
+            return resumed(request["resume"], request["more"], request["gpus"])
         from pretended_gpu import pretended_gpus
 
         function = getattr(importlib.import_module(request["module"]), request["function"])
@@ -150,23 +164,62 @@ def run(name: str, more: list[str], gpus: int) -> dict:
 
     script, words = SCENARIOS[name]
     argv = [*words.split(), *more]
-    several = ["--multigpu", ",".join(map(str, range(gpus)))] if gpus > 1 else []
-    folder = Path(tempfile.mkdtemp())
-    said = io.StringIO()
-    found: dict[str, Any] = {}
+    with _prepared(gpus) as (folder, found):
+        with pretended_gpus(gpus) as log:
+            there = _start(script, [*argv, *_devices(gpus)], folder / "gpu")
+        found |= log.summary()
+        found["digests"] = _digests(there)
+        found |= _compared(there, _start(script, argv, folder / "cpu"))
+    return found
+
+
+def resumed(name: str, more: list[str], gpus: int) -> dict:
+    """A scenario on the pretended GPU without a stop, and with one."""
+    from pretended_gpu import pretended_gpus
+    from script_runs import Crash, crashing, newest
+
+    from startsparse.trainer import Trainer
+
+    script, words = SCENARIOS[name]
+    argv = [*words.split(), *more, *_devices(gpus)]
+    with _prepared(gpus) as (folder, found), pretended_gpus(gpus):
+        whole = _start(script, argv, folder / "whole")
+        with (
+            mock.patch.object(Trainer, "save", crashing("after", 1)),
+            contextlib.suppress(Crash),
+        ):
+            _start(script, argv, folder / "broken")
+        broken = newest(folder / "broken")
+        again = ["--resume", str(broken), *_devices(gpus)]
+        importlib.import_module(f"{script}.main").main(again)
+        found |= _compared(broken, whole)
+    return found
+
+
+def _devices(gpus: int) -> list[str]:
+    return ["--multigpu", ",".join(map(str, range(gpus)))] if gpus > 1 else []
+
+
+def _compared(one: Path, other: Path) -> dict[str, Any]:
+    return {
+        "differs": difference(one, other),
+        "distance": distance(one, other),
+        "counts": other_count(one, other),
+    }
+
+
+@contextlib.contextmanager
+def _prepared(gpus: int):
+    """A folder, and a dict that gets what the runs print, and their exception, if any."""
+    folder, said, found = Path(tempfile.mkdtemp()), io.StringIO(), {}
     try:
-        with _few_digits_and_no_clock(), _said_to(said):
-            with pretended_gpus(gpus) as log:
-                there = _start(script, [*argv, *several], folder / "gpu")
-            found |= log.summary()
-            found["digests"] = _digests(there)
-            here = _start(script, argv, folder / "cpu")
-            found["differs"] = difference(there, here)
+        with _few_digits_and_no_clock(), _said_to(said), _fixed_statistics(gpus > 1):
+            yield folder, found
     except BaseException:
         found["error"] = traceback.format_exc()
     finally:
+        found["log"] = said.getvalue()
         shutil.rmtree(folder)
-    return found | {"log": said.getvalue()}
 
 
 def _start(script: str, argv: list[str], where: Path) -> Path:
@@ -191,6 +244,20 @@ def _few_digits_and_no_clock():
         mock.patch.object(plots, "plot_run_by_rank_0", lambda *_: None),
         mock.patch.object(training, "time", still),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def _fixed_statistics(fixed: bool):
+    """BatchNorm trains with statistics of mean 0 and variance 1; on several GPUs it has parts."""
+    import torch.nn.functional as F
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    def forward(norm, inputs):
+        return F.batch_norm(inputs, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+
+    plain = mock.patch.object(_BatchNorm, "forward", forward)
+    with plain if fixed else contextlib.nullcontext():
         yield
 
 
@@ -220,11 +287,28 @@ def _leaves(folder: Path) -> list[tuple[str, Any]]:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    from startsparse import checkpoint
+    from script_runs import weights
 
-    model = checkpoint.load(folder / "checkpoint.pt")["model"]
-    raw = {name: tensor.contiguous().numpy().tobytes() for name, tensor in model.items()}
+    tensors = weights(folder).items()
+    raw = {name: tensor.contiguous().numpy().tobytes() for name, tensor in tensors}
     return {name: hashlib.sha256(data).hexdigest() for name, data in raw.items()}
+
+
+def other_count(one: Path, other: Path) -> str:
+    """The first mask of which two runs keep different numbers of weights; "": there is none."""
+    from script_runs import weights
+
+    first, second = weights(one), weights(other)
+    masks = [name for name in first if name.endswith("_mask")]
+    return next((name for name in masks if first[name].sum() != second[name].sum()), "")
+
+
+def distance(one: Path, other: Path) -> float:
+    """The largest difference between a number of one network and that of the other."""
+    from script_runs import weights
+
+    pairs = zip(weights(one).values(), weights(other).values(), strict=True)
+    return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
 
 
 def difference(one: Path, other: Path) -> str:

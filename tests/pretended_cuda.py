@@ -334,7 +334,7 @@ def _patches(count: int, bf16: bool, pretend: Callable, wait: Callable) -> Itera
     )
     yield patch(
         torch.Tensor,
-        cuda=lambda t, device=None, **how: t.to(torch.device("cuda", device or 0), **how),
+        cuda=lambda t, device=None: t.to(torch.device("cuda", device or current())),
         pin_memory=_pinned,
         is_pinned=lambda t, *_: getattr(t, "_pinned", False),
         record_stream=lambda *_: None,

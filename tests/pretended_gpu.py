@@ -23,6 +23,7 @@ from pretended_log import Log
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+_PRODUCTS = {"aten::convolution", "aten::mm", "aten::addmm", "aten::bmm"}
 _COPYING = {"aten::copy_", "aten::_to_copy"}
 _WAITING = {
     "aten::_local_scalar_dense": "item",
@@ -105,6 +106,12 @@ class Pretend(torch.Tensor):
             torch.device("cuda", device if device is not None else cuda.current()), **how
         )
 
+    def __setitem__(self, index, value):
+        """As CUDA does it: a number that is put where a mask is true stays on the CPU."""
+        if isinstance(value, int | float) and getattr(index, "dtype", None) is torch.bool:
+            value = torch.tensor(value, dtype=self.dtype)
+        super().__setitem__(index, value)
+
     def tolist(self):
         _log.wait("tolist")
         return self.inner.tolist()
@@ -133,6 +140,10 @@ class Pretend(torch.Tensor):
 
 class _Mode(TorchDispatchMode):
     """Sees operations without a `Pretend` among their arguments, as torch.zeros(device=cuda)."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here; to skip it takes its import, and time in each call
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
@@ -175,6 +186,8 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
         _log.wait(_WAITING[name])
     if name in _INDEXING:
         _look_at_indices(name, args)
+    if name in _PRODUCTS:
+        _log.products.add((str(target), str(gpu[0].dtype).removeprefix("torch.")))
     if name not in _NO_KERNEL and not _is_view(func):
         _log.launch(name, _launches(name, args))
 
@@ -218,14 +231,15 @@ def _look_at_devices(func: Any, args: tuple, gpu: list, cpu: list) -> None:
 
 
 def _look_at_indices(name: str, args: tuple) -> None:
-    """Boolean indices are counted first, unless one number is put there."""
+    """Boolean indices are counted first, unless a number of the CPU is put there."""
     indices = [index for index in args[1] if isinstance(index, torch.Tensor)]
     boolean = [index.dtype in (torch.bool, torch.uint8) for index in indices]
-    fills = name != "aten::index" and all(boolean) and args[2].numel() == 1
+    fills = name != "aten::index" and all(boolean) and args[2].device.type == "cpu"
     if any(boolean) and not fills:
         _log.wait("boolean index")
 
 
+@functools.cache
 def _is_view(func: Any) -> bool:
     return any(a.alias_info and not a.alias_info.is_write for a in func._schema.arguments)
 
@@ -239,8 +253,13 @@ def _launches(name: str, args: tuple) -> int:
     dtypes = {tensor.dtype for tensors in lists for tensor in tensors}
     fast = len(dtypes) == 1 or name == "aten::_foreach_copy_"
     for others in lists[1:]:
-        fast &= all(a.stride() == b.stride() for a, b in zip(first, others))
+        fast &= all(_strides(a) == _strides(b) for a, b in zip(first, others))
     return 1 if fast else len(first)
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """Those that say something: of dimensions of more than one entry."""
+    return [step for size, step in zip(tensor.shape, tensor.stride()) if size > 1]
 
 
 @functools.cache
@@ -272,12 +291,17 @@ def _wrapped(func: Any, args: tuple, kwargs: dict, result: Any, target: Any, gpu
             value = args[position] if position < len(args) else kwargs.get(schema.name)
             written.update(dict.fromkeys(schema.alias_info.after_set, value))
 
+    # In inference mode, views of ordinary tensors are ordinary.
+    ordinary = torch.is_inference_mode_enabled() and _is_view(func) and gpu
+    ordinary = ordinary and not gpu[0].is_inference()
+
     def wrap(value):
         if not isinstance(value, torch.Tensor) or target.type != "cuda":
             return value
-        of_ordinary = _is_view(func) and gpu and not gpu[0].is_inference()
-        with torch.inference_mode(torch.is_inference_mode_enabled() and not of_ordinary):
-            return Pretend(value, target)
+        if ordinary:
+            with torch.inference_mode(False):
+                return Pretend(value, target)
+        return Pretend(value, target)
 
     returns = func._schema.returns
     if not returns:

@@ -25,6 +25,7 @@ _REGIONS = {
     "save": "saving",
     "require_finite": "saving",
     "_stop_if_bad": "look",
+    "look": "look",
     "means": "look",
 }
 _UPDATES = {"before_step", "after_backward", "after_step"}
@@ -34,12 +35,14 @@ class Log:
     """Attributes:
     launches: (region, operation, place) -> number of kernels that CUDA would launch, about.
     waits: (region, kind, place) -> how often the CPU waited for the GPU.
+    products: (device, dtype) of each convolution and matrix product.
     steps: for each optimizer step, whether masks moved in it, and its launches by region.
     """
 
     def __init__(self) -> None:
         self.launches: collections.Counter[tuple[str, str, str]] = collections.Counter()
         self.waits: collections.Counter[tuple[str, str, str]] = collections.Counter()
+        self.products: set[tuple[str, str]] = set()
         self.steps: list[tuple[bool, collections.Counter[str]]] = []
         self._epoch: FrameType | None = None  # of train_epoch, from its first step on
         self._main, self._last = threading.current_thread(), "else"
@@ -98,6 +101,7 @@ class Log:
     def summary(self) -> dict:
         """As JSON: ``steps``, ``updates`` and, for each region, ``launches`` and ``waits``.
 
+        ``products`` are device -> dtypes that it computed in.
         ``launches`` in a step are the median of the steps that move no mask, those in an update are
         the mean; of other regions the total. ``waits`` are "kind file:line" -> count, in all.
         """
@@ -112,8 +116,11 @@ class Log:
         waits: dict[str, dict[str, int]] = {}
         for (region, kind, place), count in sorted(self.waits.items()):
             waits.setdefault(region, {})[f"{kind} {place}"] = count
+        products: dict[str, list[str]] = {}
+        for device, dtype in sorted(self.products):
+            products.setdefault(device, []).append(dtype)
         counts = {"steps": len(self.steps), "updates": len(moving)}
-        return counts | {"launches": launches, "waits": waits}
+        return counts | {"launches": launches, "waits": waits, "products": products}
 
     def _here(self) -> tuple[str, str]:
         """The region and the place of the innermost frame of the project."""

@@ -159,7 +159,7 @@ def test_the_way_of_gpus_finds_the_same_threshold(seed, values, size):
         assert _by_topk(scores, count) == ordered[count - 1] == _lowest_of_top(scores, count)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_keep_top_on_a_gpu():
     for values in (None, 1, 2):
         model = network(3, values)

@@ -227,7 +227,7 @@ def test_each_step_is_seeded_as_by_manual_seed():
         assert torch.equal(mine, torch.rand(3))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_the_step_is_named_at_the_end_of_the_epoch():
     device = torch.device("cuda", 0)
     model, batches = network().to(device), Fixed()
