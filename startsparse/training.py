@@ -71,7 +71,8 @@ class Learner:
         devices: those that ``forward`` uses (default: those of the parameters).
         """
         self.model, self.optimizer = model, optimizer
-        self.forward = forward or model
+        # A compiled network is true or false by its length, which it may not have.
+        self.forward = model if forward is None else forward
         self.autocast = autocast or torch.autocast("cpu", enabled=False)
         self.label_smoothing, self.clip_norm, self.seed = label_smoothing, clip_norm, seed
         self.devices = set(devices) or {parameter.device for parameter in model.parameters()}
