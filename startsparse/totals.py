@@ -73,8 +73,10 @@ class Totals:
         self.sums.copy_(torch.tensor(values, dtype=torch.float64))
 
     def _add_there(self, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
+        losses, hits_and_examples, first_bad = self.sums.split([1, 2, 1])
         counts = torch.stack((logits.argmax(1) == labels, labels >= 0)).sum(1)
-        self.sums[0] += loss.double() * counts[1]
-        self.sums[1:3] += counts
-        first_bad = torch.where((loss - loss) == 0, torch.inf, float(step))
-        torch.minimum(self.sums[3], first_bad, out=self.sums[3])
+        mean = loss.double()
+        losses.add_(mean * counts[1])
+        hits_and_examples.add_(counts)
+        bad = (mean - mean).add_(torch.inf).nan_to_num_(nan=step, posinf=torch.inf)
+        torch.minimum(first_bad, bad, out=first_bad)
