@@ -6,7 +6,7 @@ test does; ``gpu("masked")`` is then, as a dict:
 
     steps, updates     number of optimizer steps, and of those that moved masks
     launches           region -> kernels: the median of ordinary steps for "step", the mean for
-                       "update", of both for other regions the sum (see `pretended_log`)
+                       "update", for other regions the sum (see `pretended_log`)
     waits              region -> {"kind file:line": how often}
     products           device -> dtypes in which it convolved or multiplied matrices
     distance           largest difference between a number of the networks
