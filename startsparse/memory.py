@@ -2,9 +2,10 @@
 
 import os
 from contextlib import suppress
-from pathlib import Path
 
-_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of this process's container
+from startsparse import containers
+
+_LIMITS = {1: "memory.limit_in_bytes", 2: "memory.max"}  # version of cgroups -> file
 
 
 def installed() -> float:
@@ -12,6 +13,6 @@ def installed() -> float:
     sizes = [float("inf")]
     with suppress(AttributeError, ValueError, OSError):  # not on every platform
         sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with suppress(OSError, ValueError):  # no container, or "max"
-        sizes.append(float(_LIMIT.read_text(encoding="utf-8")))
+    for version, group in containers.groups("memory"):
+        sizes += containers.numbers(group / _LIMITS[version]) or []
     return min(sizes)

@@ -13,14 +13,14 @@ import os
 import sys
 from pathlib import Path
 
+from startsparse import containers
+
 # By these the user decides on waiting, and on the number of threads.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 NUMBER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 # libomp and libiomp know only the first, and sleep at once.
 SHORTLY = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
-
-_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def wait_shortly() -> None:
@@ -59,43 +59,11 @@ def cores() -> int:
 
 def _limit() -> float:
     """Cores that cgroups allow: the least limit of this process's group and its parents."""
-    try:
-        lines = _OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
-    except OSError:  # no Linux
-        return math.inf
-    limits = [math.inf]
-    for line in lines:
-        _, kinds, path = line.split(":", 2)
-        if kinds == "":
-            root, quota_of = _CGROUPS, _quota
-        elif "cpu" in kinds.split(","):
-            root, quota_of = _CGROUPS / "cpu", _quota_of_version_1
-        else:
-            continue
-        own = root / path.strip("/")
-        # A container may see its own group mounted as the root, whatever the group's path is.
-        for group in (own, *own.parents):
-            if group.is_relative_to(root):
-                limits.append(quota_of(group))
-    return min(limits)
+    return min((_quota(*group) for group in containers.groups("cpu")), default=math.inf)
 
 
-def _quota(group: Path) -> float:
-    """The limit of cgroup v2: "max 100000", or microseconds of CPU time and of their period."""
-    try:
-        quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()
-    except OSError:  # no such group here, or no limit can be set
-        return math.inf
-    return math.inf if quota == "max" else int(quota) / int(period)
-
-
-def _quota_of_version_1(group: Path) -> float:
-    """The limit of cgroup v1, where -1 is none."""
-    try:
-        quota, period = (
-            int((group / f"cpu.cfs_{name}_us").read_text(encoding="utf-8"))
-            for name in ("quota", "period")
-        )
-    except OSError:
-        return math.inf
-    return math.inf if quota < 0 else quota / period
+def _quota(version: int, group: Path) -> float:
+    """Microseconds of CPU time in a period by those of the period; version 1 has -1 for none."""
+    files = ["cpu.max"] if version == 2 else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+    found = containers.numbers(*(group / name for name in files))
+    return math.inf if not found or found[0] < 0 else found[0] / found[1]

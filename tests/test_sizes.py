@@ -97,12 +97,24 @@ def test_what_counts_is_the_memory_of_the_machine(start, monkeypatch):
             start("STR", "--arch", "mlp", "--width", "16")
 
 
-def test_the_memory_of_a_container_counts(monkeypatch, tmp_path):
-    whole = memory.installed()
-    for content, expected in (("12345\n", 12345), ("max\n", whole), ("", whole)):
-        (tmp_path / "max").write_text(content)
-        monkeypatch.setattr(memory, "_LIMIT", tmp_path / "max")
-        assert memory.installed() == expected
+WHOLE = memory.installed()
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/\n", {"memory.max": "12345\n"}, 12345),
+        ("0::/\n", {"memory.max": "max\n"}, WHOLE),
+        ("0::/\n", {"memory.max": ""}, WHOLE),
+        ("0::/\n", {}, WHOLE),
+        ("0::/a/b\n", {"a__b__memory.max": "max\n", "a__memory.max": "12345\n"}, 12345),
+        ("5:cpu:/\n4:memory:/a\n", {"memory__a__memory.limit_in_bytes": "12345\n"}, 12345),
+        ("4:memory:/\n", {"memory__memory.limit_in_bytes": f"{2**63 - 4096}\n"}, WHOLE),
+    ],
+)
+def test_the_memory_of_a_container_counts(cgroups, own, files, expected):
+    cgroups(own, **files)
+    assert memory.installed() == expected
 
 
 def test_a_modulus_whose_pairs_no_machine_holds(start):

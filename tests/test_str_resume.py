@@ -77,6 +77,18 @@ def test_resume_while_density_leaves_the_best_epochs(run, monkeypatch):
         assert not list(parts.glob("best-*"))
 
 
+def test_a_clock_that_is_set_back_changes_nothing(run, monkeypatch):
+    argv = [*MLP, "--epochs", "3"]
+    whole = run(*argv, where="whole")
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Trainer, "save", crashing("after", 2))
+        run(*argv, where="parts")
+    now, year = time.time, 365 * 24 * 3600
+    monkeypatch.setattr(time, "time", lambda: now() - year)
+    monkeypatch.setattr(time, "time_ns", lambda: int((now() - year) * 1e9))
+    assert same(whole, run(*argv, "--resume", "auto", where="parts"))
+
+
 def test_resume_over_pruning_levels(run, monkeypatch):
     argv = [*MLP, "--threshold-list", "0.1", "0.05", "--final_prune_epoch", "1"]
     whole = run(*argv, where="whole")

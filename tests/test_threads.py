@@ -87,20 +87,10 @@ def test_openmp_hears_it():
 
 
 @pytest.fixture
-def machine(monkeypatch, tmp_path):
+def machine(monkeypatch, cgroups):
     """Eight cores, and cgroups as files of a folder."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(threads, "_CGROUPS", tmp_path / "sys")
-    monkeypatch.setattr(threads, "_OWN_CGROUPS", tmp_path / "own")
-
-    def make(own, **files):
-        (tmp_path / "own").write_text(own)
-        for name, content in files.items():
-            path = tmp_path / "sys" / name.replace("__", "/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content)
-
-    return make
+    return cgroups
 
 
 V1 = "5:cpuset:/a\n4:cpu,cpuacct:/a/b\n1:name=systemd:/\n"
