@@ -1,16 +1,16 @@
-"""What surrounds the tensors of a pretended GPU: torch.cuda, generators, autocast, DataParallel.
+"""What surrounds the tensors of a pretended GPU: torch.cuda, autocast, DataParallel.
 
 It stands on private parts of PyTorch. Where they are missing, `require` names them.
 """
 
 import contextlib
 import importlib
-import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pretended_draws as draws
 import torch
 from torch.utils import _foreach_utils, backend_registration
 from torch.utils._pytree import tree_map
@@ -18,10 +18,6 @@ from torch.utils._pytree import tree_map
 BACKEND = "pretended"  # C++'s name of the device
 
 _aten = torch.ops.aten
-_here = threading.local()
-_lock = threading.Lock()
-_MARK = 0x80 << 56  # of the seed of a generator of a GPU, whose index follows
-_SEED_BITS = 56
 _REQUIRED = (
     "torch.Tensor._make_wrapper_subclass",
     "torch._C._set_only_lift_cpu_tensors",
@@ -46,93 +42,6 @@ def require() -> None:
             )
 
 
-def current() -> int:
-    """Index of this thread's current GPU."""
-    return getattr(_here, "index", 0)
-
-
-@contextlib.contextmanager
-def _current_is(device: Any) -> Iterator[None]:
-    before = current()
-    index = device.index if isinstance(device, torch.device) else device
-    _here.index = before if index is None else index
-    try:
-        yield
-    finally:
-        _here.index = before
-
-
-# --- Generators -----------------------------------------------------------------------------------
-
-
-class _OnGPU(torch._C.Generator):
-    """A generator of the CPU whose seed says that it is one of a GPU: operations see only that."""
-
-    def __init__(self, device: torch.device):
-        self.on = torch.device("cuda", current() if device.index is None else device.index)
-        self.manual_seed(super().initial_seed())
-
-    def manual_seed(self, seed: int) -> "_OnGPU":
-        seed %= 1 << _SEED_BITS
-        super().manual_seed(_MARK | self.on.index << _SEED_BITS | seed)
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        return self.on
-
-
-class _Kind(type):
-    def __instancecheck__(cls, value: object) -> bool:
-        return isinstance(value, torch._C.Generator)
-
-
-class Generator(metaclass=_Kind):
-    """torch.Generator, for GPUs too."""
-
-    def __new__(cls, device: Any = "cpu"):
-        device = torch.device(device)
-        if device.type == "cuda":
-            made = torch._C.Generator.__new__(_OnGPU)
-            made.__init__(device)
-            return made
-        return torch._C.Generator(device)
-
-
-def device_of(generator: torch._C.Generator) -> torch.device:
-    """Where it draws."""
-    seed = generator.initial_seed()
-    if seed < _MARK:
-        return torch.device("cpu")
-    return torch.device("cuda", (seed - _MARK) >> _SEED_BITS)
-
-
-_default: list[torch._C.Generator] = []  # one for each GPU
-
-
-@contextlib.contextmanager
-def default_draws(func: Any, device: torch.device, has_generator: bool) -> Iterator[None]:
-    """Within it the CPU's default generator is that of the GPU, if ``func`` draws from it."""
-    draws = torch.Tag.nondeterministic_seeded in func.tags
-    if not draws or has_generator or device.type != "cuda":
-        yield
-        return
-    with _lock:
-        cpu, gpu = torch.random.default_generator, _default[device.index]
-        before = cpu.get_state()
-        cpu.set_state(gpu.get_state())
-        try:
-            yield
-        finally:
-            gpu.set_state(cpu.get_state())
-            cpu.set_state(before)
-
-
-def _manual_seed_all(seed: int) -> None:
-    for generator in _default:
-        generator.manual_seed(seed)
-
-
 # --- The backend that C++ sees, and its autocast --------------------------------------------------
 
 
@@ -141,10 +50,10 @@ class _Module(backend_registration._DummyBackendModule):
         return [torch.bfloat16, torch.float16]
 
     def device_count(self):
-        return max(1, len(_default))
+        return max(1, len(draws.defaults))
 
     def current_device(self):
-        return current()
+        return draws.current()
 
 
 _LOW = {
@@ -298,12 +207,12 @@ def _patches(count: int, bf16: bool, pretend: Callable, wait: Callable) -> Itera
             name="pretended", total_memory=1 << 34, multi_processor_count=1, major=9, minor=0
         ),
         get_device_capability=lambda *_: (9, 0),
-        current_device=current,
-        device=_current_is,
+        current_device=draws.current,
+        device=draws.current_is,
         is_current_stream_capturing=lambda: False,
-        manual_seed_all=_manual_seed_all,
-        manual_seed=lambda seed: _default[current()].manual_seed(seed),
-        default_generators=_default,
+        manual_seed_all=draws.manual_seed_all,
+        manual_seed=lambda seed: draws.defaults[draws.current()].manual_seed(seed),
+        default_generators=draws.defaults,
         synchronize=lambda *_: wait(),
         current_stream=_Stream,
         Stream=_Stream,
@@ -318,7 +227,7 @@ def _patches(count: int, bf16: bool, pretend: Callable, wait: Callable) -> Itera
     yield patch(
         torch,
         autocast=_Autocast,
-        Generator=Generator,
+        Generator=draws.Generator,
         load=load_to,
         is_autocast_enabled=lambda kind="cuda": autocast_on(backend_of(kind)),
         get_autocast_dtype=lambda kind: autocast_dtype(backend_of(kind)),
@@ -328,13 +237,13 @@ def _patches(count: int, bf16: bool, pretend: Callable, wait: Callable) -> Itera
     yield patch(
         torch.accelerator,
         current_stream=_Stream,
-        device_index=_current_is,
+        device_index=draws.current_is,
         is_available=lambda: True,
         synchronize=lambda *_: wait(),
     )
     yield patch(
         torch.Tensor,
-        cuda=lambda t, device=None: t.to(torch.device("cuda", device or current())),
+        cuda=lambda t, device=None: t.to(torch.device("cuda", device or draws.current())),
         pin_memory=_pinned,
         is_pinned=lambda t, *_: getattr(t, "_pinned", False),
         record_stream=lambda *_: None,
@@ -360,7 +269,7 @@ def pretended(count: int, bf16: bool, pretend: type, wait: Callable[[], None]) -
     _register(pretend)
     from torch.optim import optimizer
 
-    _default[:] = [Generator(torch.device("cuda", index)) for index in range(count)]
+    draws.defaults[:] = [draws.Generator(torch.device("cuda", index)) for index in range(count)]
     kinds = [_foreach_utils._foreach_supported_types, optimizer._foreach_supported_types]
     for accepted in kinds:
         accepted.append(pretend)
@@ -379,4 +288,4 @@ def pretended(count: int, bf16: bool, pretend: type, wait: Callable[[], None]) -
         torch._C._set_only_lift_cpu_tensors(False)
         torch.__future__.set_overwrite_module_params_on_conversion(False)
         torch.backends.cudnn.enabled, torch.backends.cudnn.deterministic = cudnn
-        _default.clear()
+        draws.defaults.clear()

@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import pretended_cuda as cuda
+import pretended_draws as draws
 import torch
 from pretended_log import Log
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -103,7 +104,7 @@ class Pretend(torch.Tensor):
 
     def cuda(self, device=None, **how):
         return self.to(
-            torch.device("cuda", device if device is not None else cuda.current()), **how
+            torch.device("cuda", device if device is not None else draws.current()), **how
         )
 
     def __setitem__(self, index, value):
@@ -153,7 +154,7 @@ def _real(device: torch.device | None) -> torch.device | None:
     """The device that the project knows, with its index."""
     if device is None or device.type not in ("cuda", cuda.BACKEND):
         return device
-    return torch.device("cuda", cuda.current() if device.index is None else device.index)
+    return torch.device("cuda", draws.current() if device.index is None else device.index)
 
 
 def _run(func: Any, args: tuple, kwargs: dict) -> Any:
@@ -167,9 +168,9 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
     target = asked or (gpu[0].on if gpu else torch.device("cpu"))
     if name == "aten::copy_":
         target = args[0].device
-    draws = [v for v in leaves if isinstance(v, torch._C.Generator)]
-    for generator in draws:
-        if (device := cuda.device_of(generator)) != target:
+    generators = [v for v in leaves if isinstance(v, torch._C.Generator)]
+    for generator in generators:
+        if (device := draws.device_of(generator)) != target:
             raise RuntimeError(
                 f"Expected a '{target}' device type for generator but found '{device}', in {func} "
                 f"at {_log.place()}"
@@ -191,7 +192,7 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
     if name not in _NO_KERNEL and not _is_view(func):
         _log.launch(name, _launches(name, args))
 
-    with cuda.default_draws(func, target, bool(draws)):
+    with draws.default_draws(func, target, bool(generators)):
         named = {key: _unwrapped(value) for key, value in kwargs.items()}
         named |= {"device": torch.device("cpu")} if asked else {}
         named |= {"pin_memory": False} if kwargs.get("pin_memory") else {}
