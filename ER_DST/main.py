@@ -22,22 +22,19 @@ from ER_DST.dynamic import phase, preserve_flow, remember
 from ER_DST.initializers import init_weights, ortho_repair
 from ER_DST.options import DSTOptions
 from ER_DST.sparse_inits import find_snip, pruner_ratio
-from startsparse import data, er, finding, flops, masks, parallel, processes, recipe
-from startsparse.commandline import own_names, parse
+from startsparse import data, er, finding, flops, masks, parallel, processes, recipe, seeds
 from startsparse.emptied import require_weights
 from startsparse.errors import OptionError, UserError
 from startsparse.processes import run_script
 from startsparse.trainer import Trainer
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS, OPTIONS = Path(__file__).parent / "configs", DSTOptions  # for sweeps, too
 log = logging.getLogger("startsparse")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """One run, from options to report."""
-    options = parse(DSTOptions, CONFIGS, argv)
-    with own_names(DSTOptions):
-        train(options)
+def main(argv: Sequence[str] | None = None) -> int:
+    """One run, from options to report, or one for each of --seeds; the exit code."""
+    return seeds.run_each(DSTOptions, CONFIGS, train, argv)
 
 
 def train(options: DSTOptions) -> None:

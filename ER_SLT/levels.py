@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ER_SLT.edge_popup import count, found_masks, popup_layers, set_density
+from ER_SLT.edge_popup import count, found_masks, popup_layers, ranked, set_density
 from ER_SLT.initializers import has_batchnorm
 from ER_SLT.options import SLTOptions
 from ER_SLT.ticket import SHUFFLES, load_ticket, save_ticket_by_rank_0, shuffled
@@ -197,8 +197,7 @@ def score_statistics(model: nn.Module) -> dict[str, float]:
     """Moments and range of the absolute scores inside the random mask, biases included."""
     parts = [
         score.flatten() if inside is None else score[inside]
-        for layer in popup_layers(model).values()
-        for score, inside in zip(*layer.ranked())
+        for score, inside in zip(*ranked(list(popup_layers(model).values())))
     ]
     scores = torch.cat(parts).double()
     values = torch.stack([scores.mean(), scores.std(), scores.min(), scores.max()])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from startsparse.masks import SparseLayer, active, sparse_layers
+from startsparse.masks import SparseLayer, nnz, sparse_layers
 from startsparse.method import Method
 
 
@@ -47,10 +47,8 @@ def forward_flops(model: nn.Module, example: Tensor) -> dict[str, float]:
 
 def densities(model: nn.Module) -> dict[str, float]:
     """The density of each sparse layer: active weights of all its weights."""
-    return {
-        name: torch.count_nonzero(active(layer)).item() / layer.weight.numel()
-        for name, layer in sparse_layers(model).items()
-    }
+    layers = sparse_layers(model)
+    return {name: count / layers[name].weight.numel() for name, count in nnz(model).items()}
 
 
 def inference(forward: Mapping[str, float], density: Mapping[str, float]) -> float:

@@ -37,8 +37,11 @@ class Options(Meaning):
     """YAML file with options; the command line wins"""
     name: Annotated[str, default_is("the network and its density")] = ""
     """Name of the run; a slash makes folders"""
-    seed: Seed = 1
+    seed: Annotated[Seed, counts(on.ONE_SEED)] = 1
     """Seed of every random draw: split, weights, masks, order and augmentation of the data"""
+    seeds: Annotated[tuple[Seed, ...], default_is("one run, of --seed")] = ()
+    """Do one run for each of these seeds, one after the other, and end with their mean and 95 %
+    interval; {seed} in another option stands for the seed of the run"""
     log_dir: Annotated[str, PATH] = "runs"
     """Folder that holds the run folders: <log-dir>/<config>/<name>/seed-<seed>"""
     result_dir: Annotated[str, PATH] = "results"
@@ -169,6 +172,9 @@ class Options(Meaning):
     sparse_compute: Annotated[str, choice(MODES), counts(on.SPARSE_FORM)] = "auto"
     """On CPUs, compute and store only what is inside the masks, and compute only what soft
     thresholds and edge-popup use of it; auto: only in layers where a trial is faster so"""
+    profile: bool = False
+    """Trace ten training steps, after the first ten, into profile.json of the run folder, and print
+    the longest operations"""
 
     @property
     def network_option(self) -> str:
@@ -194,6 +200,11 @@ class Options(Meaning):
     def requested(self) -> float:
         """The density requested at the end."""
         return self.er_sparse_init
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole run, the rows of its epochs.csv."""
+        return self.epochs
 
     @property
     def density_options(self) -> tuple[str, ...]:

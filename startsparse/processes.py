@@ -82,6 +82,11 @@ def local_size() -> int:
     return _world.local_size
 
 
+def shows() -> bool:
+    """Whether this process logs and shows progress: rank 0 does, also inside `alone`."""
+    return not logging.getLogger("startsparse").disabled
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """`errors.run_script`, in one of several processes if torchrun started them."""
     start()
@@ -167,6 +172,16 @@ def all_from_rank_0(make: Callable[[], T]) -> T:
     with _talking():
         dist.broadcast_object_list(message)
     return message[0]
+
+
+def all_gather(value: T) -> list[T]:
+    """The values of all processes, by rank."""
+    if _world.size == 1:
+        return [value]
+    values: list = [None] * _world.size
+    with _talking():
+        dist.all_gather_object(values, value)
+    return values
 
 
 def by_rank_0(function: Callable[P, T]) -> Callable[P, T]:

@@ -192,7 +192,7 @@ def keep_top(model: nn.Module, scores: Mapping[str, Tensor], count: int) -> None
 @torch.no_grad()
 def shrink(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], count: int) -> None:
     """`keep_top` among these masks only: layer name -> bool tensor, changed in place."""
-    left = sum(int(torch.count_nonzero(mask)) for mask in masks.values())
+    left = int(torch.stack([torch.count_nonzero(mask) for mask in masks.values()]).sum())
     if not 0 <= count <= left:
         raise ValueError(f"{count} weights cannot be kept: {left} are left")
     values = _candidates(masks, scores, count, left)

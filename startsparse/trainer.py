@@ -32,6 +32,7 @@ from startsparse.masks import density, keep_inside
 from startsparse.method import Method
 from startsparse.options import Options
 from startsparse.phases import Phase, Position
+from startsparse.profiling import TRACE, StepProfiler
 from startsparse.runs import Run, computed, selected_weights
 from startsparse.saving import Saving
 from startsparse.stopping import StopSignal
@@ -105,6 +106,8 @@ class Trainer(Learner, Generic[S]):
         self.stop, self.vote = StopSignal(alone=not several), processes.Vote()
         self.clock = Clock()
         self.emptied = Emptied(model, options)
+        traced = options.profile and processes.rank() == 0
+        self.profiler = StepProfiler(run.folder / TRACE, self.device) if traced else None
 
     def _whole_batch(self) -> int:
         """Examples that this process has of a batch at least, unless that is an epoch's last."""
@@ -213,6 +216,8 @@ class Trainer(Learner, Generic[S]):
                         self._epoch(phase)
                 phase.then(self)
                 if self.position.phase + 1 == len(phases):
+                    if self.profiler:
+                        self.profiler.end()
                     return
                 self.emptied.check(f"after {phase.name}")
                 following = self.position.phase + 1
@@ -369,6 +374,8 @@ class Trainer(Learner, Generic[S]):
         whole = method.moves_masks(step) or method.needs_dense_gradients(step)
         self.compute.switch(not whole, self.optimizer)
         self.ledger.before_step(step, method)
+        if self.profiler:
+            self.profiler.before_step(*self._in_epoch(step))
         super().before_step(method, step)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -379,6 +386,8 @@ class Trainer(Learner, Generic[S]):
     def after_step(self, method: Method, step: int) -> None:
         """Save if --save-every or a signal asks for it; at the end of an epoch `_epoch` may."""
         super().after_step(method, step)
+        if self.profiler:
+            self.profiler.after_step(*self._in_epoch(step))
         self.stop.agree(self.vote.all_ask(bool(self.stop.received)))
         if method.moves_masks(step):
             self.emptied.check(f"after step {step + 1}")
@@ -393,6 +402,11 @@ class Trainer(Learner, Generic[S]):
             self.save()
             if self.stop.agreed:
                 self._interrupt()
+
+    def _in_epoch(self, step: int) -> tuple[int, int]:
+        """The number in its epoch of a step of the phase, and the steps of an epoch."""
+        steps = len(self.data.train)
+        return step - self.position.epoch * steps, steps
 
     def first_bad_layer(self, inputs: torch.Tensor) -> str:
         """`training.first_bad_layer` of the masked network."""

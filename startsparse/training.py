@@ -71,7 +71,8 @@ class Learner:
         devices: those that ``forward`` uses (default: those of the parameters).
         """
         self.model, self.optimizer = model, optimizer
-        self.forward = forward or model
+        # A compiled network is true or false by its length, which it may not have.
+        self.forward = model if forward is None else forward
         self.autocast = autocast or torch.autocast("cpu", enabled=False)
         self.label_smoothing, self.clip_norm, self.seed = label_smoothing, clip_norm, seed
         self.devices = set(devices) or {parameter.device for parameter in model.parameters()}
@@ -143,7 +144,7 @@ def train_epoch(
     learner.model.train()
     optimizer = learner.optimizer
     masked = [(w, mask) for _, w, mask in masked_weights(learner.model) if w.requires_grad]
-    hidden = processes.rank() > 0 or None
+    hidden = None if processes.shows() else True
     bar = tqdm(total=len(batches), initial=start, desc=title, leave=False, disable=hidden)
     # Before the first step: thousands in a row cost a third of what one costs between two steps.
     rates = {step: learning_rate(step) for step in range(start, len(batches))}

@@ -98,7 +98,8 @@ def test_a_method_that_moves_masks_finds_the_network_whole(tmp_path):
 @pytest.mark.parametrize(("needs", "times"), [("never", 0), ("at updates", 2), ("always", 7)])
 def test_flops_follow_from_what_a_growth_rule_says_it_needs(tmp_path, monkeypatch, needs, times):
     """A rule of the user's own, of one line, at constant density: 7 of 8 steps grow, 2 update."""
-    monkeypatch.setitem(topology.GROWTH, "weight", Growth(lambda x, _: x.weight.abs(), needs))
+    rule = Growth(lambda layers, _: [layer.weight.abs() for layer in layers], needs)
+    monkeypatch.setitem(topology.GROWTH, "weight", rule)
     asked = options(method="DST", growth="weight", update_frequency=3, stop_updates=7 / 8)
     trainer = train(tmp_path, asked)
     assert [row["step"] for row in trainer.tables["topology"]] == [3, 6]

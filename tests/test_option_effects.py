@@ -39,6 +39,7 @@ def shared(set_, data, arch, decay):
     numbers = f"{set_} modular-addition {arch} algorithmic"
     photos = f"{set_} imagenet {arch} resnet50"
     return {
+        "--seed": ("", "--seeds 1 2", "with --seeds"),
         data: (f"{set_} cifar10", "", f"with {set_} digits, which has no files"),
         "--image-size": (f"{set_} folder {data} .", "", f"without {set_} folder"),
         "--channels": (f"{set_} folder {data} .", "", f"without {set_} folder"),

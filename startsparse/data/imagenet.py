@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from startsparse import seeding
+from startsparse import seeding, stopping
 from startsparse.data import files
 from startsparse.data.batches import normalised, parts, steps, whole_size
 from startsparse.data.folder import visible, walk
@@ -144,8 +144,11 @@ class FolderBatches:
 
 
 def _ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the run ends its workers after its checkpoint."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C reaches all processes of a terminal, and Slurm's warning those of a job; the run ends
+    its workers after its checkpoint.
+    """
+    for signum in (signal.SIGINT, *stopping.WARNINGS):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def _whole(loader: DataLoader) -> Iterator:

@@ -15,7 +15,7 @@ from ER_DST import main as dst
 from ER_SLT import main as slt
 from startsparse import plots
 from startsparse.phases import Phase
-from startsparse.tabular import experiment
+from startsparse.tabular import program
 from startsparse.trainer import Trainer
 from STR import main as str_
 from torture.promises import promise
@@ -111,6 +111,6 @@ def networks(_, folder):
         where = folder / str(number)
         argv = ["--seeds", *map(str, range(20)), "--starts", "0.5", "--densities", "0.3"]
         argv += ["--reset", "True", "--epochs", "1", "--final-epochs", "1", "--width", "8"]
-        experiment.main([*argv, "--result-dir", str(where)], say=lambda _: None)
+        program.main([*argv, "--result-dir", str(where)], say=lambda _: None)
         seen.append(used())
     check_flat(seen)
