@@ -37,10 +37,13 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-def check(graphs, *calls):
-    """11 of 12 training batches have 16 images, 1 of 2 validation batches."""
-    assert [graph["trains"] for graph in graphs] == [True, False]
-    assert [graph["calls"] for graph in graphs] == list(calls)
+def check(graphs, training, evaluation, parts=1):
+    """11 of 12 training batches have 16 images, 1 of 2 validation batches.
+
+    ``parts``: a hook before the forward pass is a graph of its own.
+    """
+    assert [graph["trains"] for graph in graphs] == [True] * parts + [False] * parts
+    assert [graph["calls"] for graph in graphs] == [training] * parts + [evaluation] * parts
 
 
 def test_levels_and_rewinds(run, graphs):
@@ -57,7 +60,7 @@ def test_masks_that_move(run_dst, graphs):
 
 def test_levels_of_tickets(run_slt, graphs):
     run_slt("--dataset", "DIGITS", *MLP, "--levels", "2", "--epochs", "1")
-    check(graphs, 2 * 11, 2 + 2 * 2)
+    check(graphs, 2 * 11, 2 + 2 * 2, parts=2)
 
 
 def test_small_batches_are_computed_by_the_network_itself(monkeypatch):
