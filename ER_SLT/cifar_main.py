@@ -7,9 +7,12 @@ if __name__ == "__main__":
 
 from functools import partial
 
-from ER_SLT.main import main
+from ER_SLT import main as script
 from ER_SLT.options import CIFAROptions
 from startsparse.processes import run_script
 
+CONFIGS, OPTIONS = script.CONFIGS, CIFAROptions  # for sweeps, too
+main = partial(script.main, kind=CIFAROptions)
+
 if __name__ == "__main__":
-    run_script(partial(main, kind=CIFAROptions))
+    run_script(main)

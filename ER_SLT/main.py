@@ -30,26 +30,26 @@ from ER_SLT.levels import (
 from ER_SLT.options import SLTOptions
 from ER_SLT.stored import check_shapes, stored
 from ER_SLT.ticket import put_in_place
-from startsparse import data, er, finding, flops, masks, parallel, recipe, training
+from startsparse import data, er, finding, flops, masks, parallel, recipe, seeds, training
 from startsparse.commandline import glance, own_names, parse
 from startsparse.emptied import require_weights
 from startsparse.errors import OptionError
 from startsparse.processes import run_script
 from startsparse.trainer import Trainer
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS, OPTIONS = Path(__file__).parent / "configs", SLTOptions  # for sweeps, too
 log = logging.getLogger("startsparse")
 
 
-def main(argv: Sequence[str] | None = None, kind: type[SLTOptions] = SLTOptions) -> None:
-    """One run, from options to report; or the accuracy of a ticket."""
+def main(argv: Sequence[str] | None = None, kind: type[SLTOptions] = SLTOptions) -> int:
+    """One run, from options to report, or one for each of --seeds; or the accuracy of a ticket."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if path := glance(kind, argv).evaluate:
+        if glance(kind, argv).seeds:
+            raise OptionError("--seeds: has no effect with --evaluate, which tests one ticket")
         evaluate(Path(path), argv)
-        return
-    options = parse(kind, CONFIGS, argv)
-    with own_names(kind):
-        train(options)
+        return 0
+    return seeds.run_each(kind, CONFIGS, train, argv)
 
 
 def train(options: SLTOptions) -> None:

@@ -134,6 +134,11 @@ class SLTOptions(Options):
         return self.sparsity
 
     @property
+    def total_epochs(self) -> int:
+        """Epochs of all levels."""
+        return self.levels * self.epochs
+
+    @property
     def density_options(self) -> tuple[str, ...]:
         """The fields that decide how many weights are left at the end, for messages."""
         return ("sparsity",)

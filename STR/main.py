@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from startsparse import data, er, finding, flops, masks, models, parallel, recipe
-from startsparse.commandline import parse
+from startsparse import data, er, finding, flops, masks, models, parallel, recipe, seeds
 from startsparse.effective import replace_layers
 from startsparse.emptied import require_weights
 from startsparse.processes import run_script
@@ -25,13 +24,17 @@ from STR.iterative import begin, check_levels, phases, record_level, start_from
 from STR.options import STROptions
 from STR.thresholds import layer_table, thresholds, why_dense
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS, OPTIONS = Path(__file__).parent / "configs", STROptions  # for sweeps, too
 log = logging.getLogger("startsparse")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """One run, from options to report."""
-    options = parse(STROptions, CONFIGS, argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """One run, from options to report, or one for each of --seeds; the exit code."""
+    return seeds.run_each(STROptions, CONFIGS, train, argv)
+
+
+def train(options: STROptions) -> None:
+    """Do the run that ``options`` describe."""
     folder = finding.find_run_by_rank_0(options)
     if recipe.already_done(options, folder):
         return

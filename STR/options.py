@@ -162,6 +162,12 @@ class STROptions(Options):
         return (1.0, *[self.er_sparse_init] * self.masked, *self.threshold_list)[-1]
 
     @property
+    def total_epochs(self) -> int:
+        """Epochs of warm-up, of the training before each pruning, and of the final training."""
+        before = len(self.threshold_list) * self.final_prune_epoch
+        return self.warmup_epochs + before + self.epochs
+
+    @property
     def density_options(self) -> tuple[str, ...]:
         """The fields that decide how many weights are left at the end, for messages."""
         if self.threshold_list:

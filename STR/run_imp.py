@@ -11,8 +11,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import itertools
-import re
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,11 +24,13 @@ from startsparse.commandline import from_flags, named, parse
 from startsparse.data import SETS
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import PATH, Condition, choice, counts, default_is, normal
+from startsparse.filled import filled
+from startsparse.jobs import Job, require_distinct
+from startsparse.launch import LaunchOptions, launch, show
 from startsparse.numbers import Seed
-from startsparse.options import require_gpus, require_range
+from startsparse.options import require_range
 from startsparse.places import check_file
 from startsparse.schedules import geometric
-from STR.jobs import Job, run_all
 from STR.main import CONFIGS
 from STR.options import STROptions
 
@@ -39,7 +39,7 @@ KEYS = ["er_sparse_method", "er_sparse_init", "pruner", "rewind"]  # they make a
 
 
 @dataclasses.dataclass
-class SweepOptions:
+class SweepOptions(LaunchOptions):
     """Iterative pruning from ER networks, over seeds, ratios, densities and pruners."""
 
     config: Annotated[str, PATH] = str(CONFIGS / "largescale/resnet18-cifar-str-1.yaml")
@@ -73,35 +73,14 @@ class SweepOptions:
     result_dir: Annotated[str, PATH] = "results/imp"
     """Folder of results.csv, levels.csv, table.csv, table.md and plot.png; sweeps that share it are
     reported together"""
-    jobs: Annotated[int | None, default_is("one for each of --devices")] = None
-    """Runs at the same time; they share the cores, unless OMP_NUM_THREADS is set"""
-    devices: Annotated[str, default_is("the first GPU, if there is one")] = ""
-    """GPUs, as in 0,1; runs at the same time take them in turn, one each"""
-    dry_run: bool = False
-    """Print the commands and the total number of epochs, and stop"""
-
-    @property
-    def at_once(self) -> int:
-        """Runs at the same time."""
-        return self.devices.count(",") + 1 if self.jobs is None else self.jobs
 
     def check(self) -> None:
         """Raise `OptionError`, which names the option, for values that make no sense."""
-        if processes.world_size() > 1:
-            raise OptionError("torchrun: is for main.py; a sweep starts its own runs, see --jobs")
         names.check(self)
         require_range(self, "keep", low=0, high=1, open_low=True, open_high=True)
         for name in ("target", "er_sparse_inits", "densities"):
             require_range(self, name, low=0, high=1, open_low=True)
-        require_gpus(self, "devices")
-        gpus = self.devices.count(",") + 1
-        if self.jobs is not None:
-            require_range(self, "jobs", low=1)
-        if self.at_once < gpus:
-            raise OptionError(
-                f"--jobs: {self.jobs} uses only some of --devices {self.devices}; give at least "
-                f"{gpus}, or fewer devices"
-            )
+        self.check_launch()
         for name in ("seeds", "er_sparse_methods", "er_sparse_inits", "pruners", "rewind"):
             if not getattr(self, name):
                 raise OptionError(f"--{name.replace('_', '-')}: needs at least one value")
@@ -131,9 +110,9 @@ def plan(options: SweepOptions, extra: list[str]) -> list[Job]:
         argv += ["--log-dir", options.log_dir, "--result-dir", options.result_dir]
         values = {"seed": seed, "method": method, "init": f"{start:g}", "rewind": rewind}
         if options.target_expt_name and normal(pruner) == "mask-ref":
-            argv += ["--target-expt-name", _filled(options.target_expt_name, values)]
-        argv += [*(_filled(word, values) for word in extra), "--resume", "auto"]
-        jobs.append(Job(argv, parse(STROptions, CONFIGS, argv)))
+            argv += ["--target-expt-name", filled(options.target_expt_name, values)]
+        argv += [*(filled(word, values) for word in extra), "--resume", "auto"]
+        jobs.append(Job("STR.main", argv, parse(STROptions, CONFIGS, argv)))
     return jobs
 
 
@@ -148,18 +127,6 @@ def _levels(options: SweepOptions, start: float) -> list[float]:
             f"--er-sparse-inits: {start:g} has no level below it; see --densities and --target"
         )
     return densities
-
-
-def _filled(word: str, values: dict[str, object]) -> str:
-    """``word`` with {seed} and the like replaced by the values of the run."""
-
-    def value(match: re.Match) -> str:
-        if match[1] not in values:
-            known = ", ".join(f"{{{name}}}" for name in values)
-            raise OptionError(f"'{word}': there is no {match[0]}; choose from {known}")
-        return str(values[match[1]])
-
-    return re.sub(r"\{(\w+)\}", value, word)
 
 
 def collect(jobs: list[Job], path: Path) -> None:
@@ -177,15 +144,6 @@ def collect(jobs: list[Job], path: Path) -> None:
             levels = results.read(job.folder / "levels.csv").to_dict("records")
             rows += [{"run": job.folder, **level, **runs.computed(job.options)} for level in levels]
     results.add(path, rows)
-
-
-def require_distinct(jobs: list[Job]) -> None:
-    """Raise `OptionError` if two runs of a sweep are the same: a seed was named twice, say."""
-    seen: dict[str, Job] = {}
-    for job in jobs:
-        first = seen.setdefault(repr({**runs.computed(job.options), "name": ""}), job)
-        if first is not job:
-            raise OptionError(f"the sweep has one run twice: {first.title}, and {job.title}")
 
 
 def check_places(jobs: list[Job], path: Path) -> None:
@@ -268,14 +226,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.check()
     jobs = plan(options, argv[split + 1 :])
     require_distinct(jobs)
-    if options.dry_run:
-        for job in jobs:
-            print(shlex.join(["python", "main.py", *job.argv]))
-        print(f"{len(jobs)} runs, {sum(job.epochs for job in jobs)} epochs")
+    if show(jobs, options, ["main.py"]):
         return 0
     levels = Path(options.result_dir) / "levels.csv"
     check_places(jobs, levels)
-    failed = run_all(jobs, options.at_once, options.devices.split(","))
+    failed = launch(jobs, options)
     if any(job.finished for job in jobs):
         collect(jobs, levels)
         with results.locked(levels):

@@ -17,6 +17,7 @@ from startsparse.models import MODELS
 from startsparse.optimizers import OPTIMIZERS
 from startsparse.schedules import LEARNING_RATES
 
+ONE_SEED = Condition(lambda o: not o.seeds, "with --seeds")
 MASK = Condition(lambda o: o.draws_mask, "{o.no_mask}")
 CLIPS = Condition(
     lambda o: o.may_clip, "with --er-sparse-method {o.er_sparse_method}: none is above 1"
@@ -86,8 +87,8 @@ class Meaning:
     # groups of --help: title -> fields
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "run": (
-            *("config", "name", "seed", "log_dir", "result_dir", "resume", "evaluate"),
-            "save_every",
+            *("config", "name", "seed", "seeds", "log_dir", "result_dir", "resume", "evaluate"),
+            *("save_every", "save_seconds"),
         ),
         "data": (
             *("set", "data", "image_size", "channels", "mirror", "checksum", "valid_split"),
@@ -104,7 +105,7 @@ class Meaning:
             *("warmup_length", "weight_decay", "no_bn_decay", "momentum", "nesterov"),
             *("label_smoothing", "clip_norm", "select"),
         ),
-        "hardware": ("multigpu", "amp", "compile", "sparse_compute", "profile"),
+        "hardware": ("multigpu", "sync_bn", "amp", "compile", "sparse_compute", "profile"),
     }
 
     @property

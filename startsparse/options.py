@@ -37,8 +37,11 @@ class Options(Meaning):
     """YAML file with options; the command line wins"""
     name: Annotated[str, default_is("the network and its density")] = ""
     """Name of the run; a slash makes folders"""
-    seed: Seed = 1
+    seed: Annotated[Seed, counts(on.ONE_SEED)] = 1
     """Seed of every random draw: split, weights, masks, order and augmentation of the data"""
+    seeds: Annotated[tuple[Seed, ...], default_is("one run, of --seed")] = ()
+    """Do one run for each of these seeds, one after the other, and end with their mean and 95 %
+    interval; {seed} in another option stands for the seed of the run"""
     log_dir: Annotated[str, PATH] = "runs"
     """Folder that holds the run folders: <log-dir>/<config>/<name>/seed-<seed>"""
     result_dir: Annotated[str, PATH] = "results"
@@ -48,7 +51,10 @@ class Options(Meaning):
     evaluate: bool = False
     """Do not train: print the accuracies of the best weights of the run that --resume names"""
     save_every: int = 0
-    """Also save a checkpoint every so many steps (0: after each epoch)"""
+    """Also save a checkpoint every so many steps (0: after epochs only)"""
+    save_seconds: float = 0.0
+    """Seconds between two checkpoints after epochs (0: so many that saving takes at most 2 % of the
+    time); there is always one where a training ends, or is stopped"""
 
     set: Annotated[str, choice(SETS)] = "digits"
     """Data set"""
@@ -155,7 +161,10 @@ class Options(Meaning):
     within 10 % of the final density), or of the last epoch"""
 
     multigpu: Annotated[str, default_is("the first, if there is one")] = ""
-    """GPUs, as in 0,1; several train by DataParallel. On CPUs, torchrun starts several processes"""
+    """GPUs, as in 0,1; several train by DataParallel. torchrun is faster, as it gives each GPU a
+    process of its own, and works on several machines"""
+    sync_bn: Annotated[bool, counts(on.NORMED)] = False
+    """Of several processes of torchrun, let BatchNorm normalise by the examples of all"""
     amp: Annotated[str, choice(("auto", "bf16", "off"))] = "auto"
     """bf16 autocast; auto: on GPUs that support it"""
     compile: bool = False
@@ -191,6 +200,11 @@ class Options(Meaning):
     def requested(self) -> float:
         """The density requested at the end."""
         return self.er_sparse_init
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole run, the rows of its epochs.csv."""
+        return self.epochs
 
     @property
     def density_options(self) -> tuple[str, ...]:
@@ -229,6 +243,8 @@ class Options(Meaning):
             return "it is for CPUs"
         if self.amp == "bf16":
             return "--amp bf16 computes in a format that it does not have"
+        if self.sync_bn and processes.world_size() > 1:
+            return "its BatchNorm is no --sync-bn"
         return "--compile generates kernels of its own" if self.compile else ""
 
     @property
@@ -285,6 +301,7 @@ class Options(Meaning):
             "width",
             "workers",
             "save_every",
+            "save_seconds",
             "image_size",
             "data_memory",
         ):
@@ -296,6 +313,8 @@ class Options(Meaning):
         require_gpus(self, "multigpu")
         if self.compile and "," in self.multigpu:
             raise OptionError("--compile: works on one device; name one GPU in --multigpu")
+        if self.sync_bn and "," in self.multigpu:
+            raise OptionError("--sync-bn: is for torchrun; leave it out, or --multigpu")
         if "," in self.multigpu and SHAPES[self.set].nodes:
             raise OptionError(f"--multigpu: {self.set} is one batch; name one GPU")
         if processes.world_size() > 1:
@@ -305,8 +324,8 @@ class Options(Meaning):
         """Raise `OptionError` for what several processes cannot do."""
         if self.multigpu:
             raise OptionError(
-                "--multigpu: several processes train on CPUs; leave it out, or start one process "
-                "without torchrun"
+                "--multigpu: torchrun gives each process a GPU of its own; leave it out, or start "
+                "one process without torchrun"
             )
         if SHAPES[self.set].nodes:
             raise OptionError(f"--set: {self.set} is one batch; start one process without torchrun")

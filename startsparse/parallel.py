@@ -17,23 +17,28 @@ log = logging.getLogger("startsparse")
 def choose_devices(multigpu: str) -> list[torch.device]:
     """The devices of ``--multigpu``: GPUs as in "0,1"; "" is the first GPU, if there is one.
 
-    Without CUDA it is the CPU; a line says so where ``multigpu`` names GPUs.
+    Of several processes, each has the GPU of its number on its machine. Without CUDA it is the CPU;
+    a line says so where ``multigpu`` names GPUs.
 
     Raises:
         UserError: a GPU that this machine does not have.
-        OptionError: there is CUDA, and this is one of several processes.
+        OptionError: this machine has fewer GPUs than processes.
     """
     if not torch.cuda.is_available():
         if multigpu:
             log.info("--multigpu %s: there is no CUDA here, the CPU is used", multigpu)
         return [torch.device("cpu")]
-    if processes.world_size() > 1:
-        raise OptionError(
-            "torchrun: several processes train on CPUs only; hide the GPUs by "
-            "CUDA_VISIBLE_DEVICES='', or train on them by one process and --multigpu"
-        )
     # One seed is one run: no algorithm whose sums depend on the order in which threads arrive.
     torch.backends.cudnn.deterministic = True
+    if processes.world_size() > 1:
+        count, gpus = processes.local_size(), torch.cuda.device_count()
+        if count > gpus:
+            raise OptionError(
+                f"torchrun: --nproc-per-node {count} needs as many GPUs, and this machine has "
+                f"{gpus}; start fewer processes, or hide the GPUs by CUDA_VISIBLE_DEVICES=''"
+            )
+        torch.cuda.set_device(processes.local_rank())  # NCCL looks at it
+        return [torch.device("cuda", processes.local_rank())]
     indices = [int(index) for index in (multigpu or "0").split(",")]
     for index in indices:
         if index >= torch.cuda.device_count():

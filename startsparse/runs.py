@@ -49,8 +49,11 @@ from startsparse.processes import by_rank_0
 from startsparse.reading import is_number, read_bytes
 
 # Options that may change when a run resumes: they do not affect the result.
-FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
-FREE |= {"workers", "data_memory", "multigpu", "compile", "sparse_compute", "profile"}
+FREE = {
+    *("config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "save_seconds"),
+    *("seeds", "data", "mirror", "workers", "data_memory", "multigpu", "compile"),
+    *("sparse_compute", "profile"),
+}
 
 # What every summary.json holds.
 MEASURED = (

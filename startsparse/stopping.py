@@ -5,6 +5,9 @@ so that temporary files go (`unwinding`). In an epoch of training it is noted, a
 checkpoint first (`StopSignal`). A second signal ends the program at once. Signals that are ignored
 when the program starts, as nohup ignores SIGHUP, stay ignored.
 
+SIGUSR1 and SIGUSR2 do the same, but never end a program at once, however often they come: Slurm
+sends them before a time limit, and SIGTERM may follow while the checkpoint is being saved.
+
 A program imports this module before all others: it imports nothing slow.
 """
 
@@ -18,11 +21,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+WARNINGS = [getattr(signal, n) for n in ("SIGUSR1", "SIGUSR2") if hasattr(signal, n)]
 
 _PATIENCE = 3.0  # seconds that unwinding may take: a library may keep an exception to itself
 _AT_ONCE = 0.3  # seconds in which the handler ends a program that does not unwind
@@ -110,7 +114,7 @@ _program = _Program()
 def watch() -> None:
     """From now on, a signal ends this program with one line; to be called first of all."""
     _open_standard()
-    if _program.before or not _install():
+    if _program.before or not _install([*SIGNALS, *WARNINGS]):
         return
     _program.parent = os.getppid()
     if hasattr(os, "fork"):  # Windows wakes up no pipes
@@ -159,13 +163,18 @@ def leave(say: Callable[[str], None]) -> None:
     """Say why, and end the process; other threads and children of it may be at work."""
     _program.said = True
     say(f"error: {_program.reason}")
-    _end_children()
-    if "multiprocessing" in sys.modules:
-        for worker in sys.modules["multiprocessing"].active_children():
-            worker.terminate()
+    end_children()
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(128 + requested())
+
+
+def end_children() -> None:
+    """End what this program has started."""
+    _end_adopted()
+    if "multiprocessing" in sys.modules:
+        for worker in sys.modules["multiprocessing"].active_children():
+            worker.terminate()
 
 
 def _open_standard() -> None:
@@ -177,11 +186,11 @@ def _open_standard() -> None:
     os.close(descriptor)
 
 
-def _install() -> bool:
+def _install(signals: Sequence[int] = SIGNALS) -> bool:
     """Handle the signals; whether that is possible, as it is in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         return False
-    heeded = [s for s in SIGNALS if signal.getsignal(s) not in (signal.SIG_IGN, None)]
+    heeded = [s for s in signals if signal.getsignal(s) not in (signal.SIG_IGN, None)]
     _program.before = {signum: signal.signal(signum, _handle) for signum in heeded}
     _program.first, _program.handled = (0, 0.0), False
     return True
@@ -208,7 +217,7 @@ def _handle(signum: int, _frame: FrameType | None) -> None:
     if program.notes:
         program.notes.note(signum)
     elif program.unwinds:
-        _end_children()
+        _end_adopted()
         raise Stopped(signum)
     else:
         leave(_say)
@@ -220,7 +229,7 @@ def _listen(pipe: int) -> None:
     A thread, as the main thread handles no signal while it is in a library. It also stops a process
     of torchrun when torchrun is killed.
     """
-    came, deadline = 0, math.inf
+    came, heard, deadline = 0, 0, math.inf
     while True:
         left = min(deadline - time.monotonic(), _LOOK if _started_by_torchrun() else math.inf)
         ready, _, _ = select.select([pipe], [], [], None if left == math.inf else max(left, 0))
@@ -228,17 +237,18 @@ def _listen(pipe: int) -> None:
             if not _program.said:
                 _say(f"error: {_program.reason}")
             _end_now(requested())
-        if not came and is_orphan():
+        if not heard and is_orphan():
             os.kill(os.getpid(), signal.SIGTERM)
         for signum in os.read(pipe, 1024) if ready else b"":
             if signum not in _program.before:
                 continue
             _note_first(signum)
-            came, (_, since) = came + 1, _program.first
+            came, (_, since) = came + (signum not in WARNINGS), _program.first
             now = time.monotonic()
             if came > 1 and not (_started_by_torchrun() and now - since < _ECHO):
                 _end_now(signum)
-            if came == 1 and not _program.notes:
+            heard += 1
+            if heard == 1 and not _program.notes:
                 deadline = now + (_PATIENCE if _program.unwinds else _AT_ONCE)
 
 
@@ -254,11 +264,11 @@ def _note_first(signum: int) -> None:
 
 
 def _end_now(signum: int) -> None:
-    _end_children()
+    _end_adopted()
     os._exit(128 + signum)
 
 
-def _end_children() -> None:
+def _end_adopted() -> None:
     for process in list(_program.children):
         process.terminate()
 

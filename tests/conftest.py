@@ -1,5 +1,6 @@
 """Settings of all tests."""
 
+import math
 import os
 from functools import partial
 
@@ -11,12 +12,15 @@ from script_runs import few_digits, newest
 from slt_runs import slt
 
 from ER_DST import main as dst_main
-from startsparse import containers, data, plots
+from startsparse import containers, data, plots, saving
 from STR import main as str_main
 
 # Two test processes with two threads each would slow one another down on two cores.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A checkpoint after each epoch, however long it takes: which are written should not differ.
+saving.SHARE = math.inf
 
 # The same examples in every run: a failure can be repeated, and 4 sigma stays 4 sigma.
 settings.register_profile("startsparse", derandomize=True, deadline=None)

@@ -98,7 +98,7 @@ def _child(
     words: list[str], said: tuple[Path, Path], forks: bool, folder: str, kill_at: int
 ) -> None:
     if forks:
-        from STR import jobs
+        from startsparse import jobs
 
         jobs.subprocess = SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT)
     out, err = (os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for path in said)
@@ -134,10 +134,14 @@ def _exit_code(words: Sequence[str], out: int, err: int) -> int:
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = list(words)
+    module = words[1] if words[0] == "-m" else ""
+    sys.argv = list(words[1:] if module else words)
     code = 0
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        if module:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:

@@ -141,6 +141,10 @@ class Pretend(torch.Tensor):
 class _Mode(TorchDispatchMode):
     """Sees operations without a `Pretend` among their arguments, as torch.zeros(device=cuda)."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here; to skip it takes its import, and time in each call
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
 
@@ -249,8 +253,13 @@ def _launches(name: str, args: tuple) -> int:
     dtypes = {tensor.dtype for tensors in lists for tensor in tensors}
     fast = len(dtypes) == 1 or name == "aten::_foreach_copy_"
     for others in lists[1:]:
-        fast &= all(a.stride() == b.stride() for a, b in zip(first, others))
+        fast &= all(_strides(a) == _strides(b) for a, b in zip(first, others))
     return 1 if fast else len(first)
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """Those that say something: of dimensions of more than one entry."""
+    return [step for size, step in zip(tensor.shape, tensor.stride()) if size > 1]
 
 
 @functools.cache

@@ -38,12 +38,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E40
 import ER_DST.main  # noqa: E402, F401
 import ER_SLT.main  # noqa: E402, F401
 import startsparse.export.command  # noqa: E402
+import startsparse.jobs  # noqa: E402
 import startsparse.report  # noqa: E402
-import startsparse.tabular.report  # noqa: E402, F401
-import STR.jobs  # noqa: E402 - before torch
+import startsparse.sweep  # noqa: E402
+import startsparse.tabular.report  # noqa: E402
 from startsparse import data  # noqa: E402
 from startsparse.engine import choice  # noqa: E402
-from STR.main import main as str_main  # noqa: E402
 
 WAIT = 4  # seconds of wall clock for a second of CPU: others use the machine too
 TRAINED = 99  # exit code: an optimizer has taken a step
@@ -185,13 +185,13 @@ def _few_and_offline() -> None:
         raise urllib.error.URLError("there is no network")
 
     def first_job(jobs: list, *_: object) -> list:
-        str_main(jobs[0].argv)  # the others differ in numbers only
+        sys.modules[jobs[0].module].main(jobs[0].argv)  # the others differ in numbers only
         return []
 
     choice._SHORTEST = choice._LONGEST = 0.0  # layers are tried twice, and no longer
     urllib.request.urlopen = no_network
     torch.compile = lambda model, **_: model
-    STR.jobs.run_all = first_job
+    startsparse.jobs.run_all = first_job
     data.SETS["digits"] = few_digits(40, 20)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 import ER_DST.main
 import STR.main
 from ER_SLT.options import CIFAROptions
-from startsparse import flops, recipe, report, tabular
+from startsparse import flops, recipe, report, sweep, tabular
 from startsparse.commandline import from_flags, parse
 from startsparse.data import SHAPES
 from startsparse.export.command import ExportOptions
@@ -47,6 +47,7 @@ MODULES = {  # python -m -> its options, and their defaults
     "startsparse.tabular": (tabular.TabularOptions, tabular.TabularOptions()),
     "startsparse.report": (report.ReportOptions, report.ReportOptions("results.csv")),
     "startsparse.export": (ExportOptions, ExportOptions("run")),
+    "startsparse.sweep": (sweep.SweepOptions, sweep.SweepOptions()),
 }
 
 
@@ -66,6 +67,9 @@ def test_every_command_is_understood(folder, command, monkeypatch, capsys, tmp_p
     if program == "-m":
         module = argv.pop(0)
         kind, default = MODULES[module]
+        if module == "startsparse.sweep":
+            assert sweep.main([argv[0], "--dry-run", *argv[1:]]) == 0
+            return
         options = from_flags(kind, argv, default)
         if module == "startsparse.tabular":
             options.check()
@@ -93,7 +97,7 @@ def test_every_option_exists():
     for kind in kinds:
         known |= {*shown_names(kind)[0], *names(kind), *opposites(kind)}
     for kind, _ in MODULES.values():
-        known |= {normal(name) for name in kind.__dataclass_fields__}
+        known |= {*map(normal, kind.__dataclass_fields__), *shown_names(kind)[0]}
     for path in DOCS:
         spans = re.findall(
             r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)

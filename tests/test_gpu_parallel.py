@@ -30,6 +30,7 @@ def test_a_run_on_two_gpus_is_that_on_one_within_rounding(gpu, name):
     run = gpu(name, *RUNS[name], gpus=2)
     assert "error" not in run, run["error"]
     assert run["products"] == {"cuda:0": ["float32"], "cuda:1": ["float32"]}
+    assert "step" not in run["waits"]  # none in an ordinary step
     assert run["distance"] < 1e-5
 
 

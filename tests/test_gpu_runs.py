@@ -3,7 +3,6 @@
 import pytest
 from gpu_scenarios import SCENARIOS
 
-
 DRAWS_THERE = {"set"}  # random growth draws on the device: equal in counts
 
 

@@ -13,8 +13,8 @@ import yaml
 from filelock import FileLock
 
 import startsparse
+from startsparse import held
 from startsparse.data import data_root
-from STR import held
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("startsparse", "STR", "ER_DST", "ER_SLT")
@@ -92,6 +92,7 @@ def test_scripts_run_from_the_wheel(environment, tmp_path):
     assert '"git_commit": ""' in (run / "environment.json").read_text()
     sweep = ["--dry-run", "--config", "configs/digits-imp.yaml", "--target", "0.2"]
     assert "runs, " in say("STR.run_imp", *sweep)
+    assert "python -m ER_DST.main " in say("startsparse.sweep", "ER_DST", "--dry-run")
 
 
 def test_data_lies_in_the_working_folder_without_a_checkout(monkeypatch):
@@ -124,7 +125,7 @@ def test_every_module_imports_without_what_only_unix_has():
 def test_a_run_of_a_sweep_that_another_process_has_is_busy(tmp_path):
     lock = str(tmp_path / "lock")
     with FileLock(lock), pytest.raises(SystemExit) as stop:
-        held.main(lock, [])
+        held.main(lock, "1", "STR.main", [])
     assert stop.value.code == held.BUSY
 
 

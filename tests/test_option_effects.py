@@ -39,6 +39,7 @@ def shared(set_, data, arch, decay):
     numbers = f"{set_} modular-addition {arch} algorithmic"
     photos = f"{set_} imagenet {arch} resnet50"
     return {
+        "--seed": ("", "--seeds 1 2", "with --seeds"),
         data: (f"{set_} cifar10", "", f"with {set_} digits, which has no files"),
         "--image-size": (f"{set_} folder {data} .", "", f"without {set_} folder"),
         "--channels": (f"{set_} folder {data} .", "", f"without {set_} folder"),
@@ -60,6 +61,7 @@ def shared(set_, data, arch, decay):
         "--lr-min": ("--lr-policy cosine", "--lr-policy constant", "with --lr-policy constant"),
         "--momentum": ("--optimizer sgd", "--optimizer adam", "with --optimizer adam"),
         "--nesterov": ("--optimizer sgd", "--optimizer adam", "with --optimizer adam"),
+        "--sync-bn": ("", numbers, f"with {arch} algorithmic, which has no BatchNorm"),
         "--sparse-compute": ("", "--compile", "as on: --compile generates kernels of its own"),
         "--no-bn-decay": (f"{decay} 0.1", f"{decay} 0", f"with {decay} 0"),
     }

@@ -17,10 +17,10 @@ import torch
 from forked import Script
 from script_runs import weights
 
-from startsparse import checkpoint, threads
+from startsparse import checkpoint, jobs, threads
 from startsparse.errors import OptionError
-from STR import jobs, run_imp
 from STR import main as script
+from STR import run_imp
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "STR/configs/digits.yaml")
@@ -52,6 +52,17 @@ def test_dry_run_of_the_published_sweep(capsys, monkeypatch):
     words = lines[0].split()
     assert words.index("--name") - words.index("--threshold-list") == 1 + 15
     assert lines[2] == f"2 runs, {2 * 2410} epochs"  # 15 levels of 150 and a last of 160
+
+
+def test_the_status_of_a_sweep_that_has_not_begun(capsys, tmp_path):
+    assert run_imp.main(argv(tmp_path, *TWO, "--seeds", "1", "2", "--status")) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "state    epochs  run",
+        "waiting     0/6  balanced-0.5-mag-weights, seed 1",  # 2 before each level, 2 at the end
+        "waiting     0/6  balanced-0.5-mag-weights, seed 2",
+        "2 waiting",
+    ]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_dense_start_is_not_repeated_for_every_ratio():

@@ -95,6 +95,36 @@ def test_a_second_signal_ends_it_at_once(tmp_path, gap):
 
 
 @unix
+def test_warnings_of_slurm_stop_a_program_and_never_end_it_at_once(tmp_path):
+    """SIGTERM may follow, while the checkpoint is being saved; a second one ends it at once."""
+    body = (
+        "def main():\n with stopping.StopSignal() as stop:\n  ready()\n"
+        "  while not stop.received: time.sleep(0.01)\n"
+        "  ready()\n  time.sleep(3)\n  raise errors.Interrupted(stop.received, 'saved')\n"
+        "errors.run_script(main)"
+    )
+    for last, expected in ((), (138, "error: saved\n")), ((signal.SIGTERM,), (143, "")):
+        process = start(body, tmp_path)
+        process.send_signal(signal.SIGUSR1)
+        assert process.stdout.readline() == "ready\n"
+        for signum in (signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1, *last):
+            time.sleep(0.05)
+            process.send_signal(signum)
+        assert end(process, tmp_path)[::2] == expected
+
+
+@unix
+def test_a_program_of_somebody_else_keeps_its_own_handlers_of_warnings():
+    def own(*_):
+        pass
+
+    before = signal.signal(signal.SIGUSR2, own)
+    with StopSignal():
+        assert signal.getsignal(signal.SIGUSR2) is own
+    signal.signal(signal.SIGUSR2, before)
+
+
+@unix
 def test_a_signal_that_was_noted_too_late_is_not_lost(tmp_path):
     body = (
         "def main():\n with stopping.StopSignal():\n  ready()\n  time.sleep(0.5)\n time.sleep(60)\n"
@@ -194,7 +224,7 @@ def test_in_another_thread_signals_are_left_alone():
     assert seen == [0]
 
 
-@pytest.mark.parametrize("module", ["export", "report", "tabular"])
+@pytest.mark.parametrize("module", ["export", "report", "sweep", "tabular"])
 @unix
 def test_modules_that_are_commands_watch_before_they_import(tmp_path, module):
     (tmp_path / "numpy.py").write_text(

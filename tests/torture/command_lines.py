@@ -19,6 +19,7 @@ from startsparse.export.command import ExportOptions
 from startsparse.fields import is_flag, names, shown
 from startsparse.options import Options
 from startsparse.report import ReportOptions
+from startsparse.sweep import SweepOptions as GridOptions
 from startsparse.tabular.options import TabularOptions
 from STR.options import STROptions
 from STR.run_imp import SweepOptions
@@ -41,6 +42,7 @@ SCRIPTS: dict[str, tuple[type, list[list[str]]]] = {
     "ER_SLT.main": (SLTOptions, [MLP]),
     "ER_SLT.cifar_main": (CIFAROptions, [MLP]),
     "STR.run_imp": (SweepOptions, [["--config", "{tmp}/small.yaml", "--set", "digits"]]),
+    "startsparse.sweep": (GridOptions, [["STR.main", "--grid", "width=8", "arch=mlp"]]),
     "startsparse.tabular": (TabularOptions, [TABLE]),
     "startsparse.report": (ReportOptions, [["{tmp}/results/results.csv"]]),
     "startsparse.export": (ExportOptions, [["{tmp}/run", "--repeats", "1"]]),
@@ -104,6 +106,8 @@ PATHS = ["{tmp}", "{tmp}/nosuch", "{tmp}/file", "{tmp}/file/x", "{tmp}/a b, é",
          "~nosuch/x", "auto", "0", "0,1", "0,,1", "best.pt", "//", "a//b"]  # fmt: skip
 WORDS = ["a", "density", "test_accuracy", "{tmp}/table.csv", "breast-cancer", "seed", "a/b", "~",
          "{tmp}/abs", "../up", "a b", "=1+1", "a/../b", "."]  # fmt: skip
+GRIDS = ["lr", "=", "lr=", "lr=x", "a:b=1", "nosuch=1", "seed=1", "lr=0.1,0.1", "epochs='1", ":=:",
+         "set=a/b"]  # fmt: skip
 SETS = ["digits", "karate", "modular-addition", "cifar10", "imagenet", "folder", "cora", "mnist"]
 WIDTHS = ["0", "1", "2", "5", "33", "-1", "100000", "2147483647", "2147483648"]
 
@@ -129,6 +133,10 @@ def usual_and_bad(kind: type, field: str) -> tuple[list[str], list[str]]:
         return REAL, BAD_REAL
     if int in types:
         return WHOLE, BAD_WHOLE
+    if field == "grid":
+        return ["lr=0.1,0.2", "er-sparse-init:lr=0.5:0.1,0.2:0.2", "epochs=1"], GRIDS
+    if field == "time":
+        return ["90", "12:00:00", "1-0"], ["1", "soon", "-3", "1:2:3:4", "9" * 30]
     if field in ("name", "expt_setup", "tables", "by", "of", "band"):
         return WORDS[:6], WORDS
     return PATHS, ["nosuch"]

@@ -194,6 +194,10 @@ COMMANDS = {
     ],
     "export": ["-m", "startsparse.export", "{run}", "--output", "{tmp}/a.safetensors"],
     "sweep": ["STR/run_imp.py", *SWEEP],
+    "grid": [
+        *("-m", "startsparse.sweep", "STR.main", "--seeds", "1", "2", "--log-dir", "{tmp}/runs"),
+        *("--", "--set", "karate", "--epochs", "2"),
+    ],
 }
 
 

@@ -5,34 +5,32 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from filelock import Timeout
 from tqdm import tqdm
 
 from startsparse import finding, locks, runs, stopping, threads
-from startsparse.errors import Interrupted
-from STR.held import BUSY
-from STR.options import STROptions
-
-HELD = Path(__file__).with_name("held.py")
+from startsparse.errors import Interrupted, OptionError
+from startsparse.held import BUSY
+from startsparse.options import Options
 
 
 @dataclasses.dataclass
 class Job:
-    """One run of main.py. Flags are parsed here, so that bad ones show before anything runs."""
+    """One run of a script. Flags are parsed before, so that bad ones show before anything runs.
 
+    Attributes:
+        module: the script, as STR.main.
+        argv: its command line.
+        options: what that means.
+    """
+
+    module: str
     argv: list[str]
-    options: STROptions
+    options: Options
     _folder: Path | None = None
-
-    @property
-    def epochs(self) -> int:
-        """Total number of epochs."""
-        options = self.options
-        pruning = len(options.threshold_list) * options.final_prune_epoch
-        return options.warmup_epochs + pruning + options.epochs
 
     @property
     def folder(self) -> Path | None:
@@ -46,14 +44,60 @@ class Job:
         return self.folder is not None and runs.summary(self.folder) is not None
 
     @property
+    def name(self) -> str:
+        """The name of the run, which its seeds share."""
+        return self.options.name or self.options.default_name()
+
+    @property
     def title(self) -> str:
         """Its name in messages."""
-        return f"{self.options.name}, seed {self.options.seed}"
+        return f"{self.name}, seed {self.options.seed}"
 
     @property
     def log(self) -> Path:
         """The file of its output."""
-        return Path(self.options.log_dir) / f"{self.options.name}-seed-{self.options.seed}.log"
+        return Path(self.options.log_dir) / f"{self.name}-seed-{self.options.seed}.log"
+
+    @property
+    def lock(self) -> Path:
+        """The file that is locked while the run is at work."""
+        return self.log.with_name(f".{self.log.name}.lock")
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that it has done."""
+        path = self.folder and self.folder / "epochs.csv"
+        return path.read_bytes().count(b"\n") - 1 if path and path.exists() else 0
+
+    def at_work(self) -> bool:
+        """Whether a process of this machine does it now."""
+        if not self.lock.exists():
+            return False
+        try:
+            with locks.locked(self.lock, "run this sweep", 0):
+                return False
+        except Timeout:
+            return True
+
+    def command(self, processes: int = 1, device: str = "") -> list[str]:
+        """The command of the process that does it, and holds `lock`.
+
+        Args:
+            processes: that share its work, by torchrun.
+            device: value of --multigpu; "" for none.
+        """
+        words = [sys.executable, "-m", "startsparse.held", str(self.lock), str(processes)]
+        more = ["--multigpu", device] if device else []
+        return [*words, self.module, *self.argv, *more]
+
+
+def require_distinct(jobs: Sequence[Job]) -> None:
+    """Raise `OptionError` if two runs of a sweep are the same: a seed was named twice, say."""
+    seen: dict[str, Job] = {}
+    for job in jobs:
+        first = seen.setdefault(repr({**runs.computed(job.options), "name": ""}), job)
+        if first is not job:
+            raise OptionError(f"the sweep has one run twice: {first.title}, and {job.title}")
 
 
 @dataclasses.dataclass
@@ -145,7 +189,7 @@ def shared_cores(at_once: int) -> dict[str, str]:
 
 def _start(job: Job, device: str, environment: dict[str, str], position: int) -> Running:
     bar = tqdm(
-        total=job.epochs,
+        total=job.options.total_epochs,
         desc=job.title,
         position=position,
         leave=False,
@@ -161,17 +205,11 @@ def _start(job: Job, device: str, environment: dict[str, str], position: int) ->
 def _launch(job: Job, device: str, environment: dict[str, str]) -> subprocess.Popen | None:
     """The process of a job; None while another sweep runs the job."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    lock = job.log.with_name(f".{job.log.name}.lock")
-    command = [sys.executable, str(HELD), str(lock), *job.argv]
-    command += ["--multigpu", device] if device else []
-    try:
-        with locks.locked(lock, "run this sweep", 0):
-            pass
-    except Timeout:
+    if job.at_work():
         return None
     with job.log.open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
-            command,
+            job.command(device=device),
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -182,6 +220,4 @@ def _launch(job: Job, device: str, environment: dict[str, str]) -> subprocess.Po
 
 
 def _show(job: Job, bar: tqdm) -> None:
-    path = job.folder and job.folder / "epochs.csv"
-    if path and path.exists():
-        bar.update(max(0, path.read_bytes().count(b"\n") - 1 - bar.n))
+    bar.update(max(0, job.epochs - bar.n))
