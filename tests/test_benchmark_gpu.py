@@ -27,7 +27,7 @@ def test_the_rehearsal_measures_all_parts_in_this_process(tmp_path, monkeypatch,
     monkeypatch.setattr(speed, "UPDATES", (("gradient", "always"),))
     monkeypatch.setattr(speed, "CPU_THREADS", (1,))
     monkeypatch.setattr(runs, "RUNS", {k: runs.RUNS[k] for k in ("ConvMask", "GraNet, gradient")})
-    parts = "machine,steps,waits,updates,graphs,input,cpu"
+    parts = "machine,input,waits,updates,steps,cpu,graphs"
     found = rehearse(tmp_path / "a.json", parts)
     rows = {name: found[name]["rows"] for name in parts.split(",")}
     failed = [row["error"] for part in rows.values() for row in part if "error" in row]

@@ -13,6 +13,7 @@ twice and resumed to the bit; Python's share of a step below 30 %.
 """
 
 import argparse
+import math
 import os
 import platform
 import re
@@ -54,8 +55,8 @@ def machine(found: Found, sizes: Sizes) -> None:
         "memory_GiB": round(card.total_memory / 2**30, 1),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "copied_TB_per_s": _copied(sizes.device),
     }
+    found.content["copied_TB_per_s"] = _copied(sizes.device)
 
 
 def _copied(device: torch.device) -> float:
@@ -75,13 +76,13 @@ def _copied(device: torch.device) -> float:
 PARTS: dict[str, Callable[[Found, Sizes], None]] = {
     "machine": machine,
     "same": runs.same,  # compiles ahead for steps
-    "steps": speed.steps,
+    "input": speed.pipeline,
     "waits": speed.waiting,
     "updates": speed.updates,
-    "graphs": runs.graphs,
-    "input": speed.pipeline,
-    "several": runs.several,
+    "steps": speed.steps,
     "cpu": speed.cpu,
+    "graphs": runs.graphs,
+    "several": runs.several,
 }
 
 
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="the JSON (benchmarks/results/<card>.json)")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of the parts, as in a,b")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="time for all parts")
+    parser.add_argument("--seconds", type=float, help="time for all parts (480)")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny networks")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print a JSON as Markdown")
     chosen = parser.parse_args(argv)
@@ -103,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (chosen.rehearse or torch.cuda.is_available()):
         parser.error("there is no GPU here; --rehearse needs none")
     sizes = tiny() if chosen.rehearse else full()
-    report = Report(chosen.out or RESULTS / f"{_card(sizes)}.json", chosen.seconds, {})
+    seconds = chosen.seconds or (math.inf if chosen.rehearse else SECONDS)
+    report = Report(chosen.out or RESULTS / f"{_card(sizes)}.json", seconds, {})
     report.content["command"] = " ".join(
         ["python -m benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)]
     )

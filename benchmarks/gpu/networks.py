@@ -40,8 +40,8 @@ class Sizes:
     arch: str = "resnet18"
     width: int = 0
     batches: tuple[int, ...] = (512, 1024)
-    examples: int = 48 * 1024  # whole batches of both sizes
-    pairs: int = 4  # of epochs, of a network and of the dense one
+    examples: int = 24 * 1024  # whole batches of both sizes
+    pairs: int = 3  # of epochs, of a network and of the dense one
     steps: int = 12  # of short measurements
     repeats: int = 7  # of those of Python's time
     backend: str = "inductor"

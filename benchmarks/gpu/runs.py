@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from benchmarks.gpu.networks import BARE, DENSE, KINDS, Sizes, batches, program
+from benchmarks.gpu.networks import BARE, DENSE, KINDS, Sizes, batches, full, program
 from benchmarks.gpu.parts import Found
 from startsparse import checkpoint, console, plots
 from startsparse.errors import Interrupted
@@ -126,6 +126,9 @@ def _terminated_after(steps: int) -> Iterator[None]:
 def compile_ahead(kind: str, sizes: Sizes) -> dict:
     """Compile a network into the cache that all processes share, before any is timed."""
     began = time.perf_counter()
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")  # other processes compile, too
+    if not sizes.rehearsal:
+        full()  # the settings of a run
     program(kind, batches(sizes, sizes.batches[0]), sizes, compiled=True).epoch(2)
     return {"name": f"compiled: {kind}", "compile_s": round(time.perf_counter() - began, 1)}
 

@@ -32,6 +32,7 @@ UPDATES = (  # growth, flow preservation
     ("momentum", "False"),
     ("gradient", "always"),
 )
+RESERVE = 80  # seconds that the steps leave to the parts after them
 CPU_DENSITY, CPU_THREADS = 0.1, (1, 2, 4, 8, 16)
 
 
@@ -50,7 +51,7 @@ def steps(found: Found, sizes: Sizes) -> None:
     # Each network counts as a recompilation of the same code.
     with torch._dynamo.config.patch(recompile_limit=64):
         for batch, compiled, kind in (*early, *rest, *large):
-            if not found.time_for(25):
+            if not found.time_for(25 + RESERVE):
                 return
             if batch == second and compiled and kind == DENSE:
                 dense.clear()
