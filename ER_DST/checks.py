@@ -7,7 +7,7 @@ from torch import nn
 from ER_DST.options import DSTOptions
 from ER_DST.topology import METHODS, Schedule, prune_uniformly
 from startsparse import er, flow
-from startsparse.masks import SparseLayer, density_table, masked_weights, sparse_layers
+from startsparse.masks import SparseLayer, density_table, masked_weights, nnz, sparse_layers
 from startsparse.pruning import layer_counts, weights_left
 
 log = logging.getLogger("startsparse")
@@ -64,8 +64,9 @@ def warn_of_thin_start(model: nn.Module, options: DSTOptions) -> None:
     """Warn if the initial mask has fewer weights than --final-density asks for."""
     if not options.prunes:
         return
-    nnz = sum(int(mask.sum()) for _, _, mask in masked_weights(model))
-    if weights_left(model, options.final_density) > nnz:
+    counts = nnz(model)
+    kept = sum(counts[name] for name, _, _ in masked_weights(model))
+    if weights_left(model, options.final_density) > kept:
         log.warning(
             "warning: --final-density: %g is above the %.6f that the mask has; nothing is pruned",
             options.final_density,

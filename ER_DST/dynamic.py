@@ -1,18 +1,20 @@
 """Dynamic sparse training: a step that may move the masks, and the record of each update."""
 
+import functools
 import logging
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from ER_DST import at_once
 from ER_DST.checks import warn_of_rare_updates
 from ER_DST.options import DSTOptions
-from ER_DST.topology import GROWTH, METHODS, PRUNE, Growth, Schedule, drop_and_grow
+from ER_DST.record import describe
+from ER_DST.topology import GROWTH, METHODS, PRUNE, Change, Growth, Schedule, drop_and_grow
 from startsparse import flow
 from startsparse.errors import UserError
 from startsparse.masks import (
-    density_table,
     gradient,
     keep_inside,
     mask_gradients,
@@ -101,62 +103,82 @@ class DynamicSparse(Method):
             self.growth.accumulate(model, options.momentum)
         if not self.moves_masks(step):
             return
-        before = {name: mask.clone() for name, _, mask in masked_weights(model)}
+        change = Change(
+            method=options.method,
+            density=self.plan.density(step),
+            fraction=fraction,
+            prune=options.prune,
+            growth=options.growth,
+            within_initial=options.grow_within_init,
+            preserve_flow=options.flow_preservation == "always",
+            seed=options.seed,
+            step=step,
+        )
         try:
-            update(
-                model,
-                options.method,
-                density=self.plan.density(step),
-                fraction=fraction,
-                prune=options.prune,
-                growth=options.growth,
-                within_initial=options.grow_within_init,
-                seed=options.seed,
-                step=step,
-            )
+            done = move(model, optimizer, change)
         except ValueError as error:  # a score that is not a number
             raise UserError(f"--growth: at step {step + 1}: {error}") from None
-        if options.flow_preservation == "always":
-            preserve_flow(model, options.seed, step)
-        for name, _, mask in masked_weights(model):
-            model.get_submodule(name).get_buffer("ever_active").logical_or_(mask)
-        keep_inside(model, optimizer)
-        mask_gradients([gradient(w) for _, w, _ in masked_weights(model)], list(before.values()))
         row = {"step": step, "epoch": step // self.plan.per_epoch + 1, "drop_fraction": fraction}
-        self.report(row | describe(model, before), step)
+        self.report(row | done, step)
 
 
 @torch.no_grad()
-def update(
-    model: nn.Module,
-    method: str,
-    *,
-    density: float,
-    fraction: float,
-    prune: str,
-    growth: str,
-    within_initial: bool,
-    seed: int,
-    step: int,
-) -> None:
-    """One update of all masks: prune to ``density``, then drop and grow ``fraction``.
+def move(model: nn.Module, optimizer: torch.optim.Optimizer, change: Change) -> dict[str, float]:
+    """One update of all masks, of the weights, gradients and optimizer state under them.
+
+    Needs the buffers of `remember` and dense gradients. Afterwards only weights of the old masks
+    have gradients.
+
+    Returns:
+        A row of topology.csv; see `record.row`.
+
+    Raises:
+        ValueError: a score is NaN; names the layer.
+    """
+    if at_once.possible(model, change.method):
+        row, more = at_once.move(model, optimizer, change)
+        _warn_of_more(more)
+        return row
+    before = {name: mask.clone() for name, _, mask in masked_weights(model)}
+    update(model, change)
+    if change.preserve_flow:
+        preserve_flow(model, change.seed, change.step)
+    for name, _, mask in masked_weights(model):
+        model.get_submodule(name).get_buffer("ever_active").logical_or_(mask)
+    keep_inside(model, optimizer)
+    mask_gradients([gradient(w) for _, w, _ in masked_weights(model)], list(before.values()))
+    return describe(model, before)
+
+
+@torch.no_grad()
+def update(model: nn.Module, change: Change) -> None:
+    """The masks of an update, layer by layer, without flow preservation.
 
     The caller zeroes weights and optimizer state outside the new masks (`masks.keep_inside`). New
     weights are zero, because they were outside before.
     """
-    parts = METHODS[method]
+    parts = METHODS[change.method]
     if parts.prune:
-        parts.prune(model, density, prune)
-    if parts.grow and fraction > 0:
-        layers = sparse_layers(model)
-        for name, weight, mask in masked_weights(model):
-            layer = layers[name]
-            score = GROWTH[growth].score(layer, generator(seed, f"grow/{name}", 0, step))
-            allowed = layer.get_buffer("initial_mask") if within_initial else None
-            try:
-                drop_and_grow(mask, PRUNE[prune](weight), score, fraction, allowed)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+        parts.prune(model, change.density, change.prune)
+    if not parts.grow or change.fraction == 0:
+        return
+    layers = sparse_layers(model)
+    for name, weight, mask in masked_weights(model):
+        layer = layers[name]
+        draw = functools.partial(
+            _draw, weight, generator(change.seed, f"grow/{name}", 0, change.step)
+        )
+        (score,) = GROWTH[change.growth].score([layer], draw)
+        (importance,) = PRUNE[change.prune]([weight])
+        allowed = layer.get_buffer("initial_mask") if change.within_initial else None
+        try:
+            drop_and_grow(mask, importance, score, change.fraction, allowed)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+def _draw(weight: torch.Tensor, source: torch.Generator) -> list[torch.Tensor]:
+    return [torch.rand(weight.shape, generator=source).to(weight.device)]
 
 
 def remember(model: nn.Module, growth: Growth | None) -> None:
@@ -178,38 +200,10 @@ def preserve_flow(model: nn.Module, seed: int, step: int) -> None:
 
     Removal by magnitude would take the weights that the same update has just grown: they are 0.
     """
-    more = flow.repair(model, seed, step, by_magnitude=False)
+    _warn_of_more(flow.repair(model, seed, step, by_magnitude=False))
+
+
+def _warn_of_more(more: dict[str, int]) -> None:
     if more:
         where = ", ".join(f"{name} {count}" for name, count in more.items())
         log.warning("warning: --flow-preservation: weights more than asked for: %s", where)
-
-
-def describe(model: nn.Module, before: dict[str, torch.Tensor]) -> dict[str, float]:
-    """What an update did, and the state of the masks after it: a row of topology.csv.
-
-    density: of all weights; dropped, grown: weights, in total and per layer; ever_active: share of
-    all weights that were in the mask at some time (in-time over-parametrization, Liu et al. 2021);
-    inside_initial: share of the mask that lies in the initial one; dead_units: without an incoming
-    or an outgoing edge.
-    """
-    sizes = []
-    for name, _, mask in masked_weights(model):
-        old, layer = before[name], model.get_submodule(name)
-        first, ever = layer.get_buffer("initial_mask"), layer.get_buffer("ever_active")
-        sets = (old & ~mask, mask & ~old, mask, mask & first, ever)
-        sizes.append(torch.stack([torch.count_nonzero(s) for s in sets]))
-    counts = torch.stack(sizes).tolist()  # one wait for the device
-    dropped, grown, nnz, inside, active = (sum(column) for column in zip(*counts))
-    total = density_table(model).iloc[-1]
-    dense = int(total["kept"]) - nnz  # layers without a mask
-    row = {
-        "density": float(total["density"]),
-        "dropped": dropped,
-        "grown": grown,
-        "ever_active": (active + dense) / int(total["weights"]),
-        "inside_initial": inside / max(nnz, 1),
-        "dead_units": int(total["dead_outputs"] + total["dead_inputs"]),
-    }
-    for (name, _, _), (gone, new, *_) in zip(masked_weights(model), counts):
-        row |= {f"dropped/{name}": gone, f"grown/{name}": new}
-    return row

@@ -22,7 +22,7 @@ from ER_DST.dynamic import phase, preserve_flow, remember
 from ER_DST.initializers import init_weights, ortho_repair
 from ER_DST.options import DSTOptions
 from ER_DST.sparse_inits import find_snip, pruner_ratio
-from startsparse import data, er, finding, flops, masks, parallel, recipe, seeds
+from startsparse import data, er, finding, flops, masks, parallel, processes, recipe, seeds
 from startsparse.emptied import require_weights
 from startsparse.errors import OptionError, UserError
 from startsparse.processes import run_script
@@ -109,8 +109,8 @@ def network(
         spent = find_snip(model, options, dataset)
         requested = flops.densities(model)
     else:
-        if options.searches and folder and (folder / "search.json").exists():
-            requested, spent = found_ratio(folder)
+        if found := options.searches and processes.all_from_rank_0(lambda: found_ratio(folder)):
+            requested, spent = found
         elif options.searches:
             ratio, spent = pruner_ratio(model, options, dataset)
             requested = er.requested_densities(model, options, ratio)
@@ -126,13 +126,16 @@ def network(
     return model, requested, spent
 
 
-def found_ratio(folder: Path) -> tuple[dict[str, float], float]:
+def found_ratio(folder: Path | None) -> tuple[dict[str, float], float] | None:
     """The density of each layer that the run in ``folder`` found, and the FLOPs of its search.
+
+    None if it has found none yet.
 
     Raises:
         UserError: they are damaged.
     """
-    path = folder / "search.json"
+    if folder is None or not (path := folder / "search.json").exists():
+        return None
     try:
         spent = float(json.loads(path.read_text(encoding="utf-8"))["flops"])
         return er.read_densities(folder / "ratios.json"), spent

@@ -5,7 +5,7 @@ Everything works in place on `masked_weights(model)`. A new growth rule is a fun
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,42 +20,46 @@ from startsparse.schedules import cosine, cubic
 LAST_FRACTION = 0.005  # of a layer's weights that are dropped and grown at the end
 
 
-def _magnitude(weight: Tensor) -> Tensor:
-    return weight.detach().abs()
+def _magnitude(weights: Sequence[Tensor]) -> list[Tensor]:
+    return list(torch._foreach_abs([weight.detach() for weight in weights]))
 
 
-# --prune: weight -> score like the weight; the lowest go.
-PRUNE: dict[str, Callable[[Tensor], Tensor]] = {"magnitude": _magnitude}
+# --prune: weights of some layers -> scores like them; the lowest go.
+PRUNE: dict[str, Callable[[Sequence[Tensor]], list[Tensor]]] = {"magnitude": _magnitude}
+
+Draw = Callable[[], list[Tensor]]
+"""Gives numbers in [0, 1) like the weights of some layers, new ones in each update."""
 
 
 class Growth(NamedTuple):
     """A rule that chooses weights to grow; FLOPs and sparse compute follow from what it needs.
 
     Attributes:
-        score: (layer, generator) -> score like the weight; the highest outside the mask grow.
+        score: (layers, draw) -> scores like their weights; the highest outside the mask grow. On a
+            CPU it is asked layer by layer, on a GPU once.
         dense_gradients: in which steps it needs the gradients outside the masks.
         accumulate: (model, --momentum), called after each backward pass as long as masks grow; it
             adds to the buffer ``growth_state`` of masked layers, which is like the weight.
     """
 
-    score: Callable[[SparseLayer, torch.Generator], Tensor]
+    score: Callable[[Sequence[SparseLayer], Draw], list[Tensor]]
     dense_gradients: When = "never"
     accumulate: Callable[[nn.Module, float], None] | None = None
 
 
-def _random(layer: SparseLayer, draw: torch.Generator) -> Tensor:
+def _random(_: Sequence[SparseLayer], draw: Draw) -> list[Tensor]:
     """At random (SET, Mocanu et al. 2018)."""
-    return torch.rand(layer.weight.shape, generator=draw).to(layer.weight.device)
+    return draw()
 
 
-def _gradient(layer: SparseLayer, _: torch.Generator) -> Tensor:
+def _gradient(layers: Sequence[SparseLayer], _: Draw) -> list[Tensor]:
     """|dL/dw| of this step's batch, dense (RigL, Evci et al. 2020)."""
-    return gradient(layer.weight).abs()
+    return list(torch._foreach_abs([gradient(layer.weight) for layer in layers]))
 
 
-def _momentum(layer: SparseLayer, _: torch.Generator) -> Tensor:
+def _momentum(layers: Sequence[SparseLayer], _: Draw) -> list[Tensor]:
     """|momentum| of the dense gradient (sparse momentum, Dettmers & Zettlemoyer 2019)."""
-    return layer.get_buffer("growth_state").abs()
+    return list(torch._foreach_abs([layer.get_buffer("growth_state") for layer in layers]))
 
 
 @torch.no_grad()
@@ -80,8 +84,9 @@ def prune_globally(model: nn.Module, density: float, score: str) -> None:
 
     Masks that have fewer already stay as they are.
     """
-    nnz = sum(int(mask.sum()) for _, _, mask in masked_weights(model))
-    values = {name: PRUNE[score](weight) for name, weight, _ in masked_weights(model)}
+    names, weights, masks = zip(*masked_weights(model))
+    nnz = sum(int(mask.sum()) for mask in masks)
+    values = dict(zip(names, PRUNE[score](weights)))
     scores.keep_top(model, values, min(nnz, weights_left(model, density)))
 
 
@@ -95,7 +100,8 @@ def prune_uniformly(model: nn.Module, density: float, score: str) -> None:
     total = min(sum(nnz), weights_left(model, density))
     counts = layer_counts("uniform", [mask.shape for _, _, mask in entries], nnz, total)
     for (name, weight, mask), count in zip(entries, counts):
-        scores.shrink({name: mask}, {name: PRUNE[score](weight)}, int(count))
+        (importance,) = PRUNE[score]([weight])
+        scores.shrink({name: mask}, {name: importance}, int(count))
 
 
 def drop_and_grow(
@@ -140,6 +146,27 @@ METHODS: dict[str, Update] = {
     "GMP": Update(prune_globally, grow=False),  # Zhu & Gupta 2017
     "GMP_uniform": Update(prune_uniformly, grow=False),
 }
+
+
+class Change(NamedTuple):
+    """One update: prune to ``density``, then drop and grow ``fraction`` of each layer's weights.
+
+    Attributes:
+        method: a name of `METHODS`.
+        prune, growth: names of `PRUNE` and `GROWTH`.
+        within_initial: whether weights grow in the initial mask only.
+        preserve_flow: whether units that it left dead get an edge; see `flow`.
+    """
+
+    method: str
+    seed: int
+    step: int
+    density: float = 1.0
+    fraction: float = 0.0
+    prune: str = "magnitude"
+    growth: str = "gradient"
+    within_initial: bool = False
+    preserve_flow: bool = False
 
 
 class Schedule(NamedTuple):

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ER_SLT.selection import top_masks
-from startsparse.effective import EffectiveLayer, agree, effective_layers, replace_layers
+from startsparse import selection
+from startsparse.effective import EffectiveLayer, effective_layers, replace_layers
 from startsparse.seeding import generator
+from startsparse.selection_by_counts import Layout
 
 SCORE_INITS = ("constant", "kaiming")
 
@@ -45,8 +46,38 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         """dL/ds = dL/de * w * sign(s)."""
         frozen, score = ctx.saved_tensors
-        sign = torch.copysign(torch.ones((), dtype=score.dtype, device=score.device), score)
-        return None, (gradient * frozen).mul_(sign), None
+        return None, (gradient * frozen).mul_(_sign(score)), None
+
+
+class StraightThroughOfAll(torch.autograd.Function):
+    """The same for many tensors in a few operations."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """``count`` frozen tensors, then their scores, then their masks."""
+        frozen, scores, masks = _thirds(count, tensors)
+        ctx.save_for_backward(*frozen, *scores)
+        return tuple(torch._foreach_mul(frozen, Layout.of(frozen).alike(masks)))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """As that of `StraightThrough`."""
+        nothing = [None] * len(gradients)
+        frozen, scores, _ = _thirds(len(gradients), ctx.saved_tensors)
+        layout = Layout.of(frozen)
+        products = torch._foreach_mul(layout.alike(gradients), frozen)
+        to_scores = layout.split(_sign(layout.join(scores, 0)))
+        torch._foreach_mul_(to_scores, layout.alike(products))
+        return None, *nothing, *to_scores, *nothing
+
+
+def _thirds(count: int, tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    return [tensors[i * count : (i + 1) * count] for i in range(3)]
+
+
+def _sign(scores: Tensor) -> Tensor:
+    """1 or -1, also of 0 and -0."""
+    return torch.copysign(torch.ones((), dtype=scores.dtype, device=scores.device), scores)
 
 
 class Popup(EffectiveLayer):
@@ -92,16 +123,9 @@ class Popup(EffectiveLayer):
         if (inside := self._inside()) is not None:
             self.weight_score.mul_(inside)
 
-    def ranked(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Magnitudes of the scores, and where entries are allowed: weights first, then biases."""
-        if self.bias_score is None:
-            return [self.weight_score.detach().abs()], [self._inside()]
-        scores = self.weight_score.detach().abs(), self.bias_score.detach().abs()
-        return list(scores), [self._inside(), None]
-
     def masks(self) -> tuple[Tensor, Tensor | None]:
         """The masks of weight and bias, 1.0 and 0.0, with ``keep`` ones in total."""
-        weight, *bias = top_masks(*self.ranked(), self.keep)
+        weight, *bias = selection.top_masks(*ranked([self]), self.keep)
         return weight, bias[0] if bias else None
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
@@ -112,6 +136,24 @@ class Popup(EffectiveLayer):
         if bias_mask is not None:
             bias = StraightThrough.apply(self.bias, self.bias_score, bias_mask)
         return weight, bias
+
+    @classmethod
+    def effective_of_all(
+        cls, layers: Sequence["Popup"]
+    ) -> Sequence[tuple[Tensor, Tensor | None]] | None:
+        """One selection and one product for all layers, on a GPU and where torch.compile traces."""
+        if selection.one_by_one(layers[0].weight.device):
+            return None
+        frozen = [t for x in layers for t in (x.weight, x.bias) if t is not None]
+        masks = cls.masks_of_all(layers)
+        used = iter(StraightThroughOfAll.apply(len(frozen), *frozen, *_scores(layers), *masks))
+        return [(next(used), None if x.bias is None else next(used)) for x in layers]
+
+    @classmethod
+    def masks_of_all(cls, layers: Sequence["Popup"]) -> list[Tensor]:
+        """The masks of ``layers``, each layer's weight before its bias, found together."""
+        keep = torch.stack([layer.keep for layer in layers])
+        return selection.top_of_groups(*ranked(layers), keep, [len(_scores([x])) for x in layers])
 
     def _inside(self) -> Tensor | None:
         return getattr(self, "weight_mask", None)
@@ -128,7 +170,27 @@ class GlobalPopup(Popup):
         The best entries of the network that lie in a layer are the best of that layer, so a number
         per layer is enough. Ties go to earlier layers and positions. No synchronisation.
         """
-        rank_globally(layers, torch.stack([layer.keep for layer in layers]).sum())
+        cls.masks_of_all(layers)
+
+    @classmethod
+    @torch.no_grad()
+    def masks_of_all(cls, layers: Sequence[Popup]) -> list[Tensor]:
+        """The same, and the masks: they are those of the network's best entries."""
+        return rank_globally(layers, torch.stack([layer.keep for layer in layers]).sum())
+
+
+def _scores(layers: Sequence[Popup]) -> list[Tensor]:
+    """Each layer's scores of weights before those of biases."""
+    return [s for x in layers for s in (x.weight_score, x.bias_score) if s is not None]
+
+
+def ranked(layers: Sequence[Popup]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Magnitudes of all scores, and where entries are allowed; weights before biases, by layer."""
+    allowed: list[Tensor | None] = []
+    for layer in layers:
+        allowed += [layer._inside(), None][: 1 if layer.bias_score is None else 2]
+    with torch.no_grad():
+        return list(torch._foreach_abs(_scores(layers))), allowed
 
 
 RANKINGS: dict[str, type[Popup]] = {"layer": Popup, "global": GlobalPopup}
@@ -202,28 +264,36 @@ def set_density(model: nn.Module, density: float) -> None:
         rank_globally(layers, torch.tensor(total, device=layers[0].keep.device))
 
 
-def rank_globally(layers: Sequence[Popup], total: Tensor) -> None:
-    """Rank all entries together, and let ``layers`` keep ``total`` of them in all."""
-    magnitudes, allowed, owners = [], [], []
-    for layer in layers:
-        scores, inside = layer.ranked()
-        magnitudes += scores
-        allowed += inside
-        owners += [layer] * len(scores)
-    masks = top_masks(magnitudes, allowed, total)
-    for layer in layers:
-        layer.keep.zero_()
-    for layer, mask in zip(owners, masks):
-        layer.keep.add_(mask.count_nonzero())
+def rank_globally(layers: Sequence[Popup], total: Tensor) -> list[Tensor]:
+    """Rank all entries together, and let ``layers`` keep ``total`` of them in all.
+
+    Returns:
+        The masks, as `Popup.masks_of_all`.
+    """
+    masks = selection.top_masks(*ranked(layers), total)
+    keep = [layer.keep for layer in layers]
+    if _can_change(keep[0]):
+        kept = iter(torch.stack(torch._foreach_norm(masks, 1, dtype=torch.float64)).long().unbind())
+        of_layers = [next(kept) if x.bias is None else next(kept) + next(kept) for x in layers]
+        torch._foreach_copy_(keep, of_layers)
+    return masks
+
+
+def _can_change(tensor: Tensor) -> bool:
+    """Whether it is no copy for a replica of DataParallel that evaluates in a thread of its own."""
+    if torch.compiler.is_compiling():  # cannot trace the question
+        return True
+    return torch.is_inference_mode_enabled() or not tensor.is_inference()
 
 
 @torch.no_grad()
 def found_masks(model: nn.Module) -> dict[str, Tensor]:
     """What each layer uses: parameter name ("conv1.weight", "fc.bias") -> bool tensor like it."""
-    agree(model)
+    layers = popup_layers(model)
+    ranking = type(next(iter(layers.values())))
+    masks = iter(ranking.masks_of_all(list(layers.values())))
     found = {}
-    for name, layer in popup_layers(model).items():
-        for kind, mask in zip(("weight", "bias"), layer.masks()):
-            if mask is not None:
-                found[f"{name}.{kind}" if name else kind] = mask.bool()
+    for name, layer in layers.items():
+        for kind in ("weight",) if layer.bias is None else ("weight", "bias"):
+            found[f"{name}.{kind}" if name else kind] = next(masks).bool()
     return found

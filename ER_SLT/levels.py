@@ -13,11 +13,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ER_SLT.edge_popup import count, found_masks, popup_layers, set_density
+from ER_SLT.edge_popup import count, found_masks, popup_layers, ranked, set_density
 from ER_SLT.initializers import has_batchnorm
 from ER_SLT.options import SLTOptions
 from ER_SLT.ticket import SHUFFLES, load_ticket, save_ticket_by_rank_0, shuffled
-from startsparse import checkpoint, data, flops
+from startsparse import checkpoint, data, flops, processes
 from startsparse.commandline import plain_values
 from startsparse.masks import density_table, masked_weights
 from startsparse.phases import Phase
@@ -145,8 +145,9 @@ def record_level(trainer: Trainer[SLTOptions], *, level: int) -> dict[str, float
     if options.save_model:
         checkpoint.save_by_rank_0(saved.with_suffix(".pt"), {"model": model.state_dict()})
     trainer.run.write_table(f"levels/level-{level}.csv", table)
-    before = load_ticket(saved.with_name(f"level-{level - 1}.safetensors")) if level > 1 else None
-    row |= {"overlap": overlap(found, before.found) if before else math.nan}
+    earlier = saved.with_name(f"level-{level - 1}.safetensors")
+    before = processes.all_from_rank_0(lambda: load_ticket(earlier).found) if level > 1 else None
+    row |= {"overlap": overlap(found, before) if before else math.nan}
     row |= score_statistics(model)
     trainer.add_row("levels", row, level)
     trainer.write_tables()
@@ -196,8 +197,7 @@ def score_statistics(model: nn.Module) -> dict[str, float]:
     """Moments and range of the absolute scores inside the random mask, biases included."""
     parts = [
         score.flatten() if inside is None else score[inside]
-        for layer in popup_layers(model).values()
-        for score, inside in zip(*layer.ranked())
+        for score, inside in zip(*ranked(list(popup_layers(model).values())))
     ]
     scores = torch.cat(parts).double()
     values = torch.stack([scores.mean(), scores.std(), scores.min(), scores.max()])

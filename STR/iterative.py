@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from startsparse import checkpoint, finding, runs
+from startsparse import checkpoint, finding, processes, runs
 from startsparse.data import first_batch
 from startsparse.errors import OptionError, UserError
 from startsparse.flops import densities
@@ -61,8 +61,8 @@ def begin(trainer: Trainer[STROptions]) -> None:
     if trainer.options.threshold_list and not trainer.history and not trainer.position.step:
         state = {"model": trainer.model.state_dict()}
         earlier = trainer.run.source("start_from") / "initial.pt"
-        if trainer.options.start_from and earlier.exists():
-            state = checkpoint.load(earlier)
+        if trainer.options.start_from and processes.all_from_rank_0(earlier.exists):
+            state = checkpoint.load_by_rank_0(earlier)
         checkpoint.save_by_rank_0(trainer.run.folder / "initial.pt", state)
         save_rewind_point(trainer)
 
@@ -135,7 +135,7 @@ def reference_masks(source: Path, level: int) -> State:
         source: its folder, or this run's copy of it.
     """
     try:
-        return checkpoint.load(source / f"levels/level-{level}.pt")["model"]
+        return checkpoint.load_by_rank_0(source / f"levels/level-{level}.pt")["model"]
     except UserError as error:
         raise OptionError(f"--target-expt-name: {error}") from None
 
@@ -147,8 +147,9 @@ def start_from(model: nn.Module, options: STROptions) -> dict[str, float]:
         Layer -> its density in that run.
     """
     try:
-        path = runs.tested_weights(finding.source(options, "start_from"))
-        checkpoint.load_model(model, checkpoint.load(path), path)
+        source = finding.source(options, "start_from")
+        path = processes.all_from_rank_0(lambda: runs.tested_weights(source))
+        checkpoint.load_model(model, checkpoint.load_by_rank_0(path), path)
     except UserError as error:
         raise OptionError(f"--start-from: {error}") from None
     return densities(model)
@@ -214,7 +215,8 @@ def next_level(trainer: Trainer[STROptions], *, level: int, density: float) -> N
         100 * pruned,
     )
     path = trainer.run.folder / "rewind.pt"
-    REWINDS[trainer.options.rewind](trainer.model, checkpoint.load(path, trainer.device)["model"])
+    state = checkpoint.load_by_rank_0(path, trainer.device)
+    REWINDS[trainer.options.rewind](trainer.model, state["model"])
 
 
 def record_level(trainer: Trainer[STROptions], *, level: int) -> dict[str, float]:
@@ -225,7 +227,7 @@ def record_level(trainer: Trainer[STROptions], *, level: int) -> dict[str, float
     model, folder = trainer.model, trainer.run.folder
     result = trainer.test()
     table = density_table(model)
-    initial = checkpoint.load(folder / "initial.pt", trainer.device)["model"]
+    initial = checkpoint.load_by_rank_0(folder / "initial.pt", trainer.device)["model"]
     flips = flipped(model, initial)
     table["flipped"] = table["layer"].map(flips)
     total = table.iloc[-1]

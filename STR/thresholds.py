@@ -5,14 +5,16 @@ and the loss move. With an ER mask the effective weight is also multiplied by th
 no operation: weights outside the mask are zero, and the soft threshold keeps zeros.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from startsparse import selection
 from startsparse.effective import EffectiveLayer, effective_layers
 from startsparse.masks import active, sparse_layers
+from startsparse.selection_by_counts import Layout
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "exp": torch.exp}
 
@@ -38,6 +40,30 @@ class SoftThreshold(torch.autograd.Function):
         return inward.mul_(sign), to_threshold
 
 
+class SoftThresholdOfAll(torch.autograd.Function):
+    """The same for many weights in few operations; ``thresholds`` has one of each, [weights]."""
+
+    @staticmethod
+    def forward(ctx: Any, thresholds: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        """The weights are copied into one vector once."""
+        layout = ctx.layout = Layout.of(weights)
+        bounds = thresholds.index_select(0, layout.owner(thresholds.device))[:, None]
+        joined = layout.join(weights, 0)
+        effective = joined.clamp(-bounds, bounds)
+        torch.sub(joined, effective, out=effective)
+        ctx.save_for_backward(effective)
+        return tuple(layout.split(effective))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        """As that of `SoftThreshold`; each sum is taken by itself, in the same order as there."""
+        (effective,) = ctx.saved_tensors
+        sign = effective.sign()
+        inward = ctx.layout.join(gradients, 0) * sign
+        to_thresholds = -torch.stack([part.sum() for part in ctx.layout.split(inward)])
+        return to_thresholds, *ctx.layout.split(inward.mul_(sign))
+
+
 class SoftThresholded(EffectiveLayer):
     """A layer with a soft-thresholded weight; ``threshold_logit``, shape [1], is its s."""
 
@@ -56,6 +82,21 @@ class SoftThresholded(EffectiveLayer):
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """sign(w) relu(|w| - g(s)), and the bias as it is."""
         return SoftThreshold.apply(self.weight, self.threshold()), self.bias
+
+    @classmethod
+    def effective_of_all(
+        cls, layers: Sequence["SoftThresholded"]
+    ) -> Sequence[tuple[Tensor, Tensor | None]] | None:
+        """All in one vector, on a GPU; torch.compile joins the operations of a layer itself."""
+        functions = {layer.function for layer in layers}
+        if torch.compiler.is_compiling() or len(functions) > 1:
+            return None
+        if selection.one_by_one(layers[0].weight.device):
+            return None
+        logits = torch.cat([layer.threshold_logit for layer in layers])
+        thresholds = FUNCTIONS[functions.pop()](logits)
+        effective = SoftThresholdOfAll.apply(thresholds, *[layer.weight for layer in layers])
+        return [(weight, layer.bias) for weight, layer in zip(effective, layers)]
 
 
 def thresholds(model: nn.Module) -> dict[str, float]:

@@ -4,10 +4,12 @@ from benchmarks import (
     auto,
     batched,
     beside,
+    distributed,
     edge_popup,
     graph_step,
     input_pipeline,
     layout,
+    loop,
     peak_memory,
     prune_step,
     roofline,
@@ -23,6 +25,7 @@ for benchmark in (
     topology,
     input_pipeline,
     layout,
+    loop,
     step_time,
     prune_step,
     edge_popup,
@@ -32,6 +35,7 @@ for benchmark in (
     sparse_compute,
     sparse_reparameterised,
     auto,
+    distributed,
     beside,
 ):
     print(f"\n## {benchmark.__name__}: {benchmark.__doc__.splitlines()[0]}\n", flush=True)

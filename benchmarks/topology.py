@@ -19,13 +19,13 @@ import torch
 from torch import nn
 
 from benchmarks.steps import OneBatch, devices, random_images, timed_step
-from ER_DST.dynamic import DynamicSparse, describe, remember, schedule, update
+from ER_DST.dynamic import DynamicSparse, move, remember, schedule
 from ER_DST.main import network
 from ER_DST.options import DSTOptions
-from ER_DST.topology import GROWTH, add_to_momentum
+from ER_DST.topology import GROWTH, Change, add_to_momentum
 from startsparse import flow, models, parallel, training
 from startsparse.data import Shape
-from startsparse.masks import attach_masks, draw_masks, keep_inside, masked_weights, sparse_layers
+from startsparse.masks import attach_masks, draw_masks, masked_weights, sparse_layers
 from startsparse.method import PLAIN, Method
 
 
@@ -45,30 +45,11 @@ def make_step(growth: str, device: torch.device) -> Callable[[], float]:
     return timed_step(model, options, device, method=method)
 
 
-def move_masks(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    growth: str,
-    step: int,
-    preserve_flow: bool = False,
-) -> None:
-    """One update as in a run, with its row of topology.csv."""
-    before = {name: mask.clone() for name, _, mask in masked_weights(model)}
-    update(
-        model,
-        "GraNet",
-        density=0.01,
-        fraction=0.5,
-        prune="magnitude",
-        growth=growth,
-        within_initial=False,
-        seed=1,
-        step=step,
+def gradual(growth: str, step: int, preserve_flow: bool = False) -> Change:
+    """An update of GraNet."""
+    return Change(
+        "GraNet", 1, step, density=0.01, fraction=0.5, growth=growth, preserve_flow=preserve_flow
     )
-    if preserve_flow:
-        flow.repair(model, 1, step, by_magnitude=False)
-    keep_inside(model, optimizer)
-    describe(model, before)
 
 
 class Always(Method):
@@ -81,7 +62,7 @@ class Always(Method):
         """The update."""
         if accumulate := GROWTH[self.growth].accumulate:
             accumulate(model, 0.9)
-        move_masks(model, optimizer, self.growth, step)
+        move(model, optimizer, gradual(self.growth, step))
 
 
 def make_update(
@@ -110,7 +91,7 @@ def make_update(
                 mask.copy_(mask_before)
         _wait(device)
         started = time.perf_counter()
-        move_masks(model, optimizer, growth, 1, preserve_flow)
+        move(model, optimizer, gradual(growth, 1, preserve_flow))
         _wait(device)
         return time.perf_counter() - started
 

@@ -9,7 +9,7 @@ import itertools
 import math
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from startsparse import checkpoint
 from startsparse.processes import by_rank_0
@@ -46,7 +46,8 @@ class Candidates:
     """The best epoch so far, and its rivals; the run folder holds their weights.
 
     best.pt holds the weights of the best epoch, best-EPOCH.pt those of each rival until the phase
-    ends. `add` and `tidy` are collectives.
+    ends. They are written with the checkpoint, and until then kept in memory: a run that is killed
+    between two checkpoints has the files of the first. `write` and `tidy` are collectives.
 
     Attributes:
         best: epoch, valid_accuracy and density of the best so far; {} if there is none.
@@ -57,12 +58,15 @@ class Candidates:
         self.folder = folder
         self.best: Row = {}
         self.rivals: list[Row] = []
+        self._written: Row = {}  # whose weights best.pt has
+        self._held: dict[float, dict[str, Tensor]] = {}  # epoch -> weights that no file has
+
+    def restore(self, best: Row, rivals: list[Row]) -> None:
+        """Go on from those of a checkpoint."""
+        self.best, self.rivals, self._written, self._held = best, rivals, best, {}
 
     def add(self, model: nn.Module, row: Row, *, drifts: bool) -> None:
-        """Consider the epoch whose weights ``model`` has.
-
-        Files of former rivals stay until `tidy`: a run that is killed before it writes its
-        checkpoint needs them again.
+        """Consider the epoch whose weights ``model`` has; keeps a copy of them if it is one.
 
         Args:
             row: epoch, valid_accuracy and density; an accuracy of NaN makes no candidate.
@@ -70,20 +74,33 @@ class Candidates:
         """
         if math.isnan(row["valid_accuracy"]):
             return
-        before = self.best
         if drifts:
             self.rivals = hopeful([*self.rivals, row])
             self.best = best_of(near(self.rivals, row["density"]))
         else:
-            self.best = best_of([row, *[before] * bool(before)])
-        if row in self.rivals:
-            checkpoint.save_by_rank_0(self._path(row), {"model": model.state_dict()})
-        if self.best == row:
-            checkpoint.save_by_rank_0(self.folder / "best.pt", {"model": model.state_dict()})
-        elif self.best != before:
-            checkpoint.save_by_rank_0(
-                self.folder / "best.pt", checkpoint.load(self._path(self.best))
-            )
+            self.best = best_of([row, *[self.best] * bool(self.best)])
+        epochs = {candidate["epoch"] for candidate in (self.best, *self.rivals)}
+        self._held = {epoch: state for epoch, state in self._held.items() if epoch in epochs}
+        if row["epoch"] in epochs:
+            state = model.state_dict()
+            self._held[row["epoch"]] = {name: tensor.clone() for name, tensor in state.items()}
+
+    @by_rank_0
+    def write(self) -> None:
+        """Write the weights that no file has yet; called just before the checkpoint is written.
+
+        Files of former rivals stay until `tidy`: a run that is killed before it writes its
+        checkpoint needs them again.
+        """
+        for row in self.rivals:
+            if row["epoch"] in self._held:
+                self._save(self._path(row), self._held[row["epoch"]])
+        if self.best and self.best != self._written:
+            state = self._held.get(self.best["epoch"])
+            if state is None:
+                state = checkpoint.load(self._path(self.best))["model"]
+            self._save(self.folder / "best.pt", state)
+        self._written, self._held = self.best, {}
 
     @by_rank_0
     def tidy(self) -> None:
@@ -91,6 +108,9 @@ class Candidates:
         for path in self.folder.glob("best-*.pt"):
             if path not in map(self._path, self.rivals):
                 path.unlink()
+
+    def _save(self, path: Path, state: dict[str, Tensor]) -> None:
+        checkpoint.save_by_rank_0(path, {"model": state})
 
     def _path(self, row: Row) -> Path:
         return self.folder / f"best-{row['epoch']}.pt"

@@ -1,15 +1,18 @@
 """Checkpoints: written whole or not at all, checked when they are read."""
 
 import hashlib
+import io
 import os
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
+from startsparse import processes
 from startsparse.atomic import replacing
 from startsparse.errors import UserError, reason
 from startsparse.processes import by_rank_0
@@ -44,9 +47,21 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
     Raises:
         UserError: the file is missing, incomplete, damaged or no checkpoint.
     """
+    return _load(path, device, lambda: path.open("rb"))
+
+
+def load_by_rank_0(path: Path, device: torch.device | str = "cpu") -> dict:
+    """`load` for all processes, of which only the machine of rank 0 needs to have the file."""
+    if processes.world_size() == 1:
+        return load(path, device)
+    return _load(path, device, lambda: io.BytesIO(processes.all_from_rank_0(path.read_bytes)))
+
+
+def _load(path: Path, device: torch.device | str, opened: Callable[[], BinaryIO]) -> dict:
     try:
-        regular(path)
-        with path.open("rb") as file:
+        if processes.rank() == 0:
+            regular(path)
+        with opened() as file:
             _check_archive(file)
             file.seek(0)
             state = torch.load(file, map_location=device, weights_only=True)

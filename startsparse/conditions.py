@@ -88,7 +88,7 @@ class Meaning:
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "run": (
             *("config", "name", "seed", "seeds", "log_dir", "result_dir", "resume", "evaluate"),
-            "save_every",
+            *("save_every", "save_seconds"),
         ),
         "data": (
             *("set", "data", "image_size", "channels", "mirror", "checksum", "valid_split"),
@@ -105,7 +105,7 @@ class Meaning:
             *("warmup_length", "weight_decay", "no_bn_decay", "momentum", "nesterov"),
             *("label_smoothing", "clip_norm", "select"),
         ),
-        "hardware": ("multigpu", "amp", "compile", "sparse_compute"),
+        "hardware": ("multigpu", "sync_bn", "amp", "compile", "sparse_compute", "profile"),
     }
 
     @property

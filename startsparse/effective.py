@@ -16,7 +16,7 @@ Masks, densities, FLOPs, sparse compute, checkpoints and export then work with i
 type. Masks may be attached before or after. `plain_state` is the network without its formulas.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, ItemsView, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +43,7 @@ class EffectiveLayer(nn.Module):
             from the whole effective weight, which costs a pass over it in each step.
         replaced: the class of the plain layer.
         plain_names: keys of the plain layer in its state_dict.
+        held: what `effective_of_all` has computed for this layer, while the network computes.
     """
 
     zeros_learn: ClassVar[bool]
@@ -53,6 +54,7 @@ class EffectiveLayer(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     plain_names: frozenset[str]
+    held: tuple[Tensor, Tensor | None] | None = None
 
     def __init_subclass__(cls) -> None:
         """Refuse an incomplete formula.
@@ -91,6 +93,23 @@ class EffectiveLayer(nn.Module):
         `replace_layers` has the network call it before each forward pass.
         """
 
+    @classmethod
+    def effective_of_all(
+        cls,
+        layers: Sequence[Any],  # noqa: ARG003
+    ) -> Sequence[tuple[Tensor, Tensor | None]] | None:
+        """`agree` and `effective` of all layers of a network at once; by default None.
+
+        On a GPU, where each operation takes time to start, a formula may need far fewer operations
+        for all layers together. None: here it does not, and they compute one by one. The network
+        calls it before each forward pass. What it returns is what `effective` would.
+        """
+        return None
+
+    def present(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias that the forward pass computes with."""
+        return self.effective() if self.held is None else self.held
+
     def effective_weight(self) -> Tensor:
         """The weight that the layer computes with."""
         return self.effective()[0]
@@ -124,21 +143,21 @@ class EffectiveLayer(nn.Module):
 class _Conv2d(nn.Conv2d):
     """The forward pass of a convolution with an effective weight."""
 
-    effective: Callable[[], tuple[Tensor, Tensor | None]]
+    present: Callable[[], tuple[Tensor, Tensor | None]]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C', H', W']."""
-        return self._conv_forward(inputs, *self.effective())
+        return self._conv_forward(inputs, *self.present())
 
 
 class _Linear(nn.Linear):
     """The forward pass of a linear layer with an effective weight."""
 
-    effective: Callable[[], tuple[Tensor, Tensor | None]]
+    present: Callable[[], tuple[Tensor, Tensor | None]]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., n_in] -> [..., n_out]."""
-        return F.linear(inputs, *self.effective())
+        return F.linear(inputs, *self.present())
 
 
 @cached
@@ -193,13 +212,12 @@ def replace_layers(
         layer.plain_names = plain_names
         layer.set_up(*settings)
         layer.check()
-    if _function(formula.agree) is not _function(EffectiveLayer.agree):  # it is overridden
-        model.register_forward_pre_hook(agree)
+    for joint in ("agree", "effective_of_all"):
+        if getattr(formula, joint).__func__ is not getattr(EffectiveLayer, joint).__func__:
+            model.register_forward_pre_hook(_before)
+            model.register_forward_hook(_after, always_call=True)
+            break
     return effective_layers(model, formula)
-
-
-def _function(method: Any) -> Callable:
-    return method.__func__
 
 
 def effective_layers(
@@ -209,13 +227,36 @@ def effective_layers(
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, formula)}
 
 
-def agree(model: nn.Module, _inputs: object = None) -> None:
+def agree(model: nn.Module) -> None:
     """Let the layers of each formula decide jointly (`EffectiveLayer.agree`)."""
+    for formula, layers in _by_formula(model):
+        formula.agree(layers)
+
+
+def _by_formula(model: nn.Module) -> ItemsView[type[EffectiveLayer], list[EffectiveLayer]]:
     groups: dict[type[EffectiveLayer], list[EffectiveLayer]] = {}
     for layer in effective_layers(model).values():
         groups.setdefault(layer.formula, []).append(layer)
-    for formula, layers in groups.items():
-        formula.agree(layers)
+    return groups.items()
+
+
+def _before(model: Any, _inputs: object) -> None:
+    """Compute what the layers decide and compute together; ``model`` may be a replica."""
+    model.holding = []
+    for formula, layers in _by_formula(model):
+        together = formula.effective_of_all(layers)
+        if together is None:
+            formula.agree(layers)
+            continue
+        model.holding += layers
+        for layer, held in zip(layers, together):
+            layer.held = held
+
+
+def _after(model: Any, *_: object) -> None:
+    for layer in model.holding:
+        layer.held = None
+    model.holding = []
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from torch import nn
 
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import flag
-from startsparse.masks import CUT, active, sparse_layers
+from startsparse.masks import CUT, nnz, sparse_layers
 from startsparse.options import Options
 
 log = logging.getLogger("startsparse")
@@ -35,8 +35,7 @@ class Emptied:
             UserError: no layer has a weight.
         """
         layers = sparse_layers(self.model)
-        counts = torch.stack([torch.count_nonzero(active(layer)) for layer in layers.values()])
-        empty = [name for name, count in zip(layers, counts.tolist()) if not count]
+        empty = [name for name, count in nnz(self.model).items() if not count]
         if len(empty) == len(layers):
             raise UserError(
                 f"{_flags(self.options)}: no weight is left {when}, all layers are empty "

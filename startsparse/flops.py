@@ -1,18 +1,17 @@
 """What a network would cost if zeros were free: FLOPs at the densities of its layers.
 
-`torch.utils.flop_counter` gives the dense cost of each layer; at density d a layer costs d times
-that. Only convolutions and linear layers count: the rest is about one percent. In a small graph
-network, the products with the adjacency matrix, which do not count either, can be a tenth. Zeros of
-an input (`SparseRows`) count, though they cost nothing.
+At density d a layer costs d times what it costs dense. Only convolutions and linear layers count:
+the rest is about one percent. In a small graph network, the products with the adjacency matrix,
+which do not count either, can be a tenth. Zeros of an input (`SparseRows`) count, though they cost
+nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from startsparse.masks import active, sparse_layers
+from startsparse.masks import SparseLayer, nnz, sparse_layers
 from startsparse.method import Method
 
 
@@ -22,24 +21,34 @@ def forward_flops(model: nn.Module, example: Tensor) -> dict[str, float]:
 
     A graph is one example, [nodes, ...]; its layers work on every node. A multiply-add is two.
     """
+    counts = dict.fromkeys(sparse_layers(model), 0.0)
+
+    def counter(name: str) -> Callable:
+        def count(layer: SparseLayer, _inputs: tuple, output: Tensor) -> None:
+            # Each number of the output takes a multiply-add per weight of its unit.
+            counts[name] += 2.0 * output.numel() * layer.weight[0].numel()
+
+        return count
+
+    hooks = [
+        layer.register_forward_hook(counter(name)) for name, layer in sparse_layers(model).items()
+    ]
     training = {module: module.training for module in model.modules()}
     model.eval()
-    counter = FlopCounterMode(display=False)
-    with counter:
+    try:
         model(example)
-    for module, mode in training.items():
-        module.training = mode
-    # Modules go by Class.name in the counter's table.
-    counts = {key.partition(".")[2]: sum(v.values()) for key, v in counter.flop_counts.items()}
-    return {name: float(counts.get(name, 0)) for name in sparse_layers(model)}
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for hook in hooks:
+            hook.remove()
+    return counts
 
 
 def densities(model: nn.Module) -> dict[str, float]:
     """The density of each sparse layer: active weights of all its weights."""
-    return {
-        name: torch.count_nonzero(active(layer)).item() / layer.weight.numel()
-        for name, layer in sparse_layers(model).items()
-    }
+    layers = sparse_layers(model)
+    return {name: count / layers[name].weight.numel() for name, count in nnz(model).items()}
 
 
 def inference(forward: Mapping[str, float], density: Mapping[str, float]) -> float:

@@ -6,7 +6,7 @@ dead unit gets one edge, and edges that can be spared are removed for it (Gadhik
 arXiv:2210.02412).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -131,7 +131,8 @@ def repair(model: nn.Module, seed: int, step: int, by_magnitude: bool) -> dict[s
     """`preserve_flow` in every layer that has a mask.
 
     Only masks change: call `masks.keep_inside` afterwards. New edges start with the weight that
-    lies there, which is 0 in a network whose weights live inside their masks.
+    lies there, which is 0 in a network whose weights live inside their masks. The masks of a GPU
+    are repaired by the CPU, and travel all at once.
 
     Args:
         seed: the run's; a layer's draw depends on (seed, step, name) and on no other layer.
@@ -141,10 +142,42 @@ def repair(model: nn.Module, seed: int, step: int, by_magnitude: bool) -> dict[s
     Returns:
         Layer name -> how many more edges the layer has than before; unchanged ones are left out.
     """
+    entries = list(masked_weights(model))
+    if not entries:
+        return {}
+    names, weights, masks = zip(*entries)
+    here = on_cpu(masks)
+    magnitudes = on_cpu(torch._foreach_abs(weights)) if by_magnitude else [None] * len(names)
+    more = repair_masks(dict(zip(names, zip(here, magnitudes))), seed, step)
+    if here[0] is not masks[0]:
+        flat = to_device(torch.cat([mask.flatten() for mask in here]), masks[0].device)
+        sizes = [mask.numel() for mask in masks]
+        for mask, part in zip(masks, flat.split(sizes)):
+            mask.copy_(part.view(mask.shape))
+    return more
+
+
+def repair_masks(
+    masks: Mapping[str, tuple[Tensor, Tensor | None]], seed: int, step: int
+) -> dict[str, int]:
+    """`repair` of masks on the CPU, in place: layer name -> mask and priority of its edges."""
     grown = {}
-    for name, weight, mask in masked_weights(model):
-        draw = generator(seed, f"flow/{name}", 0, step)
-        more = preserve_flow(mask, draw, weight.abs() if by_magnitude else None)
+    for name, (mask, priority) in masks.items():
+        more = preserve_flow(mask, generator(seed, f"flow/{name}", 0, step), priority)
         if more:
             grown[name] = more
     return grown
+
+
+def on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors themselves on a CPU, else copies there, by one transfer."""
+    if tensors[0].device.type == "cpu":
+        return list(tensors)
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU's tensor on ``device``; a GPU fetches it while this goes on."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

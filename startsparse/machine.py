@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
         "torchvision": _version("torchvision"),
         "numpy": np.__version__,
         "machine": platform.platform(),
-        **_order_of_sums(),
+        **order_of_sums(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
@@ -48,10 +48,10 @@ def change(folder: Path) -> str:
     """
     try:
         began = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-        then = {name: began[name] for name in _order_of_sums() if name in began}
+        then = {name: began[name] for name in order_of_sums() if name in began}
     except (OSError, ValueError, TypeError):  # it only tells
         return ""
-    now = _order_of_sums()
+    now = order_of_sums()
     return ", ".join(
         f"{name} {value} then, {now[name]} now"
         for name, value in then.items()
@@ -59,7 +59,7 @@ def change(folder: Path) -> str:
     )
 
 
-def _order_of_sums() -> dict[str, Any]:
+def order_of_sums() -> dict[str, Any]:
     """What decides in which order PyTorch and the kernels sum, and so on the last bits."""
     return {
         "torch": torch.__version__,

@@ -85,12 +85,16 @@ def round_to_total(expected: ArrayLike) -> np.ndarray:
 def attach_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Put each mask beside the weight of its layer and zero the weight outside it.
 
+    The buffers have the strides of the weights: a product of tensors that lie in memory alike is
+    several times faster. `nn.Module.to` and `load_state_dict` keep it so.
+
     Raises:
         TypeError: a layer computes with another weight, which is not zero there.
     """
     layers = sparse_layers(model)
     for name, mask in masks.items():
-        layers[name].register_buffer("weight_mask", mask.to(layers[name].weight.device))
+        buffer = torch.empty_like(layers[name].weight, dtype=torch.bool)
+        layers[name].register_buffer("weight_mask", buffer.copy_(mask))
     keep_inside(model)
     for layer in map(layers.get, masks):
         if isinstance(layer, EffectiveLayer):
@@ -103,12 +107,16 @@ def keep_inside(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 
     Needed once after every change of masks or weights; steps in between need `mask_gradients` only.
     """
+    inside: list[tuple[Tensor, Tensor]] = []
     for _, weight, mask in masked_weights(model):
-        weight.mul_(_factor(mask))
+        inside.append((weight, mask))
         if optimizer is not None:
             for state in optimizer.state.get(weight, {}).values():
                 if torch.is_tensor(state) and state.shape == weight.shape:
-                    state.mul_(_factor(mask))
+                    inside.append((state, mask))
+    if inside:
+        tensors, masks = zip(*inside)
+        torch._foreach_mul_(tensors, _factors(masks, tensors, anew=True))
 
 
 def gradient(weight: Tensor) -> Tensor:
@@ -119,14 +127,65 @@ def gradient(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mask_gradients(gradients: list[Tensor], masks: Sequence[Tensor]) -> None:
-    """Zero the gradients outside the masks, in place, by one foreach multiply."""
+    """Zero the gradients outside the masks, in place, by one foreach multiply.
+
+    On a GPU it is one launch if gradients are of one dtype and have the strides of their masks.
+    """
     if gradients:
-        torch._foreach_mul_(gradients, [_factor(mask) for mask in masks])
+        torch._foreach_mul_(gradients, _factors(masks, gradients))
 
 
-def _factor(mask: Tensor) -> Tensor:
-    """The mask as 0 and 1, by which CPUs multiply several times faster than by bool."""
-    return mask.view(torch.uint8)
+def _factors(
+    masks: Sequence[Tensor], tensors: Sequence[Tensor], anew: bool = False
+) -> list[Tensor]:
+    """The masks as 0 and 1, by which ``tensors`` are multiplied several times faster than by bool.
+
+    On a CPU they are views. On a GPU they are copies, as a foreach function is a single launch only
+    where all tensors have one dtype and lie in memory alike.
+    """
+    if masks[0].device.type == "cpu":
+        return [mask.view(torch.uint8) for mask in masks]
+    return _copied_factors(masks, tensors, anew)
+
+
+class _Note:
+    """What is true of a mask at one version of it. A copy of the mask has none."""
+
+    def __init__(self, value: Any, version: int = -1):
+        self.value, self.version = value, version
+
+    def __deepcopy__(self, _: dict) -> None:
+        return None
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
+def _copied_factors(
+    masks: Sequence[Tensor], tensors: Sequence[Tensor], anew: bool = False
+) -> list[Tensor]:
+    """Copies of the masks, each of the dtype of its tensor, that last until the mask changes.
+
+    PyTorch counts the changes of a tensor (its version), other than through ``.data`` or by a
+    collective: call `keep_inside` after these, as after all changes.
+
+    Args:
+        anew: make all copies again; else those of masks that have another version.
+    """
+    factors: list[_Note] = []
+    old: dict[int, tuple[_Note, Tensor]] = {}
+    for mask, tensor in zip(masks, tensors):
+        factor = getattr(mask, "factor", None)
+        if factor is None or factor.value.dtype != tensor.dtype:
+            factor = mask.factor = _Note(torch.empty_like(mask, dtype=tensor.dtype))  # type: ignore[attr-defined]
+        if anew or factor.version != mask._version:
+            old[id(factor)] = factor, mask
+        factors.append(factor)
+    if old:
+        torch._foreach_copy_([f.value for f, _ in old.values()], [m for _, m in old.values()])
+        for factor, mask in old.values():
+            factor.version = mask._version
+    return [factor.value for factor in factors]
 
 
 def can_be_sparse(layer: nn.Module) -> bool:
@@ -142,11 +201,38 @@ def active(layer: SparseLayer) -> Tensor:
     return torch.ones_like(layer.weight, dtype=torch.bool) if mask is None else mask
 
 
+def nnz(model: nn.Module) -> dict[str, int]:
+    """Active weights of each layer that can be sparse.
+
+    Waits for the device at most once, and not where all masks have been counted before.
+    """
+    counts = {name: layer.weight.numel() for name, layer in sparse_layers(model).items()}
+    unknown: dict[str, Tensor] = {}
+    for name, layer in sparse_layers(model).items():
+        if can_be_sparse(layer):
+            mask = active(layer)
+            note = getattr(mask, "nnz", None)
+            if note is not None and note.version == mask._version:
+                counts[name] = note.value
+            else:
+                unknown[name] = mask
+    if unknown:
+        found = torch.stack([torch.count_nonzero(mask) for mask in unknown.values()]).tolist()
+        counts |= zip(unknown, found)
+        for mask, count in zip(unknown.values(), found):
+            if mask.device.type != "cpu" and not mask.is_inference():
+                note_nnz(mask, count)
+    return counts
+
+
+def note_nnz(mask: Tensor, count: int) -> None:
+    """Note how many weights a mask keeps; `nnz` believes it until the mask changes."""
+    mask.nnz = _Note(count, mask._version)  # type: ignore[attr-defined]
+
+
 def density(model: nn.Module) -> float:
     """Active weights of all weights, of the layers that can be sparse together."""
-    masks = [active(layer) for layer in sparse_layers(model).values()]
-    kept = torch.stack([torch.count_nonzero(mask) for mask in masks]).sum().item()
-    return kept / sum(mask.numel() for mask in masks)
+    return sum(nnz(model).values()) / sum(x.weight.numel() for x in sparse_layers(model).values())
 
 
 def density_table(model: nn.Module, requested: Mapping[str, float] | None = None) -> pd.DataFrame:
@@ -155,18 +241,24 @@ def density_table(model: nn.Module, requested: Mapping[str, float] | None = None
     Columns: layer, shape, weights, requested (density), kept, density, dead_outputs (units without
     an incoming edge) and dead_inputs (units without an outgoing one).
     """
-    rows: list[dict[str, Any]] = []
-    for name, layer in sparse_layers(model).items():
+    layers = sparse_layers(model)
+    counts = []  # read at once, for a GPU
+    for layer in layers.values():
         edges = active(layer).flatten(2).sum(2) if layer.weight.dim() > 2 else active(layer).int()
+        dead = [(edges.sum(side) == 0).sum() for side in (1, 0)]
+        counts.append(torch.stack([edges.sum(), *dead]))
+    rows: list[dict[str, Any]] = []
+    for (name, layer), numbers in zip(layers.items(), torch.stack(counts).tolist()):
+        kept, dead_outputs, dead_inputs = numbers
         rows.append(
             {
                 "layer": name,
                 "shape": "x".join(map(str, layer.weight.shape)),
                 "weights": layer.weight.numel(),
                 "requested": (requested or {}).get(name, 1.0),
-                "kept": int(edges.sum()),
-                "dead_outputs": int((edges.sum(1) == 0).sum()),
-                "dead_inputs": int((edges.sum(0) == 0).sum()),
+                "kept": kept,
+                "dead_outputs": dead_outputs,
+                "dead_inputs": dead_inputs,
             }
         )
     counted = ("weights", "kept", "dead_outputs", "dead_inputs")

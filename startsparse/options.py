@@ -51,7 +51,10 @@ class Options(Meaning):
     evaluate: bool = False
     """Do not train: print the accuracies of the best weights of the run that --resume names"""
     save_every: int = 0
-    """Also save a checkpoint every so many steps (0: after each epoch)"""
+    """Also save a checkpoint every so many steps (0: after epochs only)"""
+    save_seconds: float = 0.0
+    """Seconds between two checkpoints after epochs (0: so many that saving takes at most 2 % of the
+    time); there is always one where a training ends, or is stopped"""
 
     set: Annotated[str, choice(SETS)] = "digits"
     """Data set"""
@@ -158,7 +161,10 @@ class Options(Meaning):
     within 10 % of the final density), or of the last epoch"""
 
     multigpu: Annotated[str, default_is("the first, if there is one")] = ""
-    """GPUs, as in 0,1; several train by DataParallel. On CPUs, torchrun starts several processes"""
+    """GPUs, as in 0,1; several train by DataParallel. torchrun is faster, as it gives each GPU a
+    process of its own, and works on several machines"""
+    sync_bn: Annotated[bool, counts(on.NORMED)] = False
+    """Of several processes of torchrun, let BatchNorm normalise by the examples of all"""
     amp: Annotated[str, choice(("auto", "bf16", "off"))] = "auto"
     """bf16 autocast; auto: on GPUs that support it"""
     compile: bool = False
@@ -166,6 +172,9 @@ class Options(Meaning):
     sparse_compute: Annotated[str, choice(MODES), counts(on.SPARSE_FORM)] = "auto"
     """On CPUs, compute and store only what is inside the masks, and compute only what soft
     thresholds and edge-popup use of it; auto: only in layers where a trial is faster so"""
+    profile: bool = False
+    """Trace ten training steps, after the first ten, into profile.json of the run folder, and print
+    the longest operations"""
 
     @property
     def network_option(self) -> str:
@@ -234,6 +243,8 @@ class Options(Meaning):
             return "it is for CPUs"
         if self.amp == "bf16":
             return "--amp bf16 computes in a format that it does not have"
+        if self.sync_bn and processes.world_size() > 1:
+            return "its BatchNorm is no --sync-bn"
         return "--compile generates kernels of its own" if self.compile else ""
 
     @property
@@ -290,6 +301,7 @@ class Options(Meaning):
             "width",
             "workers",
             "save_every",
+            "save_seconds",
             "image_size",
             "data_memory",
         ):
@@ -301,6 +313,8 @@ class Options(Meaning):
         require_gpus(self, "multigpu")
         if self.compile and "," in self.multigpu:
             raise OptionError("--compile: works on one device; name one GPU in --multigpu")
+        if self.sync_bn and "," in self.multigpu:
+            raise OptionError("--sync-bn: is for torchrun; leave it out, or --multigpu")
         if "," in self.multigpu and SHAPES[self.set].nodes:
             raise OptionError(f"--multigpu: {self.set} is one batch; name one GPU")
         if processes.world_size() > 1:
@@ -310,8 +324,8 @@ class Options(Meaning):
         """Raise `OptionError` for what several processes cannot do."""
         if self.multigpu:
             raise OptionError(
-                "--multigpu: several processes train on CPUs; leave it out, or start one process "
-                "without torchrun"
+                "--multigpu: torchrun gives each process a GPU of its own; leave it out, or start "
+                "one process without torchrun"
             )
         if SHAPES[self.set].nodes:
             raise OptionError(f"--set: {self.set} is one batch; start one process without torchrun")

@@ -1,8 +1,8 @@
 """Devices: which to use, and a network on several of them; for several processes: `processes`."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,23 +17,28 @@ log = logging.getLogger("startsparse")
 def choose_devices(multigpu: str) -> list[torch.device]:
     """The devices of ``--multigpu``: GPUs as in "0,1"; "" is the first GPU, if there is one.
 
-    Without CUDA it is the CPU; a line says so where ``multigpu`` names GPUs.
+    Of several processes, each has the GPU of its number on its machine. Without CUDA it is the CPU;
+    a line says so where ``multigpu`` names GPUs.
 
     Raises:
         UserError: a GPU that this machine does not have.
-        OptionError: there is CUDA, and this is one of several processes.
+        OptionError: this machine has fewer GPUs than processes.
     """
     if not torch.cuda.is_available():
         if multigpu:
             log.info("--multigpu %s: there is no CUDA here, the CPU is used", multigpu)
         return [torch.device("cpu")]
-    if processes.world_size() > 1:
-        raise OptionError(
-            "torchrun: several processes train on CPUs only; hide the GPUs by "
-            "CUDA_VISIBLE_DEVICES='', or train on them by one process and --multigpu"
-        )
     # One seed is one run: no algorithm whose sums depend on the order in which threads arrive.
     torch.backends.cudnn.deterministic = True
+    if processes.world_size() > 1:
+        count, gpus = processes.local_size(), torch.cuda.device_count()
+        if count > gpus:
+            raise OptionError(
+                f"torchrun: --nproc-per-node {count} needs as many GPUs, and this machine has "
+                f"{gpus}; start fewer processes, or hide the GPUs by CUDA_VISIBLE_DEVICES=''"
+            )
+        torch.cuda.set_device(processes.local_rank())  # NCCL looks at it
+        return [torch.device("cuda", processes.local_rank())]
     indices = [int(index) for index in (multigpu or "0").split(",")]
     for index in indices:
         if index >= torch.cuda.device_count():
@@ -57,6 +62,29 @@ class Parallel(nn.DataParallel):
         parts = examples.tensor_split(len(working))
         scattered = [(p.to(d, non_blocking=True),) for p, d in zip(parts, working)]
         return scattered, [kwargs or {}] * len(working)
+
+    def parallel_apply(
+        self, replicas: Sequence[Any], inputs: Sequence[Any], kwargs: Any
+    ) -> list[Any]:
+        """The outputs of the replicas, each computed by a thread that works as this one does."""
+        return super().parallel_apply([_as_here(each) for each in replicas], inputs, kwargs)
+
+
+def _as_here(replica: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``replica``, computed under the autocast and the inference mode of the calling thread.
+
+    DataParallel's threads take over whether there are gradients, and whether there is autocast, but
+    its dtype becomes float16, and inference mode ends.
+    """
+    dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    # Not inference_mode(False) elsewhere, as that would switch gradients on.
+    mode = torch.inference_mode if torch.is_inference_mode_enabled() else nullcontext
+
+    def computed(*inputs: Any, **kwargs: Any) -> Tensor:
+        with mode(), torch.autocast("cuda", dtype, enabled=enabled):
+            return replica(*inputs, **kwargs)
+
+    return computed
 
 
 def parallel(model: nn.Module, devices: list[torch.device]) -> nn.Module:

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from startsparse import scores
-from startsparse.masks import keep_inside, masked_weights, round_to_total, sparse_layers
+from startsparse.masks import keep_inside, masked_weights, nnz, round_to_total, sparse_layers
 from startsparse.ratios import layer_densities
 
 Batch = Callable[[], tuple[Tensor, Tensor]]
@@ -70,7 +70,8 @@ def prune(
 
 
 def _left(model: nn.Module) -> list[int]:
-    return [int(mask.sum()) for _, _, mask in masked_weights(model)]
+    counts = nnz(model)
+    return [counts[name] for name, _, _ in masked_weights(model)]
 
 
 def _magnitude(model: nn.Module, count: int, _: Inputs) -> None:

@@ -40,7 +40,9 @@ def already_done(options: Options, folder: Path | None) -> bool:
         OptionError: it is not finished, and could not write its files.
         UserError: it is finished, and the row cannot be added.
     """
-    done = None if folder is None or options.evaluate else runs.summary(folder)
+    done = None
+    if folder is not None and not options.evaluate:
+        done = processes.all_from_rank_0(lambda: runs.summary(folder))
     if done and folder:
         log.info("%s", report.text(done, folder))
         _say_picture(folder)
@@ -160,7 +162,7 @@ def load_data(options: Options, device: torch.device) -> data.Data:
     """
     if options.compile:
         parallel.check_compile(device)
-    with processes.all_after_rank_0():  # rank 0 fetches and unpacks missing files
+    with processes.all_in_turn():  # the first fetches and unpacks missing files
         return data.load(
             options.set,
             root=data.data_root(options.data),

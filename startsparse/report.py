@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import tyro
-from scipy.special import stdtrit
 
 from startsparse import labels, names, plots, results
 from startsparse.atomic import write_text
@@ -76,6 +75,8 @@ def text(summary: dict[str, Any], folder: Path) -> str:
 
 def half_width(values: Sequence[float]) -> float:
     """Half of the 95 % confidence interval of a mean (Student's t); NaN for a single value."""
+    from scipy.special import stdtrit  # slow to import, and no run needs it
+
     n = len(values)
     with np.errstate(invalid="ignore"):  # infinite values
         return stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan

@@ -15,6 +15,7 @@
     density.csv       one row per layer; layers.json: the same for --er-sparsity-file
     ratios.json       the layer-wise ratio that a pruner found in this run; search.json: its FLOPs
     curves.png        curves, and the density per layer
+    profile.json      the trace of --profile, in Chrome's format
     dense_weights.pt  the weights of the ordinary network that computes the same, where layers
                       compute with another weight (`effective`)
     export/           what startsparse.export writes
@@ -48,8 +49,11 @@ from startsparse.processes import by_rank_0
 from startsparse.reading import is_number, read_bytes
 
 # Options that may change when a run resumes: they do not affect the result.
-FREE = {"config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "data", "mirror"}
-FREE |= {"seeds", "workers", "data_memory", "multigpu", "compile", "sparse_compute"}
+FREE = {
+    *("config", "log_dir", "result_dir", "resume", "evaluate", "save_every", "save_seconds"),
+    *("seeds", "data", "mirror", "workers", "data_memory", "multigpu", "compile"),
+    *("sparse_compute", "profile"),
+}
 
 # What every summary.json holds.
 MEASURED = (

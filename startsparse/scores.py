@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from startsparse.masks import active, masked_weights, sparse_layers
+from startsparse.precision import full_precision
 from startsparse.seeding import generator
 
 TEMPERATURE = 200.0  # of grasp, as published
@@ -52,7 +53,7 @@ def snip(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         inputs: [B, ...] what the network takes, on its device.
         labels: [B] class numbers, int64.
     """
-    with _evaluating(model, batch_statistics=True), torch.enable_grad():
+    with _evaluating(model, batch_statistics=True), torch.enable_grad(), full_precision():
         loss, weights = _loss(model, inputs, labels)
         gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
     slopes = dict(zip(weights, gradients))
@@ -73,7 +74,7 @@ def grasp(
     code but not in its equations; at 1 the loss is that of training. BatchNorm and other arguments:
     as for `snip`.
     """
-    with _evaluating(model, batch_statistics=True), torch.enable_grad():
+    with _evaluating(model, batch_statistics=True), torch.enable_grad(), full_precision():
         loss, weights = _loss(model, inputs, labels, temperature)
         leaves = list(weights.values())
         gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
@@ -191,7 +192,7 @@ def keep_top(model: nn.Module, scores: Mapping[str, Tensor], count: int) -> None
 @torch.no_grad()
 def shrink(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], count: int) -> None:
     """`keep_top` among these masks only: layer name -> bool tensor, changed in place."""
-    left = sum(int(torch.count_nonzero(mask)) for mask in masks.values())
+    left = int(torch.stack([torch.count_nonzero(mask) for mask in masks.values()]).sum())
     if not 0 <= count <= left:
         raise ValueError(f"{count} weights cannot be kept: {left} are left")
     values = _candidates(masks, scores, count, left)

@@ -15,6 +15,15 @@ def derive(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
-def generator(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> torch.Generator:
-    """A CPU generator for one draw; ``purpose`` names it, as in "shuffle", "mask/layer1.conv"."""
-    return torch.Generator().manual_seed(derive(seed, purpose, epoch, step))
+def generator(
+    seed: int,
+    purpose: str,
+    epoch: int = 0,
+    step: int = 0,
+    device: torch.device | str = "cpu",
+) -> torch.Generator:
+    """A generator for one draw; ``purpose`` names it, as in "shuffle", "mask/layer1.conv".
+
+    On a GPU it gives other numbers than on the CPU, and other models of GPUs may give others.
+    """
+    return torch.Generator(device).manual_seed(derive(seed, purpose, epoch, step))

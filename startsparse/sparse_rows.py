@@ -147,8 +147,33 @@ def product(matrix: Tensor, transposed: Tensor, units: Tensor) -> Tensor:
 
 def symmetric_product(units: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     """A times ``units`` [N, U] for a symmetric A [N, N], by the parts of its CSR tensor."""
+    if torch.compiler.is_compiling():
+        return _compiled_product(units, starts, columns, values)
     matrix = _csr(starts, columns, values, (len(units), len(units)))
     return product(matrix, matrix, units)
+
+
+@torch.library.custom_op("startsparse::symmetric_product", mutates_args=())
+def _compiled_product(units: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """`symmetric_product` as one operation for torch.compile, which knows no sparse tensors."""
+    return _csr(starts, columns, values, (len(units), len(units))) @ units.to(values.dtype)
+
+
+@_compiled_product.register_fake
+def _(units: Tensor, _starts: Tensor, _columns: Tensor, values: Tensor) -> Tensor:
+    return torch.empty_like(units, dtype=values.dtype)
+
+
+def _keep_matrix(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs[1:])
+    ctx.dtype = inputs[0].dtype
+
+
+def _product_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    return _compiled_product(gradient, *ctx.saved_tensors).to(ctx.dtype), None, None, None
+
+
+_compiled_product.register_autograd(_product_backward, setup_context=_keep_matrix)
 
 
 def _csr(crow: Tensor, columns: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:

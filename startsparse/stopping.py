@@ -163,13 +163,18 @@ def leave(say: Callable[[str], None]) -> None:
     """Say why, and end the process; other threads and children of it may be at work."""
     _program.said = True
     say(f"error: {_program.reason}")
-    _end_children()
-    if "multiprocessing" in sys.modules:
-        for worker in sys.modules["multiprocessing"].active_children():
-            worker.terminate()
+    end_children()
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(128 + requested())
+
+
+def end_children() -> None:
+    """End what this program has started."""
+    _end_adopted()
+    if "multiprocessing" in sys.modules:
+        for worker in sys.modules["multiprocessing"].active_children():
+            worker.terminate()
 
 
 def _open_standard() -> None:
@@ -212,7 +217,7 @@ def _handle(signum: int, _frame: FrameType | None) -> None:
     if program.notes:
         program.notes.note(signum)
     elif program.unwinds:
-        _end_children()
+        _end_adopted()
         raise Stopped(signum)
     else:
         leave(_say)
@@ -259,11 +264,11 @@ def _note_first(signum: int) -> None:
 
 
 def _end_now(signum: int) -> None:
-    _end_children()
+    _end_adopted()
     os._exit(128 + signum)
 
 
-def _end_children() -> None:
+def _end_adopted() -> None:
     for process in list(_program.children):
         process.terminate()
 

@@ -6,6 +6,7 @@ history, best epoch. All randomness derives from the position, so a run that is 
 resumed equals, to the bit, a run without a stop.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -21,6 +22,7 @@ from torch import nn
 from startsparse import checkpoint, flops, machine, parallel, processes, resumption, schedules
 from startsparse.candidates import Candidates
 from startsparse.clock import Clock
+from startsparse.compiled import Compiled
 from startsparse.data import AnyBatches, Data
 from startsparse.effective import effective_layers
 from startsparse.emptied import Emptied
@@ -30,8 +32,11 @@ from startsparse.masks import density, keep_inside
 from startsparse.method import Method
 from startsparse.options import Options
 from startsparse.phases import Phase, Position
+from startsparse.profiling import TRACE, StepProfiler
 from startsparse.runs import Run, computed, selected_weights
+from startsparse.saving import Saving
 from startsparse.stopping import StopSignal
+from startsparse.sync_bn import synced
 from startsparse.training import (
     Learner,
     NonFiniteLoss,
@@ -74,10 +79,11 @@ class Trainer(Learner, Generic[S]):
         if data.images:
             run.keep_images(data.images)
         self.device = devices[0]
-        network = parallel.parallel(model, devices)
+        several = processes.world_size() > 1
+        network = processes.all_replicate(model) if several else parallel.parallel(model, devices)
         self.compute = Compute(
             model,
-            torch.compile(network) if options.compile else network,
+            Compiled(network, self._whole_batch()) if options.compile else network,
             mode=options.sparse_compute,
             shape=data.shape.input[1:],
             obstacle=options.no_sparse_compute(self.device),
@@ -90,22 +96,39 @@ class Trainer(Learner, Generic[S]):
             label_smoothing=options.label_smoothing,
             clip_norm=options.clip_norm,
             seed=options.seed,
+            devices=devices,
         )
         self.position, self.sums = Position(), new_sums(self.device)
         self.history: list[dict] = []
         self.tables: dict[str, list[dict]] = {}
-        self.candidates = Candidates(run.folder)
+        self.candidates, self.saving = Candidates(run.folder), Saving(options.save_seconds)
         self.ledger = flops.Ledger(model, torch.zeros(data.shape.input, device=self.device))
-        self.stop = StopSignal(alone=processes.world_size() == 1)
+        self.stop, self.vote = StopSignal(alone=not several), processes.Vote()
         self.clock = Clock()
         self.emptied = Emptied(model, options)
+        traced = options.profile and processes.rank() == 0
+        self.profiler = StepProfiler(run.folder / TRACE, self.device) if traced else None
+
+    def _whole_batch(self) -> int:
+        """Examples that this process has of a batch at least, unless that is an epoch's last."""
+        if self.data.shape.nodes:
+            return 0
+        examples = self.data.train.examples // self.options.passes
+        return min(self.options.batch_size, examples) // processes.world_size()
 
     @property
     def _path(self) -> Path:
         return self.run.folder / "checkpoint.pt"
 
     def save(self) -> None:
-        """Write checkpoint.pt, whole or not at all."""
+        """Write checkpoint.pt, whole or not at all, and around it what it says is there."""
+        with self.saving.timed():
+            self.candidates.write()
+            self._write_checkpoint()
+            self.candidates.tidy()
+            self.write_tables()
+
+    def _write_checkpoint(self) -> None:
         checkpoint.save_by_rank_0(
             self._path,
             {
@@ -132,14 +155,16 @@ class Trainer(Learner, Generic[S]):
             UserError: it is gone, does not fit, is damaged, is of an older version, or of other
                 options.
         """
-        if not self._path.exists():
-            if (self.run.folder / "epochs.csv").exists():
+        begun = self.run.folder / "epochs.csv"
+        here, begins = processes.all_from_rank_0(lambda: (self._path.exists(), not begun.exists()))
+        if not here:
+            if not begins:
                 raise UserError(
                     f"{self._path}: is gone, and the run cannot continue without it; put it back, "
                     "or start a new run"
                 )
             return
-        state = checkpoint.load(self._path, self.device)
+        state = checkpoint.load_by_rank_0(self._path, self.device)
         steps = len(self.data.train)
         resumption.check(state, self._path, self.optimizer, self.options, steps)
         resumption.check_trained(self.options, state.get("options", {}), self.run.folder)
@@ -153,7 +178,7 @@ class Trainer(Learner, Generic[S]):
         if processes.rank() == 0:
             self.sums = state["sums"]  # of all processes
         self.history, self.tables = state["history"], state["tables"]
-        self.candidates.best, self.candidates.rivals = state["best"], state["rivals"]
+        self.candidates.restore(state["best"], state["rivals"])
         self.candidates.tidy()
         self.ledger.restore(state["ledger"])
         self.clock.restore(state["clock"])
@@ -191,6 +216,8 @@ class Trainer(Learner, Generic[S]):
                         self._epoch(phase)
                 phase.then(self)
                 if self.position.phase + 1 == len(phases):
+                    if self.profiler:
+                        self.profiler.end()
                     return
                 self.emptied.check(f"after {phase.name}")
                 following = self.position.phase + 1
@@ -199,12 +226,13 @@ class Trainer(Learner, Generic[S]):
     def load_selected(self) -> None:
         """Put the weights of the selected epoch in place."""
         path = selected_weights(self.run.folder, self.options.select)
-        checkpoint.load_model(self.model, checkpoint.load(path, self.device), path)
+        checkpoint.load_model(self.model, checkpoint.load_by_rank_0(path, self.device), path)
 
     def write_tables(self) -> None:
-        """Write epochs.csv and the tables of the script."""
+        """Write epochs.csv and the tables of the script, where they have rows."""
         for name, rows in {"epochs": self.history, **self.tables}.items():
-            self.run.write_table(f"{name}.csv", pd.DataFrame(rows))
+            if rows:
+                self.run.write_table(f"{name}.csv", pd.DataFrame(rows))
 
     def test(self) -> dict[str, float]:
         """Put the selected weights in place and use the test set, once.
@@ -289,7 +317,8 @@ class Trainer(Learner, Generic[S]):
                 warmup=self._warmup(phase) * steps,
             )
 
-        with self.compute.sparse(self.optimizer):
+        norms = synced(self.model) if options.sync_bn else contextlib.nullcontext()
+        with self.compute.sparse(self.optimizer), norms:
             train_epoch(
                 self,
                 self.data.train,
@@ -302,6 +331,7 @@ class Trainer(Learner, Generic[S]):
                 first=first,
                 title=f"{phase.name} {position.epoch + 1}/{phase.epochs}",
             )
+        processes.all_require_equal(self.model, f" in epoch {len(self.history) + 1}")
         processes.all_copy_rank_0(self.model)
         require_finite(self.model, self.optimizer, f" after epoch {len(self.history) + 1}")
         if effective_layers(self.model):
@@ -324,16 +354,19 @@ class Trainer(Learner, Generic[S]):
         if position.epoch >= phase.select_from:
             candidate = {name: row[name] for name in ("epoch", "valid_accuracy", "density")}
             self.candidates.add(self.model, candidate, drifts=phase.drifts)
-        if position.epoch + 1 == phase.epochs:
+        ended = position.epoch + 1 == phase.epochs
+        if ended:
             self.candidates.rivals = []
         self.position = Position(position.phase, position.epoch + 1)
         self.sums = new_sums(self.device)
-        self.save()
-        self.candidates.tidy()
-        self.write_tables()
+        saved = ended or processes.all_from_rank_0(self.saving.is_due)
+        if saved:
+            self.save()
         self.run.record(row, self.watch())
         self.stop.agree(processes.all_agree(bool(self.stop.received)))
         if self.stop.agreed:
+            if not saved:
+                self.save()
             self._interrupt()
 
     def before_step(self, method: Method, step: int) -> None:
@@ -341,33 +374,45 @@ class Trainer(Learner, Generic[S]):
         whole = method.moves_masks(step) or method.needs_dense_gradients(step)
         self.compute.switch(not whole, self.optimizer)
         self.ledger.before_step(step, method)
+        if self.profiler:
+            self.profiler.before_step(*self._in_epoch(step))
         super().before_step(method, step)
 
-    def average_gradients(self, parameters: Sequence[nn.Parameter], examples: int) -> None:
-        """Average them, and agree with all processes on stopping."""
-        self.stop.agree(
-            processes.all_average_gradients(parameters, examples, bool(self.stop.received))
-        )
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average them, unless `processes.all_replicate` has."""
+        if self.compute.entered:
+            super().average_gradients(parameters)
 
     def after_step(self, method: Method, step: int) -> None:
-        """Save if --save-every or a signal asks for it; the end of an epoch saves anyway."""
+        """Save if --save-every or a signal asks for it; at the end of an epoch `_epoch` may."""
         super().after_step(method, step)
+        if self.profiler:
+            self.profiler.after_step(*self._in_epoch(step))
+        self.stop.agree(self.vote.all_ask(bool(self.stop.received)))
         if method.moves_masks(step):
             self.emptied.check(f"after step {step + 1}")
         steps, every = len(self.data.train), self.options.save_every
         done = step + 1 - self.position.epoch * steps
         if done < steps and (self.stop.agreed or (every and done % every == 0)):
             self.position.step = done
+            if self.lookout:
+                self.lookout.look()
             self.compute.switch(False, self.optimizer)
             require_finite(self.model, self.optimizer, f" after step {step + 1}")
             self.save()
             if self.stop.agreed:
                 self._interrupt()
 
+    def _in_epoch(self, step: int) -> tuple[int, int]:
+        """The number in its epoch of a step of the phase, and the steps of an epoch."""
+        steps = len(self.data.train)
+        return step - self.position.epoch * steps, steps
+
     def first_bad_layer(self, inputs: torch.Tensor) -> str:
         """`training.first_bad_layer` of the masked network."""
         self.compute.switch(False, self.optimizer)
-        return super().first_bad_layer(inputs)
+        with processes.alone():
+            return super().first_bad_layer(inputs)
 
     def _interrupt(self) -> None:
         where = f"epoch {len(self.history) + 1}, step {self.position.step + 1}"

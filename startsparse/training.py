@@ -1,7 +1,8 @@
 """One epoch and one evaluation.
 
-No step reads a value back from the device: losses and hits are summed there and read when the epoch
-ends, or about once a second for the progress bar.
+No step waits for a GPU: losses and hits are summed there and read when the epoch ends, or about
+once a second for the progress bar. From a loss that is not finite on the optimizer moves no weight
+(`divergence.Lookout`), so that the layer where it began can still be told then.
 """
 
 import time
@@ -14,34 +15,37 @@ from tqdm import tqdm
 
 from startsparse import processes, seeding
 from startsparse.data import AnyBatches
-from startsparse.errors import UserError
+from startsparse.divergence import (
+    Lookout,
+    NonFiniteLoss,
+    NonFiniteNetwork,
+    first_bad_layer,
+    require_finite,
+)
 from startsparse.masks import mask_gradients, masked_weights
 from startsparse.method import PLAIN, Method
+from startsparse.totals import Totals, means, new_sums
 
-
-class NonFiniteLoss(UserError):
-    """A loss is NaN or infinite."""
-
-
-class NonFiniteNetwork(UserError):
-    """Weights, scores, running statistics or the optimizer's state are NaN or infinite."""
-
-
-def new_sums(device: torch.device) -> Tensor:
-    """float64 [4]: sum of losses, hits, examples, and first step with a bad loss (inf: none)."""
-    return torch.tensor([0.0, 0.0, 0.0, torch.inf], dtype=torch.float64, device=device)
-
-
-def means(sums: Tensor) -> dict[str, float]:
-    """Mean loss and accuracy (in [0, 1]) of `new_sums`. Waits for the device."""
-    loss, hits, examples, _ = sums.tolist()
-    return {"loss": loss / max(examples, 1), "accuracy": hits / max(examples, 1)}
+__all__ = [
+    "Learner",
+    "NonFiniteLoss",
+    "NonFiniteNetwork",
+    "evaluate",
+    "first_bad_layer",
+    "means",
+    "new_sums",
+    "require_finite",
+    "train_epoch",
+]
 
 
 class Learner:
     """A network and its optimizer: all that `train_epoch` needs in every step.
 
     A subclass may do more around a step: `Trainer` counts FLOPs, saves and stops.
+
+    Attributes:
+        lookout: in an epoch, whether its losses are finite.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Learner:
         label_smoothing: float = 0.0,
         clip_norm: float = 0.0,
         seed: int | None = None,
+        devices: Sequence[torch.device] = (),
     ):
         """Args:
         model: the network that owns weights and masks.
@@ -63,19 +68,42 @@ class Learner:
         clip_norm: largest norm of the gradients inside the masks; 0: no clipping.
         seed: of the run. It seeds PyTorch's global generators, from which dropout draws, before
             each step by (seed, epoch, step); None: they are left alone.
+        devices: those that ``forward`` uses (default: those of the parameters).
         """
         self.model, self.optimizer = model, optimizer
-        self.forward = forward or model
+        # A compiled network is true or false by its length, which it may not have.
+        self.forward = model if forward is None else forward
         self.autocast = autocast or torch.autocast("cpu", enabled=False)
         self.label_smoothing, self.clip_norm, self.seed = label_smoothing, clip_norm, seed
+        self.devices = set(devices) or {parameter.device for parameter in model.parameters()}
+        self.lookout: Lookout | None = None
+
+    def seed_of(self, epoch: int, step: int) -> int | None:
+        """The seed of the generators from which a step may draw."""
+        return None if self.seed is None else seeding.derive(self.seed, "step", epoch, step)
+
+    def seed_generators(self, seed: int | None) -> None:
+        """Seed the generators that are used, with the bits of `torch.manual_seed`.
+
+        That seeds those of all devices there are, and takes a hundred times as long.
+        """
+        if seed is None:
+            return
+        if any(device.type not in ("cpu", "cuda") for device in self.devices):
+            torch.manual_seed(seed)
+            return
+        torch.default_generator.manual_seed(seed)
+        for device in self.devices:
+            if device.type == "cuda":
+                torch.cuda.default_generators[device.index or 0].manual_seed(seed)
 
     def before_step(self, method: Method, step: int) -> None:
         """Called before the forward pass of ``step`` of the phase."""
         method.before_step(step, self.model, self.optimizer)
 
-    def average_gradients(self, parameters: Sequence[nn.Parameter], examples: int) -> None:
-        """Make the gradients those of the whole batch; called after the backward pass."""
-        processes.all_average_gradients(parameters, examples)
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average the gradients over the processes; called after the backward pass."""
+        processes.all_average_gradients(parameters)
 
     def after_step(self, method: Method, step: int) -> None:
         """Called after the optimizer has moved the weights in ``step`` of the phase."""
@@ -114,54 +142,80 @@ def train_epoch(
             once; on a GPU, where a look makes the CPU wait, within about a second.
     """
     learner.model.train()
+    optimizer = learner.optimizer
     masked = [(w, mask) for _, w, mask in masked_weights(learner.model) if w.requires_grad]
-    hidden = processes.rank() > 0 or None
+    hidden = None if processes.shows() else True
     bar = tqdm(total=len(batches), initial=start, desc=title, leave=False, disable=hidden)
-    shown = time.monotonic()
-    with bar:
+    # Before the first step: thousands in a row cost a third of what one costs between two steps.
+    rates = {step: learning_rate(step) for step in range(start, len(batches))}
+    seeds = {step: learner.seed_of(epoch, step) for step in rates}
+    shown, totals = time.monotonic(), Totals(sums)
+    with bar, Lookout(learner, batches, totals, epoch) as lookout:
         for step, (inputs, labels) in enumerate(batches.epoch(epoch, start), start):
-            for group in learner.optimizer.param_groups:
-                group["lr"] = learning_rate(step)
+            lookout.step, lookout.inputs = step, inputs
+            for group in optimizer.param_groups:
+                group["lr"] = rates[step]
             learner.before_step(method, first + step)
-            if learner.seed is not None:
-                torch.manual_seed(seeding.derive(learner.seed, "step", epoch, step))
-            late = time.monotonic() - shown > 1
-            if len(labels):  # not every process has a part of a very small batch
-                loss = _forward(learner, inputs, labels, sums, step)
-                if late or sums.device.type == "cpu":
-                    _stop_if_bad(sums, inputs, learner)
-                learner.optimizer.zero_grad()
-                loss.backward()
-            _move_weights(learner, method, first + step, len(labels), masked)
+            learner.seed_generators(seeds[step])
+            learning = [
+                p for group in optimizer.param_groups for p in group["params"] if p.requires_grad
+            ]
+            if processes.world_size() == 1:
+                loss = _forward(learner, inputs, labels, totals, step)
+            else:
+                loss = _forward_part(learner, inputs, labels, totals, step, batches.size(step))
+            if totals.bad == step:
+                lookout.look()
+            lookout.hold()
+            for parameter in learning:
+                parameter.grad = None
+            loss.backward()
+            _move_weights(learner, method, first + step, learning, masked)
             bar.update()
-            if late:
+            if time.monotonic() - shown > 1:
+                lookout.look()
                 bar.set_postfix({k: f"{v:.4f}" for k, v in means(sums).items()}, refresh=False)
                 shown = time.monotonic()
             learner.after_step(method, first + step)
-        _stop_if_bad(sums, inputs, learner)
+        lookout.look()
     processes.all_reduce(sums)
 
 
-def _forward(learner: Learner, inputs: Tensor, labels: Tensor, sums: Tensor, step: int) -> Tensor:
-    """The loss of a batch; adds it to ``sums``."""
+def _forward(learner: Learner, inputs: Tensor, labels: Tensor, totals: Totals, step: int) -> Tensor:
+    """The loss of a batch; adds it to ``totals``."""
     with learner.autocast:
         logits = learner.forward(inputs)
         loss = F.cross_entropy(logits, labels, label_smoothing=learner.label_smoothing)
-    _add(sums, loss.detach(), logits.detach(), labels, step)
+    totals.add(loss.detach(), logits.detach(), labels, step)
     return loss
+
+
+def _forward_part(
+    learner: Learner, inputs: Tensor, labels: Tensor, totals: Totals, step: int, size: int
+) -> Tensor:
+    """`_forward` of this process's part of a batch of ``size``.
+
+    The mean over the processes of what they return is the loss of the batch.
+    """
+    if len(labels) < size:
+        share = len(labels) / size
+        return _forward(learner, inputs, labels, totals, step) * (share * processes.world_size())
+    if processes.rank() > 0:  # all have the whole batch, and rank 0 counts it
+        totals = Totals(new_sums(totals.sums.device))
+    with processes.alone():  # BatchNorm has all examples here
+        return _forward(learner, inputs, labels, totals, step)
 
 
 def _move_weights(
     learner: Learner,
     method: Method,
     step: int,
-    examples: int,
+    learning: list[nn.Parameter],
     masked: list[tuple[Tensor, Tensor]],
 ) -> None:
     """From the gradients of this process's part of a batch to the new weights."""
     optimizer = learner.optimizer
-    learning = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    learner.average_gradients(learning, examples)
+    learner.average_gradients(learning)
     method.after_backward(step, learner.model, optimizer)
     # In layers that compute only inside their mask, the weight has no gradient.
     dense = [(weight.grad, mask) for weight, mask in masked if weight.grad is not None]
@@ -181,84 +235,11 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean cross-entropy and accuracy (in [0, 1]) over the examples of ``batches``."""
     model.eval()
-    sums = new_sums(device)
+    totals = Totals(new_sums(device))
     for inputs, labels in batches.epoch(0):
         with autocast:
             logits = forward(inputs)
         loss = F.cross_entropy(logits.float(), labels)
-        _add(sums, loss, logits, labels, 0)
-    return means(processes.all_reduce(sums))
-
-
-def _add(sums: Tensor, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
-    hits = (logits.argmax(1) == labels).sum()
-    first_bad = torch.where(loss.isfinite(), torch.inf, float(step)).double()
-    count = (labels >= 0).sum().double()  # below 0: a node of a graph that is not of this part
-    sums[:3] += torch.stack([loss * count, hits, count])
-    sums[3] = torch.minimum(sums[3], first_bad)
-
-
-def _stop_if_bad(sums: Tensor, inputs: Tensor, learner: Learner) -> None:
-    first_bad = sums[3].item()
-    if first_bad != torch.inf:
-        layer = learner.first_bad_layer(inputs)
-        where = f"; {layer}" if layer else "; too late to tell which layer went first"
-        raise NonFiniteLoss(f"the loss is not finite at step {int(first_bad) + 1}{where}")
-
-
-@torch.no_grad()
-def require_finite(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, when: str = ""
-) -> None:
-    """Raise `NonFiniteNetwork` if training has diverged although its losses are finite.
-
-    Scores that are NaN choose weights all the same. Infinite running statistics, and infinite
-    moments of Adam, make outputs and updates zero. So a loss need not show it. Waits for the
-    device.
-
-    Args:
-        when: ends "... is not finite", for the message.
-    """
-    tensors = dict(model.state_dict())
-    if optimizer is not None:
-        for name, parameter in model.named_parameters():
-            for what, state in optimizer.state.get(parameter, {}).items():
-                if torch.is_tensor(state):
-                    tensors[f"{what} of {name}, in the optimizer,"] = state
-    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    for name, tensor in floating.items():
-        if not tensor.isfinite().all():
-            raise NonFiniteNetwork(
-                f"training has diverged: {name} is not finite{when}; try a lower --lr or "
-                "--weight-decay"
-            )
-
-
-@torch.no_grad()
-def first_bad_layer(model: nn.Module, inputs: Tensor, autocast: torch.autocast) -> str:
-    """What is not finite first in a network whose loss is not; "" if it cannot be told.
-
-    It is the first weights that are not finite ("" if none are finite), or the first module whose
-    output is not.
-    """
-    bad = {name: not bool(p.isfinite().all()) for name, p in model.named_parameters()}
-    if any(bad.values()):
-        return "" if all(bad.values()) else f"weights of {next(n for n in bad if bad[n])}"
-    outputs: list[str] = []
-
-    def look(name: str) -> Callable:
-        def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-            if not outputs and not output.isfinite().all():
-                outputs.append(name)
-
-        return hook
-
-    leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]
-    hooks = [module.register_forward_hook(look(name)) for name, module in leaves]
-    try:
-        with autocast:
-            model(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return f"output of {outputs[0]}" if outputs else ""
+        totals.add(loss, logits, labels, 0)
+    totals.fold()
+    return means(processes.all_reduce(totals.sums))

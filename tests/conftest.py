@@ -1,25 +1,38 @@
 """Settings of all tests."""
 
+import math
 import os
 from functools import partial
 
 import pytest
 import torch
+from gpu_scenarios import Server
 from hypothesis import settings
 from script_runs import few_digits, newest
 from slt_runs import slt
 
 from ER_DST import main as dst_main
-from startsparse import containers, data, plots
+from startsparse import containers, data, plots, saving
 from STR import main as str_main
 
 # Two test processes with two threads each would slow one another down on two cores.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# A checkpoint after each epoch, however long it takes: which are written should not differ.
+saving.SHARE = math.inf
+
 # The same examples in every run: a failure can be repeated, and 4 sigma stays 4 sigma.
 settings.register_profile("startsparse", derandomize=True, deadline=None)
 settings.load_profile("startsparse")
+
+
+def pytest_runtest_setup(item):
+    """Skip tests marked ``gpu``, or ``gpu(2)``, where there are not so many GPUs."""
+    for mark in item.iter_markers("gpu"):
+        needed = mark.args[0] if mark.args else 1
+        if torch.cuda.device_count() < needed:
+            pytest.skip(f"needs {needed} GPUs with CUDA")
 
 
 @pytest.fixture
@@ -38,6 +51,14 @@ def run_dst(tmp_path):
 def run_slt(tmp_path):
     """`slt` in a temporary folder."""
     return partial(slt, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    """Runs on pretended GPUs, as `gpu_scenarios` describes."""
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -31,8 +31,8 @@ from startsparse.method import Method
 from startsparse.trainer import Trainer
 from STR import main as str_
 
-# Without BatchNorm, because its statistics would be those of one process's part of a batch. Of 62
-# examples the last batch has two, a part for one process only.
+# Without BatchNorm, unless with --sync-bn: its statistics would be those of one process's part of a
+# batch. Of 62 examples the last batch has two, which are too few for two parts.
 SMALL = [
     *("--width", "8", "--epochs", "2", "--passes", "2", "--batch-size", "12"),
     *("--modulus", "13", "--train-fraction", "0.68", "--lr", "0.1"),
@@ -47,11 +47,23 @@ RUNS = {
     ),
     "soft thresholds": (str_, [*STR, "--conv-type", "STRConvER", "--sInit-value", "-3"]),
     "drop and grow": (dst, [*DST, "--update-frequency", "4", "--final-density", "0.2"]),
+    "edge-popup": (slt, [*SLT, "--levels", "2", "--lr", "1"]),
+}
+# Only in masked form.
+MASKED = {
+    "static": (str_, [*STR, "--clip-norm", "0.5", "--label-smoothing", "0.1"]),
+    "static, --sync-bn": (
+        str_,
+        [*STR, "--arch", "mlp", "--optimizer", "sgd", "--lr", "0.01", "--sync-bn"],
+    ),
     "ratio of imp": (
         dst,
         [*DST, "--sparse-init", "ER_imp", "--growth", "momentum", "--update-frequency", "4"],
     ),
-    "edge-popup": (slt, [*SLT, "--levels", "2", "--lr", "1"]),
+    "GMP": (dst, [*DST, "--method", "GMP", "--update-frequency", "4", "--final-density", "0.2"]),
+    "RigL": (dst, [*DST, "--method", "DST", "--update-frequency", "4"]),
+    "SET": (dst, [*DST, "--method", "DST", "--growth", "random", "--update-frequency", "4"]),
+    "edge-popup, global": (slt, [*SLT, "--levels", "2", "--lr", "1", "--global"]),
 }
 INTERRUPTED = "drop and grow"
 STOP = 7  # step within the epoch before which the other process is asked to stop
@@ -62,11 +74,11 @@ def folders(where: Path) -> list[str]:
 
 
 def forms(where: Path) -> list[tuple[ModuleType, list[str]]]:
-    """Script and arguments of every run, in both forms; growth by momentum has no sparse form."""
+    """Script and arguments of every run, of `RUNS` in both forms."""
+    both = [(name, *run, form) for name, run in RUNS.items() for form in ("on", "off")]
     return [
         (script, [*argv, "--sparse-compute", form, *folders(where / f"{name}, {form}")])
-        for name, (script, argv) in RUNS.items()
-        for form in (("off",) if "momentum" in argv else ("on", "off"))
+        for name, script, argv, form in [*both, *((n, *run, "off") for n, run in MASKED.items())]
     ]
 
 
@@ -94,14 +106,22 @@ def all_runs(where: Path) -> None:
         return evaluate(trainer, *batches)
 
     Trainer.after_step, Trainer.evaluate = after_step, evaluated
-    for script, argv in forms(where):
+    on_own_disk(where)
+    for script, argv in forms(Path()):
         script.main(argv)
     # What auto finds by trying: one process tries.
     compute._SMALL, compute.choose = 0, found_by_rank_0
-    str_.main([*STR, *folders(where / "auto")])
-    # With BatchNorm, which has no counterpart in one process.
-    str_.main([*STR, "--arch", "mlp", "--sparse-compute", "off", *folders(where / "mlp")])
+    str_.main([*STR, *folders(Path("auto"))])
+    # With the statistics of each process's part, which have no counterpart in one process.
+    str_.main([*STR, "--arch", "mlp", "--sparse-compute", "off", *folders(Path("mlp"))])
     (where / f"seen-{processes.rank()}.json").write_text(json.dumps(seen))
+
+
+def on_own_disk(where: Path) -> None:
+    """Be a machine that shares no run folder with that of rank 0."""
+    machine = where if processes.rank() == 0 else where / "other machine"
+    machine.mkdir(exist_ok=True)
+    os.chdir(machine)
 
 
 def found_by_rank_0(form: SparseForm, *_: object) -> choice.Choice:
@@ -121,7 +141,8 @@ def stopped_and_resumed(where: Path) -> None:
         after(trainer, method, step)
 
     script, argv = RUNS[INTERRUPTED]
-    argv = [*argv, "--sparse-compute", "on", *folders(where / "stopped")]
+    on_own_disk(where)
+    argv = [*argv, "--sparse-compute", "on", *folders(Path("stopped"))]
     Trainer.after_step = ask
     try:
         script.main(argv)
@@ -149,10 +170,23 @@ def not_finite(where: Path) -> None:
 
 
 def killed(where: Path) -> None:
-    """A run in which one process exits without a message."""
+    """A run in which one process is killed."""
     if os.environ["RANK"] == "1":
-        Trainer.after_step = lambda *_: os._exit(9)
+        Trainer.after_step = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     bad(STR)(where)
+
+
+def different(where: Path) -> None:
+    """A run in which one process computes another weight."""
+    after = Trainer.after_step
+
+    def change(trainer: Trainer, method: Method, step: int) -> None:
+        after(trainer, method, step)
+        trainer.model.decoder[2].weight.data[3].mul_(1 + 1e-6)
+
+    if os.environ["RANK"] == "1":
+        Trainer.after_step = change
+    bad([*STR, "--sparse-compute", "off"])(where)
 
 
 BAD = {
@@ -162,6 +196,7 @@ BAD = {
     "batch": bad([*STR, "--batch-size", "3"]),
     "found by the first": bad([*STR, "--resume", "auto", "--evaluate"]),
     "not finite": not_finite,
+    "different": different,
     "killed": killed,
 }
 
@@ -177,6 +212,7 @@ def pair(job: Callable[[Path], None], where: Path) -> list[int]:
         if children[-1]:
             continue
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
+        os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
         os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
         sys.stdout = (where / f"stdout-{rank}").open("w")

@@ -8,7 +8,7 @@ import torch
 from batched_runs import CPU, RECIPES, compare, network, networks, part
 from torch import nn
 
-from startsparse.data.rows import Rows
+from startsparse.data.rows import Rows, SideBySide
 from startsparse.masks import masked_weights
 from startsparse.tabular.batched import Recipe, train_batched, train_loop
 from startsparse.training import NonFiniteLoss
@@ -96,6 +96,31 @@ def test_it_learns():
     losses = train_batched(models, parts, RECIPES["adam"], 20)
     assert losses.shape == (20, 5)
     assert (losses[-1, :3] < 0.3 * losses[0, :3]).all()
+
+
+@pytest.mark.parametrize("train", [train_batched, train_loop])
+def test_networks_and_their_data_on_two_devices(train):
+    models, parts = networks(), [part(seed) for seed in range(5)]
+    for number in (0, 4):
+        rows = list(parts)
+        rows[number] = Rows(
+            parts[0].features, parts[0].labels, batch_size=16, device=torch.device("meta"), seed=1
+        )
+        with pytest.raises(ValueError, match="are on cpu and meta: should be on one device"):
+            train(models, rows, RECIPES["sgd"], 1)
+
+
+@pytest.mark.parametrize("examples", [90, 81, 96, 7])
+def test_batches_side_by_side_are_those_of_each(examples):
+    """With a last batch that is small, of one row and so dropped, full, and the only one."""
+    parts = [part(seed, examples=examples) for seed in (1, 1, 2)]
+    together = list(SideBySide(parts).epoch(3))
+    for number, rows in enumerate(parts):
+        alone = list(rows.epoch(3))
+        assert len(together) == len(alone) == len(rows)
+        for (features, labels), (expected, their_labels) in zip(together, alone):
+            assert torch.equal(features[number], expected)
+            assert torch.equal(labels[number], their_labels)
 
 
 @pytest.mark.parametrize("train", [train_batched, train_loop])

@@ -88,9 +88,13 @@ class Killed(Exception):
 
 
 class Training:
-    """Epochs of a network whose only weight is the number of the epoch; may be killed."""
+    """Epochs of a network whose only weight is the number of the epoch; may be killed.
 
-    def __init__(self, folder, epochs, *, drifts=True, planned=None):
+    A checkpoint follows the epochs of ``saved`` (default: all), and the last.
+    """
+
+    def __init__(self, folder, epochs, *, drifts=True, planned=None, saved=range(99)):
+        self.saved = saved
         self.folder, self.epochs, self.model = folder, epochs, nn.Linear(1, 1)
         self.drifts, self.planned = drifts, planned or len(epochs)
         self.checkpoint = ({}, [], 0)
@@ -98,7 +102,8 @@ class Training:
 
     def resume(self):
         self.candidates = Candidates(self.folder)
-        self.candidates.best, self.candidates.rivals, self.done = self.checkpoint
+        best, rivals, self.done = self.checkpoint
+        self.candidates.restore(best, rivals)
         self.candidates.tidy()
 
     def train(self, killed=None, where=""):
@@ -110,6 +115,11 @@ class Training:
             if number + 1 == self.planned:
                 self.candidates.rivals = []
             if (number, "before") == (killed, where):
+                raise Killed
+            if number not in self.saved and number + 1 < len(self.epochs):
+                continue
+            self.candidates.write()
+            if (number, "between") == (killed, where):
                 raise Killed
             self.checkpoint = (self.candidates.best, self.candidates.rivals, number + 1)
             if (number, "after") == (killed, where):
@@ -160,14 +170,32 @@ def test_the_best_falls_back_as_density_leaves_it_and_one_file_is_left(tmp_path)
     assert (training.candidates.best, training.candidates.rivals) == (EPOCHS[5], [])
 
 
-@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("drifts", [True, False])
+@pytest.mark.parametrize("where", ["before", "between", "after"])
 @pytest.mark.parametrize("count", [5, 6])
 @pytest.mark.parametrize("killed", range(5))
-def test_killed_around_any_checkpoint_it_ends_with_the_same_files(tmp_path, killed, count, where):
+def test_killed_around_any_checkpoint_it_ends_with_the_same_files(
+    tmp_path, killed, count, where, drifts
+):
+    """Whichever epochs a checkpoint followed, before the kill and after it."""
     epochs = EPOCHS[:count]
-    training = Training(tmp_path, epochs)
+    expected = looking_back(epochs) if drifts else looking_back(rows([0.7, 0.9], [1, 1]))
+    draw = random.Random(f"{killed} {count} {where}")
+    for number in range(8):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        some = [{n for n in range(6) if draw.random() < 0.5} for _ in range(2)]
+        training = Training(folder, epochs, drifts=drifts, saved=some[0] | {killed})
+        with pytest.raises(Killed):
+            training.train(killed, where)
+        training.saved = some[1]
+        training.resume()
+        training.train()
+        assert training.files() == {"best.pt": expected["epoch"]}
+
+
+def test_weights_are_written_with_the_checkpoint_and_not_before(tmp_path):
+    training = Training(tmp_path, EPOCHS[:4], planned=6, saved=())
     with pytest.raises(Killed):
-        training.train(killed, where)
-    training.resume()
-    training.train()
-    assert training.files() == {"best.pt": looking_back(epochs)["epoch"]}
+        training.train(3, "before")
+    assert training.files() == {}

@@ -17,7 +17,7 @@ class InductorError(RuntimeError):
 
 
 def fails(error):
-    def compile(_function):
+    def compile(_function, **_):
         def run(*_):
             raise error
 

@@ -1,5 +1,7 @@
 """ImageNet from folders: pixels, randomness, workers, resuming, and what can be wrong."""
 
+import gc
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,27 @@ def test_imagenet_does_not_depend_on_the_workers(imagenet):
     for other in (all_of(0, seed=5), all_of(0, epoch=2)):
         assert [y.tolist() for _, y in other] != [y.tolist() for _, y in here]
         assert not any(torch.equal(x, x1) for (x, _), (x1, _) in zip(other, here, strict=True))
+
+
+def test_workers_stay_and_read_each_epoch_as_new_ones_do(imagenet):
+    """Also when an epoch was left in its middle, or failed."""
+    options = {"batch_size": 2, "valid_split": 0}
+    here, there = (loaded("imagenet", imagenet, workers=n, **options).train for n in (0, 2))
+    pids = set()
+    for epoch in (0, 1, 1, 2):
+        next(there.epoch(7))
+        for (x, y), (x1, y1) in zip(here.epoch(epoch), there.epoch(epoch), strict=True):
+            assert torch.equal(x, x1) and torch.equal(y, y1)
+        pids |= {worker.pid for worker in multiprocessing.active_children()}
+    assert len(pids) == 2
+    kept, there.samples[0] = there.samples[0], ("gone.JPEG", 0)
+    there.__dict__.pop("_loader")
+    with pytest.raises(UserError, match=r"gone\.JPEG"):
+        list(there.epoch(0))
+    there.samples[0] = kept
+    del there
+    gc.collect()
+    assert not multiprocessing.active_children()
 
 
 def test_imagenet_draws_by_example_and_epoch(imagenet):

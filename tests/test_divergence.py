@@ -13,7 +13,7 @@ from torch import nn
 
 from startsparse import checkpoint
 from startsparse.errors import OptionError, UserError
-from startsparse.tabular.experiment import main as tabular_main
+from startsparse.tabular.program import main as tabular_main
 from startsparse.trainer import Trainer
 from startsparse.training import NonFiniteLoss, NonFiniteNetwork, require_finite
 

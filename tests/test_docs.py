@@ -97,7 +97,7 @@ def test_every_option_exists():
     for kind in kinds:
         known |= {*shown_names(kind)[0], *names(kind), *opposites(kind)}
     for kind, _ in MODULES.values():
-        known |= {normal(name) for name in kind.__dataclass_fields__}
+        known |= {*map(normal, kind.__dataclass_fields__), *shown_names(kind)[0]}
     for path in DOCS:
         spans = re.findall(
             r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)

@@ -1,13 +1,10 @@
 """Edge-popup: which entries are kept, what the scores learn, and that nothing else moves."""
 
 import copy
-import itertools
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from selection_by_hand import by_hand
 from torch import nn
 
 from ER_SLT.edge_popup import (
@@ -19,8 +16,7 @@ from ER_SLT.edge_popup import (
     popup_layers,
     set_density,
 )
-from ER_SLT.selection import by_counting, by_sampling, top_masks
-from startsparse import models
+from startsparse import models, selection
 from startsparse.effective import agree
 from startsparse.masks import active, attach_masks, density_table, draw_masks, sparse_layers
 
@@ -49,95 +45,6 @@ def sparse(biases=True, density=0.6, dtype=torch.float32, **options):
 def images(batch=4, dtype=torch.float32, seed=1):
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 3, 10, 10, generator=draw, dtype=dtype)
-
-
-# Selection
-
-
-def reference(magnitudes, allowed, keep):
-    """By a stable sort in Python."""
-    entries = []
-    for part, (m, a) in enumerate(zip(magnitudes, allowed)):
-        inside = torch.ones(m.numel()) if a is None else a.flatten()
-        rows = zip(m.flatten().tolist(), inside.tolist())
-        entries += [(-v, part, i) for i, (v, ok) in enumerate(rows) if ok]
-    masks = [torch.zeros(m.numel()) for m in magnitudes]
-    for _, part, i in sorted(entries)[:keep]:
-        masks[part][i] = 1
-    return [mask.view(m.shape) for mask, m in zip(masks, magnitudes)]
-
-
-@st.composite
-def problems(draw):
-    """Scores with and without ties and zeros, masks or none, and any number to keep."""
-    seed, levels = draw(st.integers(0, 9999)), draw(st.sampled_from([1, 2, 5, 50, 10**9]))
-    source = torch.Generator().manual_seed(seed)
-    shapes = draw(
-        st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=3)
-    )
-    magnitudes, allowed = [], []
-    for shape in shapes:
-        inside = None
-        if draw(st.booleans()):
-            inside = torch.rand(shape, generator=source) < draw(st.floats(0, 1))
-        score = torch.randint(0, levels, shape, generator=source) / levels
-        allowed.append(inside)
-        magnitudes.append(score if inside is None else score * inside)
-    size = sum(m.numel() if a is None else int(a.sum()) for m, a in zip(magnitudes, allowed))
-    return magnitudes, allowed, draw(st.sampled_from([0, size]) | st.integers(0, size))
-
-
-@given(problems())
-def test_both_ways_agree_with_a_stable_sort(problem):
-    magnitudes, allowed, keep = problem
-    expected = reference(magnitudes, allowed, keep)
-    for way in (by_sampling, by_counting, top_masks):
-        given_keep = torch.tensor(keep) if way is top_masks else keep
-        masks = way(magnitudes, allowed, given_keep)
-        assert all(torch.equal(mask, right) for mask, right in zip(masks, expected))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("share", [0.0, 1e-5, 0.01, 0.3, 0.5, 0.7, 0.7999, 0.8])
-def test_large_layers(dtype, share):
-    source = torch.Generator().manual_seed(3)
-    inside = torch.rand(300, 1000, generator=source) < 0.8
-    score = torch.randn(300, 1000, generator=source, dtype=dtype).abs() * inside
-    keep = min(round(share * score.numel()), int(inside.sum()))
-    one, other = (way([score], [inside], keep)[0] for way in (by_sampling, by_counting))
-    assert torch.equal(one, other)
-    assert one.dtype == dtype
-    assert one.unique().tolist() in ([0.0], [0.0, 1.0])
-    assert one.sum() == keep
-    if keep:
-        assert score[one == 1].min() >= score[one == 0].max()
-
-
-def test_infinite_scores_and_a_stride_that_misleads_the_sample():
-    score = torch.zeros(61 * 500)
-    score[::61] = torch.arange(500.0) + 1
-    score[5] = torch.inf
-    for keep in (1, 2, 250, 501, 1000):
-        one, other = (way([score], [None], keep)[0] for way in (by_sampling, by_counting))
-        assert torch.equal(one, other)
-        assert one.sum() == keep
-
-
-def test_the_sample_spares_a_look_at_everything(monkeypatch):
-    score = torch.randn(10**6, generator=torch.Generator().manual_seed(1)).abs()
-    looked_at, partition = [], np.partition
-    monkeypatch.setattr(np, "partition", lambda a, k: looked_at.append(len(a)) or partition(a, k))
-    by_sampling([score], [None], 300_000)
-    assert len(looked_at) == 1
-    assert looked_at[0] < 60_000
-
-
-def test_positions_not_memory_decide_ties():
-    score = torch.ones(4, 5, 3, 3)
-    last = score.to(memory_format=torch.channels_last)
-    for way, keep in itertools.product((by_sampling, by_counting), (0, 1, 50, 179, 180)):
-        (mask,) = way([last], [None], keep)
-        assert mask.flatten().tolist() == [1.0] * keep + [0.0] * (180 - keep)
 
 
 # Layers
@@ -301,7 +208,7 @@ def test_global_ranking_is_the_ranking_of_all_scores():
         parts += [layer.weight_score.detach().abs(), layer.bias_score.detach().abs()]
         inside += [layer.weight_mask, None]
     total = sum(part.numel() for part in parts)
-    expected = reference(parts, inside, round(0.25 * total))
+    expected = by_hand(parts, inside, round(0.25 * total))
     assert all(torch.equal(a, b.bool()) for a, b in zip(found_masks(model).values(), expected))
 
 
@@ -317,6 +224,77 @@ def test_global_ranking_follows_the_scores_in_the_forward_pass():
     assert after[2] == model[6].weight_mask.sum() > counts[2]
     agree(model)
     assert [int(layer.keep) for layer in popup_layers(model).values()] == after
+
+
+# All layers together, as on a GPU
+
+
+@pytest.fixture
+def together(monkeypatch):
+    monkeypatch.setattr(selection, "one_by_one", lambda _: False)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_all_layers_together_are_those_one_by_one(ranking, biases, dtype, format, request):
+    def pass_through():
+        model = sparse(biases, ranking=ranking).to(dtype, memory_format=format)
+        set_density(model, 0.3)
+        with torch.no_grad():
+            for layer in popup_layers(model).values():
+                for score in [layer.weight_score, layer.bias_score][: 1 + biases]:
+                    score.mul_(5 * score.numel() ** 0.5).round_()  # ties, 0 and -0
+        output = model(images(dtype=dtype))
+        output.square().sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        return [output, *gradients, *found_masks(model).values(), *model.state_dict().values()]
+
+    one_by_one = pass_through()
+    request.getfixturevalue("together")
+    all_at_once = pass_through()
+    assert len(one_by_one) > 15
+    for one, other in zip(one_by_one, all_at_once, strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+
+
+def test_layers_hold_nothing_when_the_forward_pass_ends(together):
+    model = sparse()
+    layer, held = model[3], []
+    hook = model[4].register_forward_hook(lambda *_: held.append(layer.held[0]))
+    model(images())
+    assert torch.equal(held[0], layer.effective_weight())
+    with pytest.raises(RuntimeError):
+        model(torch.ones(1, 3, 10, 11))  # fits the convolutions, but not the linear layer
+    assert len(held) == 2
+    assert all(layer.held is None for layer in popup_layers(model).values())
+    hook.remove()
+    copy.deepcopy(model)(images())
+
+
+def test_a_part_of_the_network_computes_by_itself(together):
+    model = sparse().eval()
+    set_density(model, 0.3)
+    part = model[:3]
+    model(images())
+    with torch.no_grad():
+        model[0].weight_score.mul_(torch.linspace(0, 1, 27).view(3, 3, 3))
+    assert torch.equal(part(images()), model[:3](images()))
+    assert torch.equal(model[0](images()), model[0]._conv_forward(images(), *model[0].effective()))
+
+
+def test_a_copy_of_the_numbers_in_a_thread_without_inference_mode(together):
+    """As replicas of DataParallel evaluate."""
+    model = sparse(ranking="global").eval()
+    set_density(model, 0.3)
+    expected = model(images())
+    with torch.inference_mode():
+        for layer in popup_layers(model).values():
+            layer.keep = layer.keep.clone()
+    with torch.no_grad():
+        assert torch.equal(model(images()), expected)
 
 
 # Models

@@ -296,6 +296,43 @@ def test_what_layers_decide_together_is_decided_before_each_use():
         assert [int(layer.order) for layer in effective_layers(model).values()] == [1, 2, 3]
 
 
+class Together(Straight):
+    """A formula that computes all layers at once."""
+
+    calls = 0
+
+    @classmethod
+    def effective_of_all(cls, layers):
+        cls.calls += 1
+        return [(2 * layer.effective()[0], layer.bias) for layer in layers]
+
+
+class NotHere(Alike):
+    """One that does so elsewhere."""
+
+    @classmethod
+    def effective_of_all(cls, layers):
+        return None
+
+
+def test_a_formula_may_compute_all_layers_at_once():
+    model, plain = network(Together).eval(), network(Straight).eval()
+    x = torch.randn(2, *SHAPE, dtype=torch.float64)
+    with torch.no_grad():
+        for layer in masks.sparse_layers(plain).values():
+            layer.effective = (lambda m: lambda: (2 * Straight.effective(m)[0], m.bias))(layer)
+        Together.calls = 0
+        assert torch.equal(model(x), plain(x))
+    assert Together.calls == 1
+    assert all(layer.held is None for layer in effective_layers(model).values())
+
+
+def test_a_formula_that_computes_layers_one_by_one_here_still_agrees():
+    model = network(NotHere)
+    model(torch.randn(2, *SHAPE, dtype=torch.float64))
+    assert [int(layer.order) for layer in effective_layers(model).values()] == [1, 2, 3]
+
+
 # The plain network
 
 

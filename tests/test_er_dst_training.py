@@ -24,7 +24,7 @@ from ER_DST import main as script
 from ER_DST.checks import warn_of_thin_start
 from ER_DST.dynamic import phase, preserve_flow, update
 from ER_DST.options import FLOW
-from ER_DST.topology import GROWTH, METHODS
+from ER_DST.topology import GROWTH, METHODS, Change
 from startsparse import checkpoint, flops, flow
 from startsparse.errors import UserError
 from startsparse.masks import attach_masks, draw_masks, keep_inside, masked_weights, sparse_layers
@@ -362,7 +362,7 @@ def test_repair_does_not_undo_growth():
         attach_masks(model, draw_masks({"0": (100, 100)}, [0.03], seed, "exact"))
         keep_inside(model)
         old = masks(model)["0"]
-        update(model, "DST", fraction=0.5, seed=seed, step=7, **settings)
+        update(model, Change("DST", fraction=0.5, seed=seed, step=7, **settings))
         moved = masks(model)["0"]
         preserve_flow(model, seed, step=7)
         gone = moved & ~masks(model)["0"]

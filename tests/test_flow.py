@@ -184,7 +184,7 @@ def test_the_memory_format_does_not_matter_and_the_change_is_in_place(shape, den
     assert dead(turned) == (0, 0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(40, 50), (40, 50, 3, 3)])
 def test_a_gpu_gives_the_same(shape):
     mask = random_mask(shape, 0.01, 1)

@@ -1,11 +1,13 @@
 """environment.json, and what it says about a resumed run."""
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from script_runs import MLP
+from script_runs import MLP, ROOT
 
 from startsparse import machine
 
@@ -97,3 +99,38 @@ def test_a_damaged_environment_ends_no_run(text, tmp_path):
     if text is not None:
         (tmp_path / "environment.json").write_bytes(text.encode("latin-1"))
     assert machine.change(tmp_path) in ("", "threads [] then, 1 now")
+
+
+# --- what a run imports before its first step -----------------------------------------------------
+
+FIRST_STEP = """
+import os, sys
+from startsparse import optimizers, trainer
+import ER_DST.main, ER_SLT.main
+from STR.main import main
+
+def stop(*_, **__):
+    left = sorted(name for name in {slow} if name in sys.modules)
+    print(*left, flush=True)
+    os._exit(0)
+
+trainer.Trainer.after_step = stop
+main({argv})
+"""
+
+SLOW = [
+    *("torch._dynamo", "torch._inductor", "sympy", "networkx", "torchvision", "sklearn", "scipy"),
+    *("matplotlib", "tensorboard", "torch.utils.tensorboard", "torch.utils.flop_counter"),
+    "torch.distributed.fsdp",
+]
+
+
+def test_a_run_that_needs_no_slow_library_takes_its_first_step_without_one(tmp_path):
+    """PyTorch's compiler alone, which its optimizers import, took a second of four."""
+    argv = ["--config", "", "--set", "modular-addition", "--arch", "algorithmic", "--epochs", "1"]
+    argv += ["--log-dir", f"{tmp_path}/runs", "--result-dir", str(tmp_path)]
+    code = FIRST_STEP.format(slow=SLOW, argv=argv)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == ""

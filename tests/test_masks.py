@@ -197,7 +197,7 @@ def test_masks_are_replicated_by_data_parallel(sparse):
     )
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpu(2)
 def test_masks_are_on_every_gpu(sparse):
     for replica in nn.parallel.replicate(sparse.cuda(0), [0, 1]):
         assert same_masks(copy.deepcopy(sparse).cpu(), replica.cpu())

@@ -98,7 +98,8 @@ def test_a_method_that_moves_masks_finds_the_network_whole(tmp_path):
 @pytest.mark.parametrize(("needs", "times"), [("never", 0), ("at updates", 2), ("always", 7)])
 def test_flops_follow_from_what_a_growth_rule_says_it_needs(tmp_path, monkeypatch, needs, times):
     """A rule of the user's own, of one line, at constant density: 7 of 8 steps grow, 2 update."""
-    monkeypatch.setitem(topology.GROWTH, "weight", Growth(lambda x, _: x.weight.abs(), needs))
+    rule = Growth(lambda layers, _: [layer.weight.abs() for layer in layers], needs)
+    monkeypatch.setitem(topology.GROWTH, "weight", rule)
     asked = options(method="DST", growth="weight", update_frequency=3, stop_updates=7 / 8)
     trainer = train(tmp_path, asked)
     assert [row["step"] for row in trainer.tables["topology"]] == [3, 6]
@@ -202,3 +203,49 @@ def test_a_checkpoint_of_an_older_version_is_one_line(tmp_path):
         UserError, match=r"checkpoint\.pt: an older version wrote it; start the run"
     ):
         trainer.load()
+
+
+# --- optimizers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW),
+])  # fmt: skip
+def test_optimizers_are_those_of_pytorch_to_the_bit(name, kind):
+    steppers, models = [], []
+    for make in ("ours", "theirs"):
+        torch.manual_seed(1)
+        models.append(model := nn.Linear(3, 2))
+        if make == "ours":
+            steppers.append(
+                optimizers.make_optimizer(
+                    name, model.parameters(), lr=0.1, momentum=0.9, nesterov=False
+                )
+            )
+        else:
+            more = {"momentum": 0.9} if name == "sgd" else {}
+            steppers.append(kind(model.parameters(), lr=0.1, fused=True, **more))
+    for _ in range(3):
+        for model, stepper in zip(models, steppers):
+            stepper.zero_grad()
+            model(torch.ones(4, 3)).square().sum().backward()
+            stepper.step()
+        steppers[0].load_state_dict(steppers[0].state_dict())
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+    assert torch.is_grad_enabled()
+
+
+def test_hooks_and_profilers_see_each_step_of_an_optimizer():
+    model, seen = nn.Linear(3, 2), []
+    stepper = optimizers.make_optimizer(
+        "sgd", model.parameters(), lr=0.1, momentum=0.9, nesterov=False
+    )
+    model(torch.ones(4, 3)).sum().backward()
+    handle = stepper.register_step_post_hook(lambda *_: seen.append("after"))
+    stepper.step()
+    handle.remove()
+    stepper.step()
+    assert seen == ["after"]
+    with torch.profiler.profile() as profile:
+        stepper.step()
+    assert "Optimizer.step#SGD.step" in {event.key for event in profile.key_averages()}

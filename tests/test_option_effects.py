@@ -61,6 +61,7 @@ def shared(set_, data, arch, decay):
         "--lr-min": ("--lr-policy cosine", "--lr-policy constant", "with --lr-policy constant"),
         "--momentum": ("--optimizer sgd", "--optimizer adam", "with --optimizer adam"),
         "--nesterov": ("--optimizer sgd", "--optimizer adam", "with --optimizer adam"),
+        "--sync-bn": ("", numbers, f"with {arch} algorithmic, which has no BatchNorm"),
         "--sparse-compute": ("", "--compile", "as on: --compile generates kernels of its own"),
         "--no-bn-decay": (f"{decay} 0.1", f"{decay} 0", f"with {decay} 0"),
     }

@@ -8,7 +8,7 @@ from script_runs import MLP
 
 from startsparse import plots
 from startsparse.errors import UserError
-from startsparse.tabular import experiment
+from startsparse.tabular import program
 
 
 @pytest.fixture(params=["not there", "broken"])
@@ -67,6 +67,6 @@ def test_an_experiment_on_tables_without_matplotlib_has_its_tables(no_matplotlib
         "8",
     ]
     argv += ["--epochs", "1", "--final-epochs", "1", "--result-dir", str(tmp_path)]
-    experiment.main(argv, said.append)
+    program.main(argv, said.append)
     assert (tmp_path / "table.md").exists() and said
     assert [line for line in caplog.messages if f"{tmp_path}/plot.png: not drawn" in line]

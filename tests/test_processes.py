@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,11 +18,12 @@ from forked import Script
 from processes_runs import BAD, INTERRUPTED, RUNS, STOP, STR, folders, forms
 from script_runs import ROOT, TIMES, newest, same, weights
 
-from startsparse import checkpoint, processes
+from startsparse import checkpoint, parallel, processes
 from startsparse.data import Batches, Repeated, Rows, first_batch
 from startsparse.data.batches import parts
 from startsparse.errors import OptionError
 from STR import run_imp
+from STR.options import STROptions
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -58,6 +60,7 @@ def test_two_processes_train_as_one(tmp_path):
     seen = [json.loads((tmp_path / f"two/seen-{rank}.json").read_text()) for rank in range(2)]
     assert len(seen[0]) > 200
     assert seen[0] == seen[1]
+    assert not list((tmp_path / "two/other machine").iterdir())
     assert pd.read_csv(newest(tmp_path / "two/auto") / "density.csv")["computes"].count() == 1
     # One of them was asked to stop; both did, after the same step, and went on.
     stopped = newest(tmp_path / "two/stopped")
@@ -98,38 +101,64 @@ def test_a_sweep_is_one_process(monkeypatch):
 
 SAID = {
     "option": ("--lr: -1.0 should be above 0", [2, 2]),
-    "gpus": ("--multigpu: several processes train on CPUs; leave it out", [2, 2]),
+    "gpus": ("--multigpu: torchrun gives each process a GPU of its own; leave", [2, 2]),
     "graph": ("--set: karate is one batch; start one process", [2, 2]),
     "batch": ("--batch-size: 3 should be at least 4, two for each process", [2, 2]),
     "found by the first": ("--evaluate: there is no run in ", [2, 1]),
     "not finite": ("the loss is not finite at step 1", [1, 1]),
-    "killed": ("another process of this run is gone (", [1, 9]),
+    "different": (
+        "the processes of this run have come to different weights in epoch 1, deco",
+        [1, 1],
+    ),
+    "killed": ("another process of this run is gone (", [1, -signal.SIGKILL]),
 }
 
 
-def test_torchrun_is_asked_to_stop(tmp_path):
-    argv = [*STR, "--epochs", "5000", "--sparse-compute", "off", *folders(tmp_path)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "main.py", *argv],
-        cwd=ROOT / "STR",
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def test_torchrun_on_two_machines_is_asked_to_stop(tmp_path):
+    """Two agents, with one process and with two, in working folders of their own."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    agents = []
     try:
-        while not list(tmp_path.rglob("checkpoint.pt")):
-            assert process.poll() is None, process.communicate()
+        for count in (1, 2):
+            folder = tmp_path / f"machine-{count}"
+            folder.mkdir()
+            command = [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"),
+                *("--nproc-per-node", str(count), "--rdzv-id", "test", "--rdzv-backend", "c10d"),
+                *("--rdzv-endpoint", f"127.0.0.1:{port}", ROOT / "STR/main.py"),
+                *(*STR, "--config", ROOT / "STR/configs/modular-addition.yaml"),
+                *("--epochs", "5000", "--sparse-compute", "off", "--result-dir", "."),
+            ]
+            agents.append(
+                subprocess.Popen(
+                    command,
+                    cwd=folder,
+                    env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        while not (saved := list(tmp_path.rglob("checkpoint.pt"))):
+            for agent in agents:
+                assert agent.poll() is None, agent.communicate()
             time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        said, errors = process.communicate(timeout=60)
+        agents[1].send_signal(signal.SIGTERM)
+        said = [agent.communicate(timeout=60) for agent in agents]
     finally:
-        process.kill()
-    folder = newest(tmp_path)
-    assert said.count("\nembedding") == said.count("epoch   1  final") == 1
-    assert errors.count(f"--resume {folder} continues\n") == 1
-    assert checkpoint.load(folder / "checkpoint.pt")["position"]["epoch"] > 0
-    assert json.loads((folder / "environment.json").read_text())["processes"] == 2
+        for agent in agents:
+            agent.kill()
+    (path,) = saved
+    folder, lines, errors = path.parent, *map("".join, zip(*said))
+    assert lines.count("\nembedding") == lines.count("epoch   1  final") == 1
+    there = Path(*folder.relative_to(tmp_path).parts[1:])  # on its machine
+    assert errors.count(f"--resume {there} continues\n") == 1
+    assert list(tmp_path.rglob("checkpoint.pt")) == [path]
+    assert checkpoint.load(path)["position"]["epoch"] > 0
+    assert json.loads((folder / "environment.json").read_text())["processes"] == 3
+    others = [file for file in tmp_path.rglob("*") if file.is_file() and folder not in file.parents]
+    assert others == []
 
 
 def of(count, make):
@@ -160,10 +189,16 @@ def rows(seed):
 def test_shares_make_up_the_batch(batches, count):
     shares = of(count, lambda: list(batches.epoch(3, 1)))
     for step, whole in enumerate(batches.epoch(3, 1)):
+        size = batches.size(step + 1)
+        assert size == len(whole[1])
+        small = size < 2 * count
         for i in range(2):
-            assert torch.equal(torch.cat([share[step][i] for share in shares]), whole[i])
+            for share in shares if small else ():
+                assert torch.equal(share[step][i], whole[i])
+            if not small:
+                assert torch.equal(torch.cat([share[step][i] for share in shares]), whole[i])
         sizes = [len(share[step][1]) for share in shares]
-        assert max(sizes) - min(sizes) <= 1 or (len(whole[1]) < 2 * count and 1 not in sizes)
+        assert max(sizes) - min(sizes) <= 1
     firsts = of(count, lambda: first_batch(batches, 3))
     assert all(torch.equal(labels, next(batches.epoch(3))[1]) for _, labels in firsts)
 
@@ -182,6 +217,41 @@ def test_no_share_is_of_one_row():
         for count in range(1, 9):
             shares = of(count, lambda n=examples: list(parts(n, 16, train=True)))
             assert all(part.stop - part.start != 1 for share in shares for part in share)
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "before"), [(0, 0, 0), (2, 0, 1), (1, 1, 2), (3, 1, 2)]
+)
+def test_one_process_of_each_machine_does_the_work(monkeypatch, rank, local_rank, before):
+    events = []
+    monkeypatch.setattr(processes, "all_agree", lambda _: events.append("all wait"))
+    monkeypatch.setattr(
+        processes, "_world", processes.World(rank=rank, size=4, local_rank=local_rank)
+    )
+    with pytest.raises(OSError), processes.all_in_turn():  # an error changes nothing
+        events.append("work")
+        raise OSError
+    assert events == [*["all wait"] * before, "work", *["all wait"] * (2 - before)]
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    used = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(processes, "_world", processes.World(3, 4, local_rank=1, local_size=2))
+    assert parallel.choose_devices("") == [torch.device("cuda", 1)]
+    assert used == [1]
+    assert torch.backends.cudnn.deterministic
+    monkeypatch.setattr(processes, "_world", processes.World(3, 6, local_rank=1, local_size=3))
+    with pytest.raises(OptionError, match="torchrun: --nproc-per-node 3 .* this machine has 2;"):
+        parallel.choose_devices("")
+
+
+def test_sync_bn_is_for_processes():
+    with pytest.raises(OptionError, match="--sync-bn: is for torchrun; leave it out, or --multi"):
+        STROptions(sync_bn=True, multigpu="0,1").check()
 
 
 def test_collectives_say_so_in_their_names():

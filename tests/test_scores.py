@@ -1,11 +1,14 @@
 """Pruning to the best k weights, against a full sort."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from startsparse import scores
 from startsparse.masks import attach_masks, draw_masks, keep_inside, masked_weights
 from startsparse.scores import _by_topk, _lowest_of_top, keep_top, magnitude, shrink
 
@@ -156,7 +159,7 @@ def test_the_way_of_gpus_finds_the_same_threshold(seed, values, size):
         assert _by_topk(scores, count) == ordered[count - 1] == _lowest_of_top(scores, count)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_keep_top_on_a_gpu():
     for values in (None, 1, 2):
         model = network(3, values)
@@ -167,3 +170,47 @@ def test_keep_top_on_a_gpu():
         assert {(i, p) for i, m in enumerate(masks) for p in m.nonzero().flatten().tolist()} == (
             expected
         )
+
+
+# --- full precision -------------------------------------------------------------------------------
+
+
+def precisions():
+    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
+    return [kind.fp32_precision for kind in kinds]
+
+
+class Product(torch.autograd.Function):
+    """Notes in which precision it computes, forward, backward and twice backward."""
+
+    seen: ClassVar[list] = []
+
+    @staticmethod
+    def forward(ctx, x):
+        Product.seen.append(precisions())
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Product.apply(gradient)
+
+
+@pytest.mark.parametrize("score", [scores.snip, scores.grasp])
+def test_gradients_for_scores_are_computed_in_full_precision(score, monkeypatch):
+    """Also where PyTorch may round to TF32, as by default in the convolutions of GPUs."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    attach_masks(model, {"0": torch.ones(3, 4, dtype=torch.bool)})
+    model[0].register_forward_hook(lambda _module, _inputs, output: Product.apply(output))
+    Product.seen = []
+    torch.set_float32_matmul_precision("high")
+    try:
+        before = precisions()
+        assert "tf32" in before
+        score(model, torch.ones(2, 4), torch.tensor([0, 1]))
+        with pytest.raises(RuntimeError):
+            score(model, torch.ones(2, 5), torch.tensor([0, 1]))
+        assert precisions() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(Product.seen) >= 2
+    assert all(seen == ["ieee"] * 3 for seen in Product.seen)

@@ -12,6 +12,7 @@ from slt_runs import MLP, ticket
 from torch import nn
 
 from ER_DST.dynamic import remember, update
+from ER_DST.topology import Change
 from startsparse import checkpoint, trainer
 from startsparse.engine import choice, compute
 from startsparse.engine.compiler import NoKernelsError
@@ -164,10 +165,7 @@ def test_the_same_masks_for_fifty_updates_in_float64():
                 continue
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(images), labels).backward()
-            update(
-                model, "DST", density=0.2, fraction=0.3, prune="magnitude", growth="gradient",
-                within_initial=False, seed=1, step=number,
-            )  # fmt: skip
+            update(model, Change("DST", fraction=0.3, seed=1, step=number))
             keep_inside(model, optimizer)
             for _, weight, mask in masked_weights(model):
                 weight.grad.mul_(mask)

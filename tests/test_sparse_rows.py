@@ -7,7 +7,7 @@ from torch import nn
 
 from ER_SLT.edge_popup import Popup
 from startsparse import data, masks, models
-from startsparse.data.graphs import GraphBatches
+from startsparse.data.graphs import GraphBatches, karate
 from startsparse.effective import replace_layers
 from startsparse.engine.network import SparseForm
 from startsparse.models.gcn import renormalised
@@ -193,3 +193,27 @@ def test_rows_that_are_not_finite_are_found():
         first_bad_layer(network("gcn", torch.float32), SparseRows(dense), OFF)
         == "output of dropout"
     )
+
+
+def test_a_graph_network_is_one_compiled_graph_and_computes_the_same():
+    """Sparse features stay outside: PyTorch compiles no sparse tensors."""
+    graph, results = karate(None), []
+    x = graph.features[:, :, None, None]
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        model = models.build(
+            "gcn", classes=2, channels=34, size=1, adjacency=graph.adjacency
+        ).train()
+        torch._dynamo.reset()
+        forward = model
+        if compiled:
+            forward = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+        with torch.random.fork_rng():
+            logits = forward(x)
+        logits.square().sum().backward()
+        results.append([logits, *(parameter.grad for parameter in model.parameters())])
+        sparse = (torch.compile(model, backend="aot_eager") if compiled else model).eval()
+        results[-1].append(sparse(SparseRows(graph.features)))
+    torch._dynamo.reset()
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)

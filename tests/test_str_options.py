@@ -117,7 +117,7 @@ def test_an_accepted_option_has_an_effect(trained, no_pictures, option):
 def test_compile_compiles_the_network(run, monkeypatch):
     compiled = []
 
-    def compile(module):
+    def compile(module, **_):
         compiled.append(module)
         return module
 

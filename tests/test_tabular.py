@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 import torch
 
-from startsparse import plots, tabular
+from startsparse import plots, processes, tabular
 from startsparse.errors import OptionError, UserError
 from startsparse.masks import masked_weights
-from startsparse.tabular import TabularOptions, experiment, report, tables
+from startsparse.tabular import TabularOptions, program, report, tables
 
 TINY = TabularOptions(
     densities=(0.5, 0.3, 0.1), seeds=(1, 2), width=16, epochs=1, final_epochs=2, batch_size=128,
@@ -247,7 +247,7 @@ def test_the_program(tmp_path, capsys):
     draw = torch.Generator().manual_seed(0)
     lines = torch.randn(60, 3, generator=draw).tolist()
     wine.write_text("a,b,c,kind\n" + "\n".join(f"{a},{b},{c},{int(a > b)}" for a, b, c in lines))
-    experiment.main(
+    program.main(
         [*ARGV, "--tables", "breast-cancer", str(wine), "--label", "kind",
          "--result-dir", str(tmp_path / "out")]
     )  # fmt: skip
@@ -262,25 +262,25 @@ def test_the_program(tmp_path, capsys):
 
 def test_results_of_other_options_are_not_overwritten(tmp_path, monkeypatch):
     assert "results" not in TabularOptions().result_dir  # where the committed ones are
-    monkeypatch.setattr(experiment, "run", lambda *_: rows([0.9, 0.8]))
+    monkeypatch.setattr(program.experiment, "run", lambda *_: rows([0.9, 0.8]).assign(seed=[1, 2]))
     where = ["--result-dir", str(tmp_path / "out")]
-    experiment.main(where)
+    program.main(where)
     first = (tmp_path / "out/results.csv").read_bytes()
-    monkeypatch.setattr(experiment, "run", lambda *_: rows([0.7, 0.6]))
+    monkeypatch.setattr(program.experiment, "run", lambda *_: rows([0.7, 0.6]).assign(seed=[1, 2]))
     with pytest.raises(OptionError, match=r"^--result-dir: .*results\.csv is of a run with --lr "):
-        experiment.main([*where, "--lr", "0.1"])
+        program.main([*where, "--lr", "0.1"])
     assert (tmp_path / "out/results.csv").read_bytes() == first
-    experiment.main([*where, "--data", str(tmp_path)])  # where the data lies changes nothing
+    program.main([*where, "--data", str(tmp_path)])  # where the data lies changes nothing
     assert (tmp_path / "out/results.csv").read_bytes() != first
     assert str(tmp_path) not in (tmp_path / "out/options.yaml").read_text()
     (tmp_path / "out/options.yaml").unlink()
     with pytest.raises(OptionError, match=r"results\.csv is of unknown origin"):
-        experiment.main(where)
+        program.main(where)
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setattr(tables, "load", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(OptionError, match=r"^--result-dir: cannot write .*file"):
-        experiment.main(["--result-dir", str(blocked)])
+        program.main(["--result-dir", str(blocked)])
 
 
 @pytest.mark.parametrize(
@@ -300,10 +300,32 @@ def test_results_of_other_options_are_not_overwritten(tmp_path, monkeypatch):
 )
 def test_bad_options(flags, message, tmp_path):
     with pytest.raises(OptionError, match=f"^{message}"):
-        experiment.main([*flags, "--result-dir", str(tmp_path / "out")])
+        program.main([*flags, "--result-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
 def test_a_table_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="none.csv: cannot be read"):
-        experiment.main(["--tables", "none.csv", "--label", "a", "--result-dir", str(tmp_path)])
+        program.main(["--tables", "none.csv", "--label", "a", "--result-dir", str(tmp_path)])
+
+
+def test_the_device_of_this_process(monkeypatch):
+    """Without GPUs, and as if there were two."""
+
+    def device(name):
+        return str(TabularOptions(device=name).torch_device())
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device("auto") == device("cpu") == "cpu"
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(UserError, match=f"^--device: there is no {name} here; take cpu$"):
+            device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert (device("auto"), device("cuda"), device("cpu")) == ("cuda:0", "cuda:0", "cpu")
+    assert device("cuda:1") == "cuda:1"
+    with pytest.raises(UserError, match="^--device: there is no GPU 2 here; name one of 0 to 1$"):
+        device("cuda:2")
+    for rank, expected in ((1, "cuda:1"), (2, "cuda:0")):  # of torchrun
+        monkeypatch.setattr(processes._world, "local_rank", rank)
+        assert (device("auto"), device("cuda:1")) == (expected, "cuda:1")

@@ -9,7 +9,7 @@ from startsparse import plots, training
 from startsparse.console import log
 from startsparse.data.rows import Rows
 from startsparse.errors import OptionError, UserError
-from startsparse.tabular import TabularOptions, experiment, report
+from startsparse.tabular import TabularOptions, experiment, program, report
 from startsparse.tabular.options import FILES, alone
 
 QUICK = [
@@ -30,7 +30,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def never_trains(monkeypatch):
-    monkeypatch.setattr(experiment, "run", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(program.experiment, "run", lambda *_: pytest.fail("trained"))
 
 
 REFUSED = {
@@ -52,6 +52,8 @@ REFUSED = {
         ["--result-dir", "t.csv/x"],
         "--result-dir: cannot write t.csv/x/results.csv",
     ),
+    "a device": (["--device", "gpu"], "--device: 'gpu' is none of auto, cpu, cuda, and no GPU su"),
+    "no number": (["--device", "cuda:x"], "--device: 'cuda:x' is none of auto, cpu, cuda, and no "),
     "width": (["--width", "1048577"], "--width: 1048577 should be at least 1 and at most 1048576"),
 }
 
@@ -61,7 +63,7 @@ REFUSED = {
 def test_options_that_are_refused(here, argv, message):
     before = sorted(here.iterdir())
     with pytest.raises(OptionError, match=f"^{message}") as caught:
-        experiment.main([*QUICK, *argv])
+        program.main([*QUICK, *argv])
     assert str(caught.value).isprintable()
     assert sorted(here.iterdir()) == before
 
@@ -87,7 +89,7 @@ LATER = {
 @pytest.mark.parametrize(("argv", "message"), LATER.values(), ids=LATER)
 def test_what_cannot_be_trained_is_found_before_training(here, argv, message):
     with pytest.raises(UserError, match=f"^{message}"):
-        experiment.main([*QUICK, *argv])
+        program.main([*QUICK, *argv])
     assert not (here / "runs").exists()
 
 
@@ -98,7 +100,7 @@ def test_a_folder_in_the_place_of_a_result(here, name):
     with pytest.raises(
         OptionError, match=f"^--result-dir: cannot write out/{name}: it is a folder"
     ):
-        experiment.main([*QUICK, "--result-dir", "out"])
+        program.main([*QUICK, "--result-dir", "out"])
 
 
 @pytest.mark.usefixtures("never_trains")
@@ -110,26 +112,26 @@ def test_options_of_results_that_cannot_be_read(here, content):
     with pytest.raises(
         OptionError, match="^--result-dir: out/options.yaml: .*; name another folde"
     ):
-        experiment.main([*QUICK, "--result-dir", "out"])
+        program.main([*QUICK, "--result-dir", "out"])
 
 
 def test_results_of_other_options_are_named_as_on_the_command_line(here, monkeypatch):
-    experiment.main([*QUICK, "--result-dir", "out"])
-    monkeypatch.setattr(experiment, "run", lambda *_: pytest.fail("trained"))
+    program.main([*QUICK, "--result-dir", "out"])
+    monkeypatch.setattr(program.experiment, "run", lambda *_: pytest.fail("trained"))
     with pytest.raises(
         OptionError, match="is of a run with --form batched, not loop; name another"
     ):
-        experiment.main([*QUICK, "--result-dir", "out", "--form", "loop"])
+        program.main([*QUICK, "--result-dir", "out", "--form", "loop"])
     with pytest.raises(
         OptionError, match="is of a run with --seeds 1, not 1 2; name another folder"
     ):
-        experiment.main([*QUICK, "--result-dir", "out", "--seeds", "1", "2"])
+        program.main([*QUICK, "--result-dir", "out", "--seeds", "1", "2"])
 
 
 def test_equal_commands_write_equal_bytes(here):
     argv = [*QUICK, "--tables", "t.csv", "breast-cancer", "--label", "y", "--starts", "1", "0.5"]
     for out in ("one", "two"):
-        experiment.main([*argv, "--result-dir", out])
+        program.main([*argv, "--result-dir", out])
     for name in FILES:
         assert (here / "one" / name).read_bytes() == (here / "two" / name).read_bytes(), name
 
@@ -142,7 +144,7 @@ def test_a_picture_that_fails_costs_a_line(here, monkeypatch, error):
     said = []
     monkeypatch.setattr(log, "warning", lambda line, *values: said.append(line % values))
     monkeypatch.setattr(plots, "save", fail)
-    experiment.main([*QUICK, "--result-dir", "out"])
+    program.main([*QUICK, "--result-dir", "out"])
     assert len(pd.read_csv(here / "out/results.csv")) == 2
     (line,) = said
     assert line.startswith("warning: out/plot.png: not drawn (no") or "No space left" in line
@@ -152,7 +154,7 @@ def test_a_picture_that_fails_costs_a_line(here, monkeypatch, error):
 @pytest.mark.usefixtures("never_trains")
 def test_two_runs_do_not_write_into_one_folder(here):
     with alone(here / "out"), pytest.raises(OptionError, match="another run writes into out; wait"):
-        experiment.main([*QUICK, "--result-dir", "out"])
+        program.main([*QUICK, "--result-dir", "out"])
 
 
 def test_a_table_that_cannot_be_written_is_printed(here, monkeypatch):
@@ -162,9 +164,9 @@ def test_a_table_that_cannot_be_written_is_printed(here, monkeypatch):
         path.write_text(text)
 
     said = []
-    monkeypatch.setattr(experiment, "write_text", fail_later)
+    monkeypatch.setattr(program, "write_text", fail_later)
     with pytest.raises(OSError, match="No space left"):
-        experiment.main([*QUICK, "--result-dir", "out"], say=said.append)
+        program.main([*QUICK, "--result-dir", "out"], say=said.append)
     assert said[0].startswith("| table |") and len(pd.read_csv(here / "out/results.csv")) == 2
 
 

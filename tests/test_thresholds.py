@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from startsparse import models
-from startsparse.effective import plain_state, replace_layers
+from startsparse import models, selection
+from startsparse.effective import EffectiveLayer, effective_layers, plain_state, replace_layers
 from startsparse.masks import active, attach_masks, density_table, draw_masks, sparse_layers
 from STR.thresholds import (
     FUNCTIONS,
     SoftThreshold,
     SoftThresholded,
+    SoftThresholdOfAll,
     layer_table,
     thresholds,
     why_dense,
@@ -61,6 +62,51 @@ def test_gradcheck():
     weight = weight[(weight.abs() - 0.3).abs() > 1e-3].requires_grad_()  # away from the kink
     threshold = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(SoftThreshold.apply, (weight, threshold))
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_all_layers_together_are_those_one_by_one(format, monkeypatch):
+    """As on a GPU, to the bit."""
+
+    def pass_through():
+        model = models.build("resnet20", classes=10, width=4)
+        models.init_weights(model, "kaiming_normal", 1)
+        replace_layers(model, SoftThresholded, -2.0, "sigmoid")
+        model.to(memory_format=format)
+        output = model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+        output.square().sum().backward()
+        assert all(layer.held is None for layer in effective_layers(model).values())
+        return [output, *(p.grad for p in model.parameters())]
+
+    one_by_one = pass_through()
+    monkeypatch.setattr(selection, "one_by_one", lambda _: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(SoftThreshold, "apply", lambda *_: pytest.fail("one by one"))
+        patch.setattr(EffectiveLayer, "check", lambda _: None)
+        all_at_once = pass_through()
+    for one, other in zip(one_by_one, all_at_once, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gradcheck_of_all_together():
+    draw = torch.Generator().manual_seed(2)
+    weights = [torch.randn(shape, dtype=torch.float64, generator=draw) for shape in [(3, 2), 5]]
+    weights.append(torch.randn(2, 3, 2, 2, dtype=torch.float64, generator=draw))
+    weights[2] = weights[2].to(memory_format=torch.channels_last)
+    limits = torch.tensor([0.3, 0.2, 0.6], dtype=torch.float64)
+    for weight, limit in zip(weights, limits):
+        near = (weight.abs() - limit).abs() < 1e-3
+        weight.masked_fill_(near, 1.0).requires_grad_()  # away from the kink
+    assert torch.autograd.gradcheck(SoftThresholdOfAll.apply, (limits.requires_grad_(), *weights))
+
+
+def test_layers_with_other_functions_compute_one_by_one(monkeypatch):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    replace_layers(model, SoftThresholded, -2.0, "sigmoid", dense=["1"])
+    replace_layers(model, SoftThresholded, -2.0, "exp", dense=["0"])
+    expected = model(torch.ones(1, 3))
+    monkeypatch.setattr(selection, "one_by_one", lambda _: False)
+    assert torch.equal(model(torch.ones(1, 3)), expected)
 
 
 @pytest.mark.parametrize("arch", ["resnet20", "vgg11", "mlp"])

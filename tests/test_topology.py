@@ -16,6 +16,7 @@ from ER_DST.dynamic import remember, update
 from ER_DST.topology import (
     GROWTH,
     METHODS,
+    Change,
     Schedule,
     add_to_momentum,
     drop_and_grow,
@@ -231,16 +232,8 @@ def test_uniform_pruning_leaves_the_same_density_everywhere():
 
 def change(model, method="DST", **changed):
     """An update in place, with the arguments that a test does not care for."""
-    values = {
-        "density": 1.0,
-        "fraction": 0.4,
-        "prune": "magnitude",
-        "growth": "gradient",
-        "within_initial": False,
-        "seed": 1,
-        "step": 10,
-    }
-    update(model, method, **values | changed)
+    values = {"seed": 1, "step": 10, "fraction": 0.4}
+    update(model, Change(method, **values | changed))
     return masks_of(model)
 
 

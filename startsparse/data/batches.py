@@ -21,22 +21,28 @@ def steps(examples: int, batch_size: int, train: bool) -> int:
     return full + (rest > 1 if train else rest > 0)
 
 
+def whole_size(examples: int, batch_size: int, step: int) -> int:
+    """Examples of the batch of a step of an epoch, of which this process may have a part."""
+    return min(batch_size, examples - step * batch_size)
+
+
 def parts(examples: int, batch_size: int, train: bool, start: int = 0) -> Iterator[slice]:
     """This process's rows of each step of an epoch, from step ``start`` on.
 
     In training, the processes split each batch into parts of at least two rows, as BatchNorm needs
-    them. If there are too few rows for all, some processes have none in that step. In evaluation
-    the processes take turns with whole batches.
+    them. If there are too few rows for that, each process has the whole batch. In evaluation the
+    processes take turns with whole batches.
     """
     rank, count = processes.rank(), processes.world_size()
     for step in range(start, steps(examples, batch_size, train)):
-        first, last = step * batch_size, min((step + 1) * batch_size, examples)
-        if train:
-            working = max(1, min(count, (last - first) // 2))
-            bounds = (min(bound, working) for bound in (rank, rank + 1))
-            yield slice(*(first + bound * (last - first) // working for bound in bounds))
-        elif step % count == rank:
-            yield slice(first, last)
+        first, size = step * batch_size, whole_size(examples, batch_size, step)
+        if not train:
+            if step % count == rank:
+                yield slice(first, first + size)
+        elif size < 2 * count:
+            yield slice(first, first + size)
+        else:
+            yield slice(*(first + bound * size // count for bound in (rank, rank + 1)))
 
 
 def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -111,6 +117,10 @@ class Batches:
     def __len__(self) -> int:
         """Steps of one epoch."""
         return steps(self.examples, self.batch_size, train=self.seed is not None)
+
+    def size(self, step: int) -> int:
+        """Examples of the whole batch of a step, see `whole_size`."""
+        return whole_size(self.examples, self.batch_size, step)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from step ``start`` on; a step is the same for every ``start``.

@@ -45,6 +45,10 @@ class GraphBatches:
         """Steps of one epoch."""
         return 1
 
+    def size(self, step: int) -> int:  # noqa: ARG002
+        """Nodes of the batch, with and without a label."""
+        return len(self.labels)
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, Tensor]]:  # noqa: ARG002
         """Features and labels [N] of all nodes; `NO_LABEL` outside the part.
 

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from startsparse import seeding, stopping
 from startsparse.data import files
-from startsparse.data.batches import normalised, parts, steps
+from startsparse.data.batches import normalised, parts, steps, whole_size
 from startsparse.data.folder import visible, walk
 from startsparse.errors import UserError
 
@@ -29,22 +30,23 @@ Sample = tuple[str, int]  # path and label
 
 @dataclass
 class _Reader(Dataset):
-    """A dataset of whole batches: the index is the list of rows of a batch.
+    """A dataset of whole batches: an index is an epoch and the rows of a batch in it.
 
-    It returns an error as a value, as an error that a worker raises arrives as many lines.
+    So its copies in the workers serve all epochs. It returns an error as a value, as an error that
+    a worker raises arrives as many lines.
     """
 
     samples: list[Sample]
     transform: Any  # PIL image -> PIL image of 224 x 224
     seed: int
-    epoch: int
 
-    def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor] | UserError:
+    def __getitem__(self, index: tuple[int, list[int]]) -> tuple[Tensor, Tensor] | UserError:
+        epoch, rows = index
         pixels = np.empty((len(rows), SIZE, SIZE, 3), np.uint8)
         # torchvision draws from the global CPU generator, whose state is restored afterwards.
         with torch.random.fork_rng(devices=[]):
             for position, row in enumerate(rows):
-                seed = seeding.derive(self.seed, f"augment/{row}", self.epoch)
+                seed = seeding.derive(self.seed, f"augment/{row}", epoch)
                 torch.default_generator.manual_seed(seed)
                 try:
                     image = files.open_image(self.samples[row][0])
@@ -96,15 +98,36 @@ class FolderBatches:
         self.transform = _augmented(flip) if augment else _centred()
         self._mean = (torch.tensor(MEAN) * 255).repeat(SIZE).to(device)
         self._std = (torch.tensor(STD) * 255).repeat(SIZE).to(device)
+        self._indices: list[tuple[int, list[int]]] = []  # of the present epoch
+
+    @cached_property
+    def _loader(self) -> DataLoader:
+        """Its workers start with the first epoch and stay."""
+        return DataLoader(
+            _Reader(self.samples, self.transform, self.seed),
+            sampler=self._indices,
+            batch_size=None,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            worker_init_fn=_ignore_interrupts,
+            pin_memory=self.device.type == "cuda",
+            # Unused, but without one the loader would draw from the global generator.
+            generator=seeding.generator(self.seed, "workers"),
+        )
 
     def __len__(self) -> int:
         """Steps of one epoch."""
         return steps(self.examples, self.batch_size, self.train)
 
+    def size(self, step: int) -> int:
+        """Images of the whole batch of a step, see `batches.whole_size`."""
+        return whole_size(self.examples, self.batch_size, step)
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from step ``start`` on, as `Batches.epoch` yields them.
 
-        Images of the steps before ``start`` are not read. Raises `UserError` where an image cannot
+        Images of the steps before ``start`` are not read. One epoch at a time: the next one ends
+        those before it. Raises `UserError` where an image cannot
         be decoded.
         """
         rows = self.rows
@@ -112,17 +135,8 @@ class FolderBatches:
             draws = seeding.generator(self.seed, "shuffle", epoch)
             rows = rows[torch.randperm(self.examples, generator=draws)]
         mine = parts(self.examples, self.batch_size, self.train, start)
-        loader = DataLoader(
-            _Reader(self.samples, self.transform, self.seed, epoch),
-            sampler=[rows[part].tolist() for part in mine],  # an "index" is the rows of a batch
-            batch_size=None,
-            num_workers=self.workers,
-            worker_init_fn=_ignore_interrupts,
-            pin_memory=self.device.type == "cuda",
-            # Unused, but without one the loader would draw from the global generator.
-            generator=seeding.generator(self.seed, "workers", epoch),
-        )
-        for batch in _whole(loader):
+        self._indices[:] = [(epoch, rows[part].tolist()) for part in mine]
+        for batch in _whole(self._loader):
             if isinstance(batch, UserError):
                 raise batch
             pixels, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)

@@ -60,7 +60,7 @@ class Compute:
             return
         if not obstacle:
             try:
-                with processes.all_after_rank_0():  # it may have the kernels to build
+                with processes.all_in_turn():  # the first may have the kernels to build
                     self.form = SparseForm(model, shape)
             except (UnsupportedError, NoKernelsError) as error:
                 obstacle = str(error)
@@ -71,10 +71,14 @@ class Compute:
         if self.form and mode == "on":
             self.form.compute_sparsely(self.form.layers)
 
+    @property
+    def entered(self) -> bool:
+        """Whether the sparse form computes now, and not the masked network."""
+        return self.form is not None and self.form.entered
+
     def __call__(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> logits."""
-        form = self.form
-        return self.masked(images) if form is None or not form.entered else form(images)
+        return self.form(images) if self.form is not None and self.entered else self.masked(images)
 
     def decide(self, images: Callable[[], Tensor], classes: int, step_flops: float) -> bool:
         """Under auto, choose the layers that compute sparsely, if the last choice is old.

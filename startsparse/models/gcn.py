@@ -39,9 +39,10 @@ class GCN(nn.Module):
         self.classifier = nn.Linear(width, classes, bias=False)
         graph = None if adjacency is None else renormalised(adjacency).to_sparse_csr()
         # In parts, as a CSR tensor cannot be copied or pickled with its module. They belong to the
-        # data, not to the weights, so they are not in checkpoints.
+        # data, not to the weights, so they are not in checkpoints. Copies, as torch.compile takes
+        # no views of a sparse tensor.
         for name in ("starts", "columns", "values"):
-            part = None if graph is None else _PARTS[name](graph)
+            part = None if graph is None else _PARTS[name](graph).clone()
             self.register_buffer(f"graph_{name}", part, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

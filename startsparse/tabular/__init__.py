@@ -1,8 +1,9 @@
 """Tables: many small networks that start sparse, trained at once.
 
-`experiment` is the whole, as in ``python -m startsparse.tabular`` and tabular.ipynb; `options` has
-its options, `tables` its data, `report` its tables and pictures. `batched` trains networks of one
-shape as one model; `compute` decides whether they train in their sparse forms instead.
+`experiment` is the whole, as in tabular.ipynb, and `program` runs it; `options` has its options,
+`tables` its data, `report` its tables and pictures. `batched` trains networks of one
+shape as one model; `compute` decides whether they train in their sparse forms instead. `unfinished`
+keeps them.
 """
 
 from startsparse.tabular.experiment import (

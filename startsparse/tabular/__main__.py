@@ -1,7 +1,7 @@
 """``python -m startsparse.tabular``."""
 
-from startsparse.errors import run_script
-from startsparse.tabular.experiment import main
+from startsparse.processes import run_script
+from startsparse.tabular.program import main
 
 if __name__ == "__main__":
     run_script(main)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from startsparse import optimizers, training
-from startsparse.data.rows import Rows
+from startsparse.data.rows import Rows, SideBySide
 from startsparse.engine.network import SparseForm
 from startsparse.masks import gradient, keep_inside, mask_gradients, masked_weights
 
@@ -55,21 +55,22 @@ def train_loop(
     """Train each network, in place, on its own part of the data, with a new optimizer.
 
     Args:
-        models: networks of any shape, on the CPU.
-        parts: training data of each.
+        models: networks of any shape.
+        parts: training data of each, on its device.
         epochs: number of epochs.
         first_epoch: number of the first epoch; the order of the data derives from it.
-        forms: sparse forms that compute instead of the networks (default: none).
+        forms: sparse forms that compute instead of networks on the CPU (default: none).
 
     Returns:
         float64 [epochs, networks]: mean training loss.
 
     Raises:
+        ValueError: a network and its data are on two devices.
         NonFiniteLoss: a loss became NaN or infinite.
     """
-    device = torch.device("cpu")
     losses = torch.empty(epochs, len(models), dtype=torch.float64)
     for number, (model, rows) in enumerate(zip(models, parts)):
+        device = _one_device([model], [rows])
         keep_inside(model)
         optimizer = recipe.make_optimizer(model.parameters())
         form = forms[number] if forms else None
@@ -94,13 +95,15 @@ def train_batched(
     """`train_loop` for networks of one shape at once, equal within rounding.
 
     Networks must have the same parameters and masked layers, and parts the same number of rows and
-    batch size. Seeds, weights, masks and data are each network's own.
+    batch size, all on one device. Seeds, weights, masks and data are each network's own. No step
+    waits for a GPU: losses are read when an epoch ends.
 
     Raises:
         ValueError: networks or parts differ in what they must share.
         NonFiniteLoss: as `train_loop`, at the end of the epoch.
     """
     _check(models, parts)
+    device, rows = _one_device(models, parts), SideBySide(parts)
     for model in models:
         keep_inside(model)
         model.train()
@@ -115,22 +118,22 @@ def train_batched(
 
     losses = torch.zeros(epochs, len(models), dtype=torch.float64)
     for epoch in range(epochs):
-        for batches in zip(*(rows.epoch(first_epoch + epoch) for rows in parts)):
-            features, labels = (torch.stack(tensors) for tensors in zip(*batches))
+        sums = torch.zeros(len(models), dtype=torch.float64, device=device)
+        for features, labels in rows.epoch(first_epoch + epoch):
             loss = vmap(loss_of)(parameters, buffers, features, labels)  # one per network
-            losses[epoch] += loss.detach() * labels.shape[1]
+            sums += loss.detach() * labels.shape[1]
             optimizer.zero_grad()
             loss.sum().backward()  # each network's gradient comes from its own loss alone
             mask_gradients([gradient(parameters[name]) for name in weights], masks)
             optimizer.step()
+        losses[epoch] = sums.cpu()
         if not losses[epoch].isfinite().all():
             bad = int((~losses[epoch].isfinite()).int().argmax())
             raise training.NonFiniteLoss(
                 f"the loss of network {bad + 1} of {len(models)} is not finite in epoch {epoch + 1}"
             )
     _write_back(models, parameters, buffers)
-    examples = sum(len(labels) for _, labels in parts[0].epoch(first_epoch))
-    return losses / examples
+    return losses / min(parts[0].examples, len(parts[0]) * parts[0].batch_size)
 
 
 LOOPS = {"batched": train_batched, "loop": train_loop}
@@ -182,8 +185,18 @@ def _check(models: Sequence[nn.Module], parts: Sequence[Rows]) -> None:
         raise ValueError("the parts differ in their number of rows, features or batch size")
 
 
+def _one_device(models: Sequence[nn.Module], parts: Sequence[Rows]) -> torch.device:
+    """Where the networks and their data are."""
+    devices = {next(model.parameters()).device for model in models}
+    devices |= {part.labels.device for part in parts}
+    if len(devices) > 1:
+        where = " and ".join(sorted(map(str, devices)))
+        raise ValueError(f"the networks and their data are on {where}: should be on one device")
+    return devices.pop()
+
+
 @torch.no_grad()
 def _write_back(models: Sequence[nn.Module], parameters: dict, buffers: dict) -> None:
-    for number, model in enumerate(models):
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            tensor.copy_((parameters if name in parameters else buffers)[name][number])
+    tensors = [dict((*model.named_parameters(), *model.named_buffers())) for model in models]
+    for name, stacked in (*parameters.items(), *buffers.items()):
+        torch._foreach_copy_([own[name] for own in tensors], stacked.unbind())

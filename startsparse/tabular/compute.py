@@ -29,6 +29,8 @@ def sparse_forms(
 ) -> list[SparseForm]:
     """The sparse forms to give to `train_loop`, or [] if ``loop`` should train the masked networks.
 
+    On GPUs there are none.
+
     Args:
         models: networks of one shape and about the same density; a trial does not change them.
         parts: training data of each.
@@ -38,7 +40,8 @@ def sparse_forms(
     Raises:
         UnsupportedError: a network has a part without a sparse form.
     """
-    if mode == "off" or not _has_kernels(next(models[0].parameters()).dtype):
+    weight = next(models[0].parameters())
+    if mode == "off" or not _is_on_cpu(weight.device, mode) or not _has_kernels(weight.dtype):
         return []
     shape = parts[0].features.shape[1], 1, 1
     forms = [SparseForm(model, shape) for model in models]
@@ -46,6 +49,14 @@ def sparse_forms(
     for form in forms if layers else ():
         form.compute_sparsely(layers)
     return forms if layers else []
+
+
+@functools.cache
+def _is_on_cpu(device: torch.device, mode: str) -> bool:
+    """Whether the networks are on the CPU; if not, and it was asked for, says it, once."""
+    if mode == "on" and device.type != "cpu":
+        log.info("sparse compute: off, it is for CPUs")
+    return device.type == "cpu"
 
 
 @functools.cache

@@ -2,16 +2,18 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from filelock import Timeout
 
-from startsparse import names, ratios
+from startsparse import names, processes, ratios
 from startsparse.commandline import plain_values, read_yaml, write_yaml
 from startsparse.engine.compute import MODES
-from startsparse.errors import OptionError
+from startsparse.errors import OptionError, UserError
 from startsparse.fields import PATH, Truth, called, choice, default_is, flag
 from startsparse.locks import locked
 from startsparse.models import INITS
@@ -79,6 +81,9 @@ class TabularOptions:
     sparse_compute: Annotated[str, choice(MODES)] = "auto"
     """on: train one after the other, and compute and store only what is inside the masks; auto: do
     so at densities where a trial of a few steps is faster. The same within rounding"""
+    device: str = "auto"
+    """auto: a GPU if there is one, else the CPU; cpu, cuda, or cuda:1 for the second GPU. Processes
+    of torchrun take one GPU each. The same within rounding"""
     result_dir: Annotated[str, PATH] = "runs/tabular"
     """Folder of results.csv, table.md, plot.png and options.yaml; results of other options in it
     are never overwritten"""
@@ -100,6 +105,11 @@ class TabularOptions:
             require_range(self, name, low=1)
         require_range(self, "width", low=1, high=2**20)
         require_range(self, "batch_size", low=2)  # BatchNorm
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device):
+            raise OptionError(
+                f"--device: {quoted(self.device)} is none of auto, cpu, cuda, and no GPU such as "
+                "cuda:1"
+            )
         self._check_tables()
 
     def _check_tables(self) -> None:
@@ -121,6 +131,24 @@ class TabularOptions:
                 if getattr(self, option) != getattr(TabularOptions, option):
                     wanted = " or ".join(tables.CENSUS)
                     raise OptionError(f"--{option}: has no effect without {wanted} in --tables")
+
+    def torch_device(self) -> torch.device:
+        """Where the networks of this process and their data are.
+
+        Raises:
+            UserError: a GPU that this machine does not have.
+        """
+        kind, _, index = self.device.partition(":")
+        if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+            return torch.device("cpu")
+        if not torch.cuda.is_available():
+            raise UserError(f"--device: there is no {self.device} here; take cpu")
+        count = torch.cuda.device_count()
+        number = int(index or processes.local_rank() % count)
+        if number >= count:
+            have = f"0 to {count - 1}"
+            raise UserError(f"--device: there is no GPU {number} here; name one of {have}")
+        return torch.device("cuda", number)
 
     def levels(self) -> list[float]:
         """Densities at which networks train, falling: none has more weights than it starts with."""

@@ -181,7 +181,7 @@ def mask_picture(masks: dict[str, Tensor], feature_names: Sequence[str]) -> "Fig
     figure = new_figure(9, height * len(masks))
     axes = figure.subplots(len(masks), 2, squeeze=False, width_ratios=[5, 1])
     for (title, mask), (picture, counts) in zip(masks.items(), axes):
-        edges, features = mask.numpy(), range(len(feature_names))
+        edges, features = mask.cpu().numpy(), range(len(feature_names))
         picture.imshow(
             edges.T, aspect="auto", cmap="Greys", interpolation="nearest", vmin=0, vmax=1
         )

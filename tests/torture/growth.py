@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from ER_DST import main as dst
 from ER_SLT import main as slt
 from startsparse import plots
-from startsparse.tabular import experiment
+from startsparse.phases import Phase
+from startsparse.tabular import program
 from startsparse.trainer import Trainer
 from STR import main as str_
 from torture.promises import promise
@@ -66,14 +67,14 @@ def places(folder: Path) -> list[str]:
 )
 def epochs(name, folder):
     script, argv = LONG[name]
-    seen, save = [], Trainer.save
+    seen, epoch = [], Trainer._epoch
 
-    def look(trainer: Trainer) -> None:
-        save(trainer)
+    def look(trainer: Trainer, phase: Phase) -> None:
+        epoch(trainer, phase)
         seen.append(used())
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(Trainer, "save", look)
+        patch.setattr(Trainer, "_epoch", look)
         patch.setattr(plots, "plot_run_by_rank_0", lambda *_: None)
         script.main([*argv, *places(folder)])
     check_flat(seen)
@@ -110,6 +111,6 @@ def networks(_, folder):
         where = folder / str(number)
         argv = ["--seeds", *map(str, range(20)), "--starts", "0.5", "--densities", "0.3"]
         argv += ["--reset", "True", "--epochs", "1", "--final-epochs", "1", "--width", "8"]
-        experiment.main([*argv, "--result-dir", str(where)], say=lambda _: None)
+        program.main([*argv, "--result-dir", str(where)], say=lambda _: None)
         seen.append(used())
     check_flat(seen)

@@ -3,20 +3,20 @@
 The k-th largest decides the rest, and there are two ways to find it. On the CPU a strided sample of
 the scores gives a narrow band around it, and only the few scores in that band are partitioned
 (Floyd and Rivest 1975, algorithm SELECT). On a GPU, where to read a number is to wait for the
-device, a fixed number of counts finds its bit pattern. Nothing there leaves the device, and
-torch.compile can trace it.
+device and every operation takes time to start, a fixed number of counts finds its bit pattern
+(`selection_by_counts`), for all tensors at once. torch.compile can trace that.
 """
 
 import math
 from collections.abc import Sequence
-from functools import reduce
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from startsparse.selection_by_counts import by_counting, in_memory_order
+
 _STRIDE = 61  # a prime, so that it does not fall into step with rows, channels or kernels
-_BITS = 4  # that a pass over the scores finds on a GPU, by 15 counts
 
 
 @torch.no_grad()
@@ -37,9 +37,49 @@ def top_masks(
         For each of them a tensor like it, 1.0 where kept and 0.0 elsewhere. On the CPU a product
         with such a mask is several times faster than with a bool one.
     """
-    if magnitudes[0].device.type == "cpu" and not torch.compiler.is_compiling():
-        return by_sampling(magnitudes, allowed, int(keep))
-    return by_counting(magnitudes, allowed, keep)
+    return top_of_groups(magnitudes, allowed, keep.view(1), [len(magnitudes)])
+
+
+@torch.no_grad()
+def top_of_each(
+    magnitudes: Sequence[Tensor], allowed: Sequence[Tensor | None], keep: Tensor
+) -> list[Tensor]:
+    """Masks of the ``keep[i]`` largest entries of each of the ``magnitudes``; see `top_masks`.
+
+    Ties go to earlier positions. On a GPU the number of operations does not depend on the number
+    of tensors, and nothing waits.
+
+    Args:
+        keep: int64 [number of tensors], on their device.
+    """
+    return top_of_groups(magnitudes, allowed, keep, [1] * len(magnitudes))
+
+
+@torch.no_grad()
+def top_of_groups(
+    magnitudes: Sequence[Tensor],
+    allowed: Sequence[Tensor | None],
+    keep: Tensor,
+    sizes: Sequence[int],
+) -> list[Tensor]:
+    """The same for groups of so many tensors: the ``keep[i]`` largest of group i; see `top_masks`.
+
+    Args:
+        keep: int64 [groups].
+        sizes: number of tensors in each group; they follow one another.
+    """
+    if not one_by_one(magnitudes[0].device):
+        return by_counting(magnitudes, allowed, keep, sizes)
+    masks: list[Tensor] = []
+    for size, count in zip(sizes, keep.tolist()):
+        part = slice(len(masks), len(masks) + size)
+        masks += by_sampling(magnitudes[part], allowed[part], count)
+    return masks
+
+
+def one_by_one(device: torch.device) -> bool:
+    """Whether tensors are better dealt with one by one: on CPUs, unless torch.compile traces."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def by_sampling(
@@ -49,34 +89,17 @@ def by_sampling(
     keep = min(keep, sum(m.numel() for m in magnitudes))
     if keep <= 0:
         return [torch.zeros_like(m) for m in magnitudes]
-    threshold, at_least = _kth_by_sampling([_flat(m).numpy() for m in magnitudes], keep)
+    threshold, at_least = _kth_by_sampling([_numpy(m) for m in magnitudes], keep)
     if at_least == keep and threshold > 0:
         return [m.clone().ge_(threshold) for m in magnitudes]  # in place: 1.0 and 0.0, not bool
     return _masks(magnitudes, allowed, threshold, keep)
 
 
-def by_counting(
-    magnitudes: Sequence[Tensor], allowed: Sequence[Tensor | None], keep: Tensor | int
-) -> list[Tensor]:
-    """`top_masks` on any device, in tensor operations whose number depends on the dtype only."""
-    # Floating point numbers >= 0 are in the order of their bit patterns, read as integers.
-    width = 8 * magnitudes[0].element_size()
-    pattern = {16: torch.int16, 32: torch.int32, 64: torch.int64}[width]
-    bits = [_flat(m).view(pattern) for m in magnitudes]
-    kth = torch.zeros((), dtype=pattern, device=bits[0].device)
-    for shift in range(width - _BITS, -1, -_BITS):
-        digits = 2 ** (_BITS - 1) if shift == width - _BITS else 2**_BITS  # the sign bit is 0
-        tries = kth + (torch.arange(1, digits, dtype=pattern, device=kth.device) << shift)
-        counts = reduce(torch.add, ((b >= tries[:, None]).sum(1) for b in bits))
-        kth = kth + ((counts >= keep).sum().to(pattern) << shift)
-    return _masks(magnitudes, allowed, kth.view(magnitudes[0].dtype), keep)
-
-
 def _masks(
     magnitudes: Sequence[Tensor],
     allowed: Sequence[Tensor | None],
-    threshold: Tensor | float,
-    keep: Tensor | int,
+    threshold: float,
+    keep: int,
 ) -> list[Tensor]:
     """The entries above the ``keep``-th largest, and as many of its ties as are missing."""
     above = [m > threshold for m in magnitudes]
@@ -117,8 +140,6 @@ def _kth_by_sampling(parts: Sequence[np.ndarray], k: int) -> tuple[float, int]:
     return float(kth), more + int(np.count_nonzero(band >= kth))
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """All entries in one dimension, in their order in memory, which seldom takes a copy."""
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        tensor = tensor.permute(0, 2, 3, 1)
-    return tensor.flatten()
+def _numpy(tensor: Tensor) -> np.ndarray:
+    vector = in_memory_order(tensor)
+    return (vector.float() if vector.dtype == torch.bfloat16 else vector).numpy()

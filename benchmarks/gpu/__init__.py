@@ -1,0 +1,1 @@
+"""What only a GPU can tell about the scripts: see `benchmarks.gpu.__main__`."""
