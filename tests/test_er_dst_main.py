@@ -17,7 +17,7 @@ from ER_DST.initializers import INITS
 from ER_DST.options import SPARSE_INITS, DSTOptions
 from ER_DST.topology import GROWTH, METHODS, PRUNE
 from startsparse import data, models, ratios
-from startsparse.commandline import from_flags
+from startsparse.commandline import from_flags, parse
 from startsparse.masks import sparse_layers
 
 DEMO = ["--config", str(ROOT / "ER_DST/configs/digits.yaml"), "--width", "4", "--epochs", "2"]
@@ -32,7 +32,7 @@ SIZES = {"hidden.0": 49_152, "hidden.3": 256, "hidden.6": 256, "classifier": 160
 
 
 def parsed(*argv):
-    return script.parse(DSTOptions, script.CONFIGS, argv)
+    return parse(DSTOptions, script.CONFIGS, argv)
 
 
 def result(folder):

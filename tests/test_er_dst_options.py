@@ -13,7 +13,7 @@ from script_runs import ROOT, same
 from ER_DST import main as script
 from ER_DST.options import DSTOptions
 from startsparse import finding, models, recipe
-from startsparse.commandline import write_yaml
+from startsparse.commandline import parse, write_yaml
 from startsparse.errors import OptionError
 from startsparse.masks import masked_weights, sparse_layers
 from startsparse.ratios import layer_densities
@@ -28,7 +28,7 @@ class Stopped(Exception):
 
 
 def parsed(*argv):
-    return script.parse(DSTOptions, script.CONFIGS, argv)
+    return parse(DSTOptions, script.CONFIGS, argv)
 
 
 # One option a line: values with it, against the same without. Weights must differ.

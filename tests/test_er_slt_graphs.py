@@ -11,6 +11,7 @@ from ER_SLT import main as script
 from ER_SLT.edge_popup import set_density
 from ER_SLT.options import SLTOptions
 from startsparse import data, er, recipe
+from startsparse.commandline import parse
 
 # configs/karate.yaml is read, but for one level of 200 steps; PUBLISHED is the recipe for images.
 SHORT = ["--dataset", "karate", "--levels", "1", "--passes", "20", "--width", "64"]
@@ -20,7 +21,7 @@ PUBLISHED = ["--weight-scale", "1", "--optimizer", "sgd", "--lr", "0.1", "--lr-p
 
 @pytest.mark.parametrize("name", ["karate", "cora", "citeseer", "pubmed"])
 def test_graphs_have_a_recipe(name):
-    options = script.parse(SLTOptions, script.CONFIGS, ["--dataset", name])
+    options = parse(SLTOptions, script.CONFIGS, ["--dataset", name])
     assert (options.set, options.arch, options.width) == (name, "gcn", 256)
     assert (options.optimizer, options.lr, options.lr_policy) == ("adam", 0.01, "cosine")
     assert options.weight_scale > 1
@@ -46,7 +47,7 @@ def test_the_scale_that_is_advised_makes_logits_of_1(run_slt, no_pictures, capsy
     run_slt(*argv, "--weight-scale", "0.5")
     (said,) = (line for line in capsys.readouterr().out.splitlines() if "at chance; " in line)
     advised = said.partition("at chance; ")[2].split()[0]
-    options = script.parse(SLTOptions, script.CONFIGS, [*argv, "--weight-scale", advised])
+    options = parse(SLTOptions, script.CONFIGS, [*argv, "--weight-scale", advised])
     graph = recipe.load_data(options, torch.device("cpu"))
     model, requested = script.plan(options, graph.shape)
     er.attach_er_masks(model, requested, options)

@@ -32,6 +32,7 @@ from ER_SLT.initializers import INITS
 from ER_SLT.levels import densities, overlap, score_statistics
 from ER_SLT.options import SLTOptions
 from ER_SLT.ticket import SHUFFLES
+from startsparse.commandline import parse
 from startsparse.errors import OptionError
 from startsparse.masks import density_table
 from startsparse.trainer import Trainer
@@ -102,7 +103,7 @@ def test_weights_biases_and_random_masks_never_change(demo):
 
 def test_every_level_keeps_exactly_k_entries_inside_the_random_mask(demo):
     folder, _, _ = demo
-    options = script.parse(SLTOptions, script.CONFIGS, ["--config", f"{folder}/options.yaml"])
+    options = parse(SLTOptions, script.CONFIGS, ["--config", f"{folder}/options.yaml"])
     drawn = random_masks(options)
     for level, density in enumerate(densities(options), 1):
         found = ticket(folder, level)
@@ -286,7 +287,7 @@ def test_every_initialisation_and_ranking(run_slt, capsys, how, score_init, rank
 def test_scale_fan_is_by_the_density_of_the_last_level():
     weights = []
     for more in ([], ["--scale-fan", "--sparsity", "0.1", "--sparsity-start", "0.5"]):
-        options = script.parse(SLTOptions, script.CONFIGS, [*MLP, *more])
+        options = parse(SLTOptions, script.CONFIGS, [*MLP, *more])
         model, requested = script.plan(options, script.data.SHAPES["digits"])
         script.er.attach_er_masks(model, requested, options)
         script.pop_up(model, options)

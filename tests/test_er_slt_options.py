@@ -17,19 +17,19 @@ from ER_SLT.initializers import INITS
 from ER_SLT.levels import densities
 from ER_SLT.options import CIFAROptions, SLTOptions
 from startsparse import models
-from startsparse.commandline import write_yaml
+from startsparse.commandline import parse, write_yaml
 from startsparse.data import SHAPES
 from startsparse.errors import OptionError, UserError
 from startsparse.masks import sparse_layers
 
 
 def parsed(*argv):
-    return script.parse(SLTOptions, script.CONFIGS, argv)
+    return parse(SLTOptions, script.CONFIGS, argv)
 
 
 def cifar(*argv):
     """The options of cifar_main.py."""
-    return script.parse(CIFAROptions, script.CONFIGS, argv)
+    return parse(CIFAROptions, script.CONFIGS, argv)
 
 
 def planned(*argv, parsed=parsed):
@@ -81,7 +81,7 @@ def test_images_are_cropped_where_that_is_asked_for():
 
 
 def test_without_arguments_it_is_digits_and_one_argument_changes_one_thing():
-    options = script.parse(SLTOptions, script.CONFIGS, [])
+    options = parse(SLTOptions, script.CONFIGS, [])
     assert options.config.endswith("configs/digits.yaml")
     assert (options.set, options.er_sparse_init, options.sparsity) == ("digits", 0.5, 0.2)
     assert (options.arch, options.anneal, options.levels) == ("resnet20", True, 3)

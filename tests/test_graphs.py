@@ -18,6 +18,7 @@ from script_runs import Crash, crashing, same, weights
 
 from ER_DST import main as dynamic
 from startsparse import data, models, parallel, scores
+from startsparse.commandline import parse
 from startsparse.data import SETS, SHAPES, Shape, planetoid
 from startsparse.data.graphs import NO_LABEL, GraphBatches, karate
 from startsparse.errors import OptionError, UserError
@@ -352,12 +353,12 @@ def test_karate_from_end_to_end(run, no_pictures):
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_configs_are_those_of_the_paper_but_for_more_steps(name):
-    options = script.parse(script.STROptions, script.CONFIGS, ["--set", name])
+    options = parse(script.STROptions, script.CONFIGS, ["--set", name])
     assert (options.arch, options.optimizer, options.lr) == ("gcn", "adam", 0.01)
     steps = 200 if name == "karate" else 1000  # the paper's 200 are too few for sparse networks
     assert (options.weight_decay, options.epochs * options.passes) == (5e-4, steps)
     if name in ("cora", "citeseer"):
-        moving = dynamic.parse(dynamic.DSTOptions, dynamic.CONFIGS, ["--set", name])
+        moving = parse(dynamic.DSTOptions, dynamic.CONFIGS, ["--set", name])
         for same in ("arch", "width", "optimizer", "lr", "lr_policy", "weight_decay", "passes"):
             assert getattr(moving, same) == getattr(options, same)
         assert (moving.method, moving.er_sparse_init, moving.final_density) == ("GraNet", 0.5, 0.1)

@@ -14,6 +14,7 @@ import pytest
 from script_runs import MLP, ROOT, newest
 
 from startsparse import atomic, beginning, finding, results
+from startsparse.commandline import parse
 from startsparse.finding import open_run
 from startsparse.stopping import StopSignal
 from STR import main as script
@@ -262,7 +263,7 @@ def test_scripts_watch_before_they_import(tmp_path, path):
 
 def options(tmp_path, *more):
     folders = ["--log-dir", f"{tmp_path}/runs", "--result-dir", str(tmp_path)]
-    return script.parse(script.STROptions, script.CONFIGS, [*MLP, *folders, *more])
+    return parse(script.STROptions, script.CONFIGS, [*MLP, *folders, *more])
 
 
 class Killed(BaseException):

@@ -13,6 +13,7 @@ from script_runs import MLP, ROOT, SOFT, TINY, few_digits, newest, original_comm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from startsparse import checkpoint, er, masks
+from startsparse.commandline import parse
 from startsparse.errors import OptionError, UserError
 from startsparse.trainer import Trainer
 from startsparse.training import NonFiniteLoss
@@ -248,7 +249,7 @@ def test_the_demo_reaches_98_percent(tmp_path):
 def test_the_original_commands_finish_on_digits(tmp_path, monkeypatch, command):
     monkeypatch.chdir(ROOT / "STR")
     argv = original_commands()[command].split()
-    options = script.parse(script.STROptions, script.CONFIGS, argv)
+    options = parse(script.STROptions, script.CONFIGS, argv)
     assert (options.set, options.batch_size, options.epochs) == {
         "random pruning": ("cifar10", 256, 160),
         "soft thresholds": ("cifar10", 256, 100),

@@ -11,7 +11,7 @@ import yaml
 from script_runs import MLP, ROOT, SOFT, TINY, newest, weights
 
 from startsparse import masks
-from startsparse.commandline import write_yaml
+from startsparse.commandline import parse, write_yaml
 from startsparse.data import SHAPES
 from startsparse.errors import OptionError
 from startsparse.pruning import PRUNERS
@@ -160,7 +160,7 @@ def test_names_and_labels_are_kept(run):
     ],
 )
 def test_networks_by_name(flags, shape):
-    options = script.parse(script.STROptions, script.CONFIGS, flags)
+    options = parse(script.STROptions, script.CONFIGS, flags)
     model, requested = script.network(options, script.data.SHAPES["digits"])
     layers = list(masks.sparse_layers(model).items())
     assert list(requested) == [name for name, _ in layers]
@@ -266,11 +266,11 @@ def test_the_process_ends_with_code_2_and_one_line(tmp_path):
 )
 def test_every_config_is_complete_and_goes_around(path, tmp_path):
     data = ["--data", str(tmp_path)] if path.name == "folder.yaml" else []
-    options = script.parse(script.STROptions, script.CONFIGS, ["--config", str(path), *data])
+    options = parse(script.STROptions, script.CONFIGS, ["--config", str(path), *data])
     assert options.set in path.name or path.parent.name == "largescale"
     copy = tmp_path / "copy.yaml"
     copy.write_text(write_yaml(options))
-    again = script.parse(script.STROptions, script.CONFIGS, ["--config", str(copy)])
+    again = parse(script.STROptions, script.CONFIGS, ["--config", str(copy)])
     again.config = options.config
     assert again == options
     assert yaml.safe_load(copy.read_text())["set"] == options.set
@@ -280,14 +280,11 @@ def test_every_config_is_complete_and_goes_around(path, tmp_path):
 def test_configs_of_images_warm_up(name):
     """Without, the dense network learns less at first, and sparse ones seem to be better."""
     data = ["--data", str(ROOT)] if name == "folder" else []
-    options = script.parse(script.STROptions, script.CONFIGS, ["--set", name, *data])
+    options = parse(script.STROptions, script.CONFIGS, ["--set", name, *data])
     assert options.warmup_length == (5 if options.epochs >= 100 else 1)
 
 
 @pytest.mark.parametrize(("name", "decay"), [("cifar", 1e-4), ("cifar100", 1e-3)])
 def test_weight_decay_of_the_published_recipes(name, decay):
     path = script.CONFIGS / f"largescale/resnet18-{name}-str-1.yaml"
-    assert (
-        script.parse(script.STROptions, script.CONFIGS, ["--config", str(path)]).weight_decay
-        == decay
-    )
+    assert parse(script.STROptions, script.CONFIGS, ["--config", str(path)]).weight_decay == decay

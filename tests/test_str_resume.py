@@ -13,6 +13,7 @@ from forked import Script
 from script_runs import MLP, ROOT, SOFT, TINY, Crash, crashing, newest, same, steps, weights
 
 from startsparse import checkpoint
+from startsparse.commandline import parse
 from startsparse.errors import OptionError
 from startsparse.trainer import Trainer
 from STR import main as script
@@ -155,7 +156,7 @@ def test_auto_takes_the_newest_run_that_began(run, tmp_path):
     second.joinpath("summary.json").unlink()
     first.joinpath("checkpoint.pt").unlink()
     assert script.finding.find_run_by_rank_0(
-        script.parse(script.STROptions, script.CONFIGS,
+        parse(script.STROptions, script.CONFIGS,
                      [*MLP, "--resume", "auto", "--log-dir", f"{tmp_path}/a/runs"])
     ) == second  # fmt: skip
 
@@ -169,7 +170,7 @@ def test_auto_reads_the_seed_from_options_yaml(run):
     shown = begun["2"].rename(begun["2"].with_name("seed-1-9"))  # a name says nothing
     begun["2"] = shown
     for seed, folder in begun.items():
-        options = script.parse(
+        options = parse(
             script.STROptions, script.CONFIGS,
             [*MLP, "--seed", seed, "--resume", "auto", "--log-dir", str(folder.parents[2])],
         )  # fmt: skip

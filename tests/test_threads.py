@@ -50,6 +50,7 @@ def telling(tmp_path_factory):
         (".", ["-m", "startsparse.tabular"]),
         (".", ["-m", "startsparse.export"]),
         (".", ["-m", "startsparse.report"]),
+        (".", ["-m", "startsparse.sweep"]),
         (".", ["-m", "benchmarks.step_time"]),
         (".", ["-c", "from startsparse import masks"]),
     ],
