@@ -155,6 +155,14 @@ class Popup(EffectiveLayer):
         keep = torch.stack([layer.keep for layer in layers])
         return selection.top_of_groups(*ranked(layers), keep, [len(_scores([x])) for x in layers])
 
+    @classmethod
+    def effective_weights(cls, layers: Sequence["Popup"]) -> list[Tensor]:
+        """With one selection for all layers on a GPU; each keeps as many as it did last."""
+        if selection.one_by_one(layers[0].weight.device):
+            return super().effective_weights(layers)
+        masks = dict(zip(_scores(layers), Popup.masks_of_all(layers)))
+        return [layer.weight * masks[layer.weight_score] for layer in layers]
+
     def _inside(self) -> Tensor | None:
         return getattr(self, "weight_mask", None)
 

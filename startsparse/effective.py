@@ -106,6 +106,11 @@ class EffectiveLayer(nn.Module):
         """
         return None
 
+    @classmethod
+    def effective_weights(cls, layers: Sequence[Any]) -> list[Tensor]:
+        """`effective_weight` of each of ``layers``; a formula may need fewer operations for all."""
+        return [layer.effective_weight() for layer in layers]
+
     def present(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias that the forward pass computes with."""
         return self.effective() if self.held is None else self.held
@@ -229,11 +234,12 @@ def effective_layers(
 
 def agree(model: nn.Module) -> None:
     """Let the layers of each formula decide jointly (`EffectiveLayer.agree`)."""
-    for formula, layers in _by_formula(model):
+    for formula, layers in by_formula(model):
         formula.agree(layers)
 
 
-def _by_formula(model: nn.Module) -> ItemsView[type[EffectiveLayer], list[EffectiveLayer]]:
+def by_formula(model: nn.Module) -> ItemsView[type[EffectiveLayer], list[EffectiveLayer]]:
+    """The layers of each formula, in forward order."""
     groups: dict[type[EffectiveLayer], list[EffectiveLayer]] = {}
     for layer in effective_layers(model).values():
         groups.setdefault(layer.formula, []).append(layer)
@@ -243,7 +249,7 @@ def _by_formula(model: nn.Module) -> ItemsView[type[EffectiveLayer], list[Effect
 def _before(model: Any, _inputs: object) -> None:
     """Compute what the layers decide and compute together; ``model`` may be a replica."""
     model.holding = []
-    for formula, layers in _by_formula(model):
+    for formula, layers in by_formula(model):
         together = formula.effective_of_all(layers)
         if together is None:
             formula.agree(layers)

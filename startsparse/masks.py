@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from startsparse.console import number
-from startsparse.effective import EffectiveLayer
+from startsparse.effective import EffectiveLayer, by_formula
 from startsparse.seeding import generator
 
 SAMPLINGS = ("bernoulli", "exact")
@@ -201,6 +201,21 @@ def active(layer: SparseLayer) -> Tensor:
     return torch.ones_like(layer.weight, dtype=torch.bool) if mask is None else mask
 
 
+@torch.no_grad()
+def all_active(model: nn.Module) -> dict[str, Tensor]:
+    """`active` of every layer that `can_be_sparse`, name -> bool tensor, in forward order."""
+    effective = {
+        layer: weight
+        for formula, layers in by_formula(model)
+        for layer, weight in zip(layers, formula.effective_weights(layers))
+    }
+    return {
+        name: effective[layer] != 0 if layer in effective else active(layer)
+        for name, layer in sparse_layers(model).items()
+        if can_be_sparse(layer)
+    }
+
+
 def nnz(model: nn.Module) -> dict[str, int]:
     """Active weights of each layer that can be sparse.
 
@@ -208,14 +223,12 @@ def nnz(model: nn.Module) -> dict[str, int]:
     """
     counts = {name: layer.weight.numel() for name, layer in sparse_layers(model).items()}
     unknown: dict[str, Tensor] = {}
-    for name, layer in sparse_layers(model).items():
-        if can_be_sparse(layer):
-            mask = active(layer)
-            note = getattr(mask, "nnz", None)
-            if note is not None and note.version == mask._version:
-                counts[name] = note.value
-            else:
-                unknown[name] = mask
+    for name, mask in all_active(model).items():
+        note = getattr(mask, "nnz", None)
+        if note is not None and note.version == mask._version:
+            counts[name] = note.value
+        else:
+            unknown[name] = mask
     if unknown:
         found = torch.stack([torch.count_nonzero(mask) for mask in unknown.values()]).tolist()
         counts |= zip(unknown, found)
@@ -241,10 +254,11 @@ def density_table(model: nn.Module, requested: Mapping[str, float] | None = None
     Columns: layer, shape, weights, requested (density), kept, density, dead_outputs (units without
     an incoming edge) and dead_inputs (units without an outgoing one).
     """
-    layers = sparse_layers(model)
+    layers, masks = sparse_layers(model), all_active(model)
     counts = []  # read at once, for a GPU
-    for layer in layers.values():
-        edges = active(layer).flatten(2).sum(2) if layer.weight.dim() > 2 else active(layer).int()
+    for name, layer in layers.items():
+        mask = masks[name] if name in masks else active(layer)
+        edges = mask.flatten(2).sum(2) if mask.dim() > 2 else mask.int()
         dead = [(edges.sum(side) == 0).sum() for side in (1, 0)]
         counts.append(torch.stack([edges.sum(), *dead]))
     rows: list[dict[str, Any]] = []
