@@ -59,6 +59,8 @@ def markdown(path: Path) -> str:
     facts = {k: v for k, v in found.get("machine", {}).items() if k not in ("rows", "took_s")}
     where = ", ".join(f"{name} {value}" for name, value in facts.items())
     parts = [f"`{found.get('command', '')}`, {found.get('seconds', 0):.0f} s: {where}"]
+    if "card" not in facts:
+        parts[0] += ". **A rehearsal on a CPU: the figures say nothing about a GPU.**"
     if any(name in found for name in ("steps", "same", "waits", "graphs")):
         parts.append(_table(("goal", "asked", "measured", "met"), _goals(found)))
     for name, columns in COLUMNS.items():
