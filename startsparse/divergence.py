@@ -83,7 +83,7 @@ def require_finite(
 
     Scores that are NaN choose weights all the same. Infinite running statistics, and infinite
     moments of Adam, make outputs and updates zero. So a loss need not show it. Waits for the
-    device.
+    device once.
 
     Args:
         when: ends "... is not finite", for the message.
@@ -95,8 +95,10 @@ def require_finite(
                 if torch.is_tensor(state):
                     tensors[f"{what} of {name}, in the optimizer,"] = state
     floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    for name, tensor in floating.items():
-        if not tensor.isfinite().all():
+    finite = [tensor.isfinite().all() for tensor in floating.values()]
+    device = next(model.parameters()).device
+    for name, is_finite in zip(floating, torch.stack([f.to(device) for f in finite]).tolist()):
+        if not is_finite:
             raise NonFiniteNetwork(
                 f"training has diverged: {name} is not finite{when}; try a lower --lr or "
                 "--weight-decay"

@@ -204,7 +204,7 @@ def active(layer: SparseLayer) -> Tensor:
 @torch.no_grad()
 def all_active(model: nn.Module) -> dict[str, Tensor]:
     """`active` of every layer that `can_be_sparse`, name -> bool tensor, in forward order."""
-    effective = {
+    effective: dict[nn.Module, Tensor] = {
         layer: weight
         for formula, layers in by_formula(model)
         for layer, weight in zip(layers, formula.effective_weights(layers))

@@ -29,7 +29,7 @@ class Kind(NamedTuple):
 _WRAPPED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 
 
-def _light(kind: type[Optimizer]) -> type[Optimizer]:
+def _light(kind: Any) -> Any:
     """``kind`` without what PyTorch wraps around its methods.
 
     The wrappers import the compiler, for optimizers that are compiled, which takes a second at the
@@ -50,7 +50,7 @@ def _light(kind: type[Optimizer]) -> type[Optimizer]:
         )
         (hooked if watched else plain)(self, closure)
 
-    step.hooked = True  # type: ignore[attr-defined] -- else PyTorch wraps it again
+    step.hooked = True  # type: ignore[attr-defined] # else PyTorch wraps it again
     methods: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in _WRAPPED}
     return type(kind.__name__, (kind,), methods | {"step": step})
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import backends
 
@@ -13,9 +14,10 @@ def full_precision() -> Iterator[None]:
     GPUs otherwise round the factors of convolutions to 11 bits (TF32, PyTorch's default), and those
     of products where `torch.set_float32_matmul_precision` says so.
     """
+    libraries: Any = backends  # whose types do not know all of these
     kinds = (
-        *(backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
-        *(backends.mkldnn.matmul, backends.mkldnn.conv),
+        *(libraries.cuda.matmul, libraries.cudnn.conv, libraries.cudnn.rnn),
+        *(libraries.mkldnn.matmul, libraries.mkldnn.conv),
     )
     before = [kind.fp32_precision for kind in kinds]
     try:

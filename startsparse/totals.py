@@ -63,7 +63,7 @@ class Totals:
         wanted = torch.cat(labels)
         hits = torch.count_nonzero(torch.cat(logits).argmax(1) == wanted).item()
         examples = torch.count_nonzero(wanted >= 0).item()
-        counts = [len(part) for part in labels]
+        counts: list[float] = [len(part) for part in labels]
         if examples < len(wanted):
             counts = [torch.count_nonzero(part >= 0).item() for part in labels]
         total, old_hits, old_examples, first_bad = self.sums.tolist()
