@@ -82,8 +82,10 @@ class Candidates:
         epochs = {candidate["epoch"] for candidate in (self.best, *self.rivals)}
         self._held = {epoch: state for epoch, state in self._held.items() if epoch in epochs}
         if row["epoch"] in epochs:
-            state = model.state_dict()
-            self._held[row["epoch"]] = {name: tensor.clone() for name, tensor in state.items()}
+            state = model.state_dict()  # with the formulas of layers in its metadata
+            for name, tensor in state.items():
+                state[name] = tensor.clone()
+            self._held[row["epoch"]] = state
 
     @by_rank_0
     def write(self) -> None:

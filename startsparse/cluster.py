@@ -157,7 +157,9 @@ def states(jobs: Sequence[Job]) -> dict[int, str]:
         return {}
     command = ["squeue", "--noheader", "--array", "--format=%i|%T", f"--user={os.getuid()}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", timeout=60, check=True
+        )
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", "") or reason(error)
         raise UserError(f"squeue: {said.strip().splitlines()[0]}; try again") from None

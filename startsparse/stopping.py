@@ -199,7 +199,7 @@ def _install(signals: Sequence[int] = SIGNALS) -> bool:
 def _uninstall() -> None:
     for signum, handler in _program.before.items():
         signal.signal(signum, handler)
-    _program.before = {}
+    _program.before, _program.first = {}, (0, 0.0)
 
 
 def _handle(signum: int, _frame: FrameType | None) -> None:

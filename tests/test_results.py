@@ -281,7 +281,7 @@ def test_a_sweep_adds_rows_that_are_missing(tmp_path, monkeypatch):
         )
         run.write_json("summary.json", dict.fromkeys(runs.MEASURED, 1.0) | {"test_accuracy": 0.5})
     options.result_dir, options.resume = str(tmp_path / "out"), "auto"
-    run_imp.collect([run_imp.Job([], options)], tmp_path / "out/levels.csv")
+    run_imp.collect([run_imp.Job("STR.main", [], options)], tmp_path / "out/levels.csv")
     (level,), (row,) = (
         results.read(tmp_path / f"out/{name}.csv").to_dict("records")
         for name in ("levels", "results")

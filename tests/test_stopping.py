@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from script_runs import MLP, ROOT, newest
 
-from startsparse import atomic, beginning, finding, results
+from startsparse import atomic, beginning, finding, results, stopping
 from startsparse.commandline import parse
 from startsparse.finding import open_run
 from startsparse.stopping import StopSignal
@@ -123,6 +123,14 @@ def test_a_program_of_somebody_else_keeps_its_own_handlers_of_warnings():
     with StopSignal():
         assert signal.getsignal(signal.SIGUSR2) is own
     signal.signal(signal.SIGUSR2, before)
+
+
+@unix
+def test_in_a_program_of_somebody_else_a_signal_counts_for_its_run_only():
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == stopping.requested() == signal.SIGTERM
+    assert stopping.requested() == 0
 
 
 @unix
