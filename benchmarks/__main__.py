@@ -15,6 +15,7 @@ from benchmarks import (
     roofline,
     sparse_compute,
     sparse_reparameterised,
+    start,
     step_time,
     topology,
 )
@@ -25,6 +26,7 @@ for benchmark in (
     topology,
     input_pipeline,
     layout,
+    start,
     loop,
     step_time,
     prune_step,

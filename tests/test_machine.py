@@ -125,12 +125,21 @@ SLOW = [
 ]
 
 
-def test_a_run_that_needs_no_slow_library_takes_its_first_step_without_one(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        (["--config", "", "--set", "modular-addition", "--arch", "algorithmic"], ""),
+        (["--width", "64"], "scipy sklearn"),  # has the digits; tries the sparse form, too
+    ],
+)
+def test_a_run_takes_its_first_step_without_slow_libraries_that_it_does_not_need(
+    tmp_path, options, needed
+):
     """PyTorch's compiler alone, which its optimizers import, took a second of four."""
-    argv = ["--config", "", "--set", "modular-addition", "--arch", "algorithmic", "--epochs", "1"]
-    argv += ["--log-dir", f"{tmp_path}/runs", "--result-dir", str(tmp_path)]
+    argv = [*options, "--epochs", "1", "--log-dir", f"{tmp_path}/runs", "--result-dir"]
+    argv += [str(tmp_path)]
     code = FIRST_STEP.format(slow=SLOW, argv=argv)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines()[-1] == ""
+    assert done.stdout.splitlines()[-1] == needed

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from startsparse.engine import winograd
+from startsparse.engine.gradients import gradients
 from startsparse.engine.layers import Product
 from startsparse.engine.maps import Space, lanes, to_map
 from startsparse.engine.network import SparseForm
 from startsparse.engine.program import DenseProduct, Either
 from startsparse.masks import active, mask_gradients, masked_weights, sparse_layers
+from startsparse.optimizers import make_optimizer
 from startsparse.seeding import generator
 
 _TRIES = 5  # at most; the fastest counts, since other work on the machine only adds
@@ -138,7 +140,7 @@ def _masked(both: Either, images: int, needs_input: bool) -> Seconds:
 
     def step() -> None:
         y = F.linear(x, weight) if linear else F.conv2d(x, weight, None, stride, window.padding)
-        torch.autograd.grad(y, wanted, d_y)
+        gradients(y, wanted, d_y)
 
     return cpu_seconds(step, images)
 
@@ -180,14 +182,14 @@ def _steps(form: SparseForm, images: Tensor, classes: int) -> tuple[Seconds, Sec
     def seconds(forward: Callable[[Tensor], Tensor], learning: list[Tensor]) -> Seconds:
         """Of one; the optimizer's, on copies, is a good part of it."""
         copies = [nn.Parameter(torch.zeros_like(p)) for p in learning]
-        optimizer = torch.optim.SGD(copies, 0.1, momentum=0.9, fused=True)
+        optimizer = make_optimizer("sgd", copies, lr=0.1, momentum=0.9, nesterov=False)
         masks = {id(weight): mask for _, weight, mask in masked_weights(model)}
         masked = [(i, masks[id(p)]) for i, p in enumerate(learning) if id(p) in masks]
 
         def step() -> None:
-            gradients = torch.autograd.grad(F.cross_entropy(forward(images), labels), learning)
-            mask_gradients([gradients[i] for i, _ in masked], [mask for _, mask in masked])
-            for copy, gradient in zip(copies, gradients):
+            found = torch.autograd.grad(F.cross_entropy(forward(images), labels), learning)
+            mask_gradients([found[i] for i, _ in masked], [mask for _, mask in masked])
+            for copy, gradient in zip(copies, found):
                 copy.grad = gradient
             optimizer.step()
 

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from startsparse.effective import EffectiveLayer
 from startsparse.engine.entries import Window
+from startsparse.engine.gradients import gradients
 from startsparse.engine.layers import Affine, Gradients, MaxPool, MeanPixels, Product, added
 from startsparse.engine.maps import Space, to_images, to_map
 
@@ -47,9 +48,9 @@ class DenseProduct:
         """``into`` None: the gradient of x is not needed."""
         x, weight, y = saved
         wanted = [t for t, want in ((x, into is not None), (weight, weight.requires_grad)) if want]
-        gradients = list(torch.autograd.grad(y, wanted, d_y)) if wanted else []
-        d_x = None if into is None else added(gradients.pop(0).contiguous(), into[0])
-        return [d_x], [gradients[0] if gradients else None]
+        found = list(gradients(y, wanted, d_y)) if wanted else []
+        d_x = None if into is None else added(found.pop(0).contiguous(), into[0])
+        return [d_x], [found[0] if found else None]
 
     def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
         inside = self.input.inside(x).permute(1, 4, 2, 3, 0)  # channels_last is the fast layout
