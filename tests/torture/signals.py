@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from script_runs import ROOT, same
 
 from startsparse import checkpoint
+from startsparse.stopping import SIGNALS
 from torture.promises import promise
 
 TRAINING = ["--arch", "mlp", "--width", "16", "--batch-size", "256", "--save-every", "3"]
@@ -224,7 +225,14 @@ def started(name: str, folder: Path) -> subprocess.Popen:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         stderr=(folder / "stderr").open("w"),
+        preexec_fn=_heed,
     )
+
+
+def _heed() -> None:
+    """Heed signals that this program was told to ignore, as by nohup: children would, too."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_DFL)
 
 
 @promise(
