@@ -318,7 +318,8 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
     assert set(levels["er_sparse_method"]) == {"uniform"}
 
 
-LONG = ["--final_prune_epoch", "20"]  # so that there is a middle to be stopped in
+# So that there is a middle to be stopped in, and a checkpoint after each epoch.
+LONG = ["--final_prune_epoch", "20", "--save-seconds", "1e-9"]
 
 
 @pytest.fixture(scope="module")
