@@ -251,7 +251,7 @@ def commands(case, folder):
     said = (folder / "stderr").read_text()
     bars = [line for line in said.splitlines() if "it/s" not in line and "%|" not in line]
     # While Python itself starts or, after the last line, ends, a signal ends it without a word.
-    if code != -signum or bars or 0.05 < moment < 0.6:
+    if code != -signum or bars or 0.05 < moment < 0.4:
         check_one_line(code, signum, "\n".join(bars), time.monotonic() - since)
     left = [path for path in folder.rglob(".*") if path.name[-9:-8] == "-"]
     assert not left, left
