@@ -81,7 +81,7 @@ class Joined:
 
         By two sorts that keep the order of equals: by score, then by layer, where what is allowed
         comes first. They take about 40 bytes for each entry, and few operations, of which none
-        waits. The counts of `selection.top_of_each` take less memory, and ten times the operations.
+        waits. Counts, as in `selection`, take less memory, and ten times the operations.
 
         Args:
             scores: [rows, length], floating point.

@@ -11,22 +11,21 @@ if __name__ == "__main__":
 
 import dataclasses
 import itertools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 
-from startsparse import effects, finding, labels, names, plots, processes, report, results, runs
+from startsparse import finding, labels, names, plots, processes, report, results, runs
 from startsparse.atomic import remove_leftovers, write_text
-from startsparse.commandline import from_flags, named, parse
+from startsparse.commandline import parse
 from startsparse.data import SETS
 from startsparse.errors import OptionError, UserError
 from startsparse.fields import PATH, Condition, choice, counts, default_is, normal
 from startsparse.filled import filled
 from startsparse.jobs import Job, require_distinct
-from startsparse.launch import LaunchOptions, launch, show
+from startsparse.launch import LaunchOptions, launch, read, say_failed, show
 from startsparse.numbers import Seed
 from startsparse.options import require_range
 from startsparse.places import check_file
@@ -80,7 +79,7 @@ class SweepOptions(LaunchOptions):
         require_range(self, "keep", low=0, high=1, open_low=True, open_high=True)
         for name in ("target", "er_sparse_inits", "densities"):
             require_range(self, name, low=0, high=1, open_low=True)
-        self.check_launch()
+        super().check()
         for name in ("seeds", "er_sparse_methods", "er_sparse_inits", "pruners", "rewind"):
             if not getattr(self, name):
                 raise OptionError(f"--{name.replace('_', '-')}: needs at least one value")
@@ -219,12 +218,8 @@ def write_report(path: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sweep; the exit code, 1 if a run failed."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    split = argv.index("--") if "--" in argv else len(argv)
-    options = from_flags(SweepOptions, argv[:split], SweepOptions())
-    effects.refuse_named(options, named(SweepOptions, argv[:split]))
-    options.check()
-    jobs = plan(options, argv[split + 1 :])
+    options, extra = read(SweepOptions, argv)
+    jobs = plan(options, extra)
     require_distinct(jobs)
     if show(jobs, options, ["main.py"]):
         return 0
@@ -238,9 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 remove_leftovers(levels.parent, name)
             text = write_report(levels)
         print(text)
-    for job in failed:
-        print(f"error: {job.title} failed; see {job.log}", file=sys.stderr)
-    return 1 if failed else 0
+    return say_failed(failed)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 import dataclasses
 import re
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, TypeVar
 
-from startsparse import cluster, processes
+from startsparse import cluster, effects, processes
 from startsparse import jobs as local
-from startsparse.errors import OptionError
+from startsparse.commandline import from_flags, named
+from startsparse.errors import OptionError, say
 from startsparse.fields import Condition, choice, counts, default_is
 from startsparse.jobs import Job
 from startsparse.options import require_gpus, require_range
@@ -55,7 +57,7 @@ class LaunchOptions:
         """Runs at the same time, as processes."""
         return self.devices.count(",") + 1 if self.jobs is None else self.jobs
 
-    def check_launch(self) -> None:
+    def check(self) -> None:
         """Raise `OptionError`, which names the option, for values that make no sense."""
         if processes.world_size() > 1:
             raise OptionError("torchrun: is for main.py; a sweep starts its own runs, see --jobs")
@@ -76,6 +78,34 @@ class LaunchOptions:
         cluster.sbatch(self.sbatch)
         if self.launcher == "slurm" and not self.dry_run:
             cluster.require()
+
+
+L = TypeVar("L", bound=LaunchOptions)  # of a sweep
+
+
+def read(kind: type[L], argv: Sequence[str] | None = None) -> tuple[L, list[str]]:
+    """The options of a sweep, checked, and the flags of its runs, which follow ``--``.
+
+    Args:
+        kind: of the options.
+        argv: the command line (default: this program's).
+
+    Raises:
+        OptionError: with one line that names the option.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    split = words.index("--") if "--" in words else len(words)
+    options = from_flags(kind, words[:split], kind())
+    effects.refuse_named(options, named(kind, words[:split]))
+    options.check()
+    return options, words[split + 1 :]
+
+
+def say_failed(jobs: Sequence[Job]) -> int:
+    """Say where the output of runs that failed is; the exit code of the sweep."""
+    for job in jobs:
+        say(f"error: {job.title} failed; see {job.log}")
+    return 1 if jobs else 0
 
 
 def launch(jobs: Sequence[Job], options: LaunchOptions) -> list[Job]:

@@ -41,21 +41,6 @@ def top_masks(
 
 
 @torch.no_grad()
-def top_of_each(
-    magnitudes: Sequence[Tensor], allowed: Sequence[Tensor | None], keep: Tensor
-) -> list[Tensor]:
-    """Masks of the ``keep[i]`` largest entries of each of the ``magnitudes``; see `top_masks`.
-
-    Ties go to earlier positions. On a GPU the number of operations does not depend on the number
-    of tensors, and nothing waits.
-
-    Args:
-        keep: int64 [number of tensors], on their device.
-    """
-    return top_of_groups(magnitudes, allowed, keep, [1] * len(magnitudes))
-
-
-@torch.no_grad()
 def top_of_groups(
     magnitudes: Sequence[Tensor],
     allowed: Sequence[Tensor | None],
@@ -63,6 +48,8 @@ def top_of_groups(
     sizes: Sequence[int],
 ) -> list[Tensor]:
     """The same for groups of so many tensors: the ``keep[i]`` largest of group i; see `top_masks`.
+
+    On a GPU the number of operations does not depend on the number of tensors, and nothing waits.
 
     Args:
         keep: int64 [groups].

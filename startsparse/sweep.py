@@ -10,7 +10,6 @@ import importlib
 import itertools
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -18,14 +17,14 @@ from typing import Annotated
 
 import tyro
 
-from startsparse import effects, names, results, runs, seeds
+from startsparse import names, results, runs, seeds
 from startsparse.commandline import from_flags, named, parse
-from startsparse.errors import OptionError, reason, run_script, say
+from startsparse.errors import OptionError, reason, run_script
 from startsparse.fields import PATH, default, default_is, flag, normal, shown
 from startsparse.fields import names as known_names
 from startsparse.filled import filled
 from startsparse.jobs import Job, require_distinct
-from startsparse.launch import LaunchOptions, launch, show
+from startsparse.launch import LaunchOptions, launch, read, say_failed, show
 from startsparse.numbers import Seed
 from startsparse.options import require_distinct as require_distinct_values
 from startsparse.places import check_file
@@ -59,7 +58,7 @@ class SweepOptions(LaunchOptions):
         """Raise `OptionError`, which names the option, for values that make no sense."""
         if not self.script:
             raise OptionError("SCRIPT: name a script, as ER_DST/main.py")
-        self.check_launch()
+        super().check()
         names.check(self)
         require_distinct_values(self, "seeds")
         if not self.seeds:
@@ -232,12 +231,8 @@ def collect(jobs: Sequence[Job], table: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sweep; the exit code, 1 if a run failed."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    split = argv.index("--") if "--" in argv else len(argv)
-    options = from_flags(SweepOptions, argv[:split], SweepOptions())
-    effects.refuse_named(options, named(SweepOptions, argv[:split]))
-    options.check()
-    jobs = plan(options, argv[split + 1 :])
+    options, extra = read(SweepOptions, argv)
+    jobs = plan(options, extra)
     if show(jobs, options, ["-m", jobs[0].module]):
         return 0
     path = Path(options.result_dir) / "results.csv"
@@ -245,9 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = launch(jobs, options)
     if text := collect(jobs, path):
         print(text)
-    for job in failed:
-        say(f"error: {job.title} failed; see {job.log}")
-    return 1 if failed else 0
+    return say_failed(failed)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from selection_by_hand import by_hand
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from startsparse.selection import by_sampling, top_masks, top_of_each, top_of_groups
+from startsparse.selection import by_sampling, top_masks, top_of_groups
 from startsparse.selection_by_counts import by_counting
 
 LAST = torch.channels_last
@@ -89,7 +89,8 @@ def test_a_number_for_each_group(problem, data):
     for way in (by_counting, top_of_groups):
         assert equal(way(magnitudes, allowed, keep, sizes), expected, magnitudes)
     if first == 1:
-        assert equal(top_of_each(magnitudes, allowed, keep), expected, magnitudes)
+        each = [1] * len(magnitudes)
+        assert equal(top_of_groups(magnitudes, allowed, keep, each), expected, magnitudes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -185,7 +186,7 @@ def test_one_graph_for_torch_compile(together):
     scores = [torch.rand(7, 5, 3, 3).to(memory_format=LAST), torch.rand(2000)]
     inside = [scores[0] > 0.5, None]
     scores[0] = scores[0] * inside[0]
-    way = top_masks if together else top_of_each
+    way = top_masks if together else lambda *given: top_of_groups(*given, [1, 1])
     compiled = torch.compile(way, backend="aot_eager", fullgraph=True)
     for keep in (300, 301):
         given_keep = torch.tensor(keep) if together else torch.tensor([keep // 3, keep])

@@ -127,8 +127,7 @@ class FolderBatches:
         """The batches of an epoch from step ``start`` on, as `Batches.epoch` yields them.
 
         Images of the steps before ``start`` are not read. One epoch at a time: the next one ends
-        those before it. Raises `UserError` where an image cannot
-        be decoded.
+        those before it. Raises `UserError` where an image cannot be decoded.
         """
         rows = self.rows
         if self.train:
